@@ -1,0 +1,90 @@
+"""The protocol between the decoding loop and whatever runs the graphs.
+
+A backend owns buffers and nothing else: which tokens a sequence has, where it stands and what
+has been accepted belongs to :class:`dflash_rt.sequence.Sequence`. Every array has the batch axis
+first, one row per slot, so that several sequences can share a call later: a slot that takes no
+part writes at its own ``start``, and those rows are overwritten before anything reads them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Backend", "Inject", "IntArray", "StepOutput"]
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Inject:
+    """Feature rows of the last verify pass that the drafter's cache doesn't hold yet.
+
+    ``start`` is int64 ``[batch]``, where these rows begin; ``rows`` is how many rows that verify
+    pass had. Rejected rows are injected too: the block that is drafted next overwrites them.
+    """
+
+    start: IntArray
+    rows: int
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Tokens of one step. Both arrays are the caller's to keep.
+
+    ``drafted`` is int64 ``[batch, width - 1]``: what the drafter proposes after the anchor.
+    ``verified`` is int64 ``[batch, width]``: the target's own choice after each row of the block, so
+    ``verified[:, j]`` is compared with ``drafted[:, j]`` and the first one that differs is the bonus.
+    """
+
+    drafted: IntArray
+    verified: IntArray
+
+
+class Backend(Protocol):
+    """Runs the graphs of one bundle over buffers that are allocated once.
+
+    Not thread-safe: the generator queues its calls.
+    """
+
+    @property
+    def name(self) -> str:
+        """Registry name, such as ``"onnxruntime"``."""
+
+    @property
+    def run_seconds(self) -> dict[str, float]:
+        """Seconds spent inside the vendor's ``run`` so far, by stage.
+
+        Stages: ``inject``, ``draft``, ``draft_head``, ``embed``, ``target``, ``target_head``. A backend that
+        runs a whole step at once reports one stage, ``step``. Cumulative over the backend's life.
+        """
+
+    def reserve(self, rows: int) -> None:
+        """Make room for ``rows`` committed rows per slot, plus one whole block.
+
+        May allocate and copy what is cached; called between steps, never inside one.
+        """
+
+    def prefill(self, token_ids: IntArray, start: IntArray, *, inject: bool) -> IntArray:
+        """Feed ``token_ids`` ``[batch, rows]`` to the target at ``start`` ``[batch]``.
+
+        With ``inject`` the rows' features also go into the drafter's cache. Returns int64 ``[batch]``: the
+        target's choice after the last row. Raises :class:`~dflash_rt.errors.NumericalError`.
+        """
+
+    def step(self, anchors: IntArray, start: IntArray, *, width: int, inject: Inject | None) -> StepOutput:
+        """Draft ``width - 1`` tokens after ``anchors`` ``[batch]`` and verify them in one target pass.
+
+        ``start`` ``[batch]`` is where the anchors go. ``inject`` names features of the previous verify pass
+        that are to be injected first; ``None`` leaves the drafter's cache as it is. ``width == 1`` is plain
+        decoding: no draft. Raises :class:`~dflash_rt.errors.NumericalError` when logits are not finite.
+        """
+
+    def clear(self) -> None:
+        """Zero every cache. Needed after a failed step: masked rows still multiply, and 0 x NaN is NaN."""
+
+    def close(self) -> None:
+        """Free everything. Safe to call twice."""

@@ -1,0 +1,178 @@
+"""The exceptions of ``dflash_rt`` and ``dflash_export``.
+
+::
+
+    DFlashError
+    ├── BundleError                 a bundle folder can't be used
+    │   ├── ManifestError           manifest.json is missing, malformed or hostile
+    │   └── IntegrityError          a file is missing, truncated or not the one that was recorded
+    ├── BackendError                a backend can't be loaded or failed while running
+    │   ├── BackendUnavailableError the vendor library or device isn't there
+    │   └── NumericalError          a step gave logits that are not finite
+    ├── RequestError                a request is refused before any work (also a ValueError)
+    │   ├── PromptError             empty prompt, ids outside the vocabulary, text without a tokenizer
+    │   ├── ContextLengthError      prompt + output don't fit the bundle's limit
+    │   ├── SamplingError           sampling parameters that are wrong or not supported
+    │   └── ChatTemplateError       no chat template, or it failed to render
+    ├── GeneratorStateError         used after close, or from inside its own open stream
+    └── ExportError                 an export can't be done
+        ├── SourceError             a model can't be found or read
+        │   └── CheckpointError     its files are truncated, malformed, pickled or incomplete
+        ├── UnsupportedModelError   a model that would not be exported faithfully
+        ├── PairError               target and drafter don't belong together (lists every problem)
+        ├── OutputError             the output exists, or can't be written
+        ├── RecipeError             a recipe file or a build option is wrong
+        └── VerifyError             a parity run can't be done
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "BackendError",
+    "BackendUnavailableError",
+    "BundleError",
+    "ChatTemplateError",
+    "CheckpointError",
+    "ContextLengthError",
+    "DFlashError",
+    "ExportError",
+    "GeneratorStateError",
+    "IntegrityError",
+    "ManifestError",
+    "NumericalError",
+    "OutputError",
+    "PairError",
+    "Problem",
+    "PromptError",
+    "RecipeError",
+    "RequestError",
+    "SamplingError",
+    "SourceError",
+    "UnsupportedModelError",
+    "VerifyError",
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: what failed, what was found, what was expected, what to do."""
+
+    what: str
+    found: str | None = None
+    expected: str | None = None
+    todo: str | None = None
+
+    def __str__(self) -> str:
+        labelled = (("found", self.found), ("expected", self.expected), ("what to do", self.todo))
+        lines = [f"  {label}: {text}" for label, text in labelled if text is not None]
+        return "\n".join([self.what, *lines])
+
+
+class DFlashError(Exception):
+    """Base of every error that this project raises on purpose.
+
+    Its text has up to four lines: what failed, what was found, what was expected, what to do.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        found: object = None,
+        expected: object = None,
+        todo: str | None = None,
+    ) -> None:
+        self.problem = Problem(
+            what,
+            None if found is None else str(found),
+            None if expected is None else str(expected),
+            todo,
+        )
+        super().__init__(str(self.problem))
+
+
+class BundleError(DFlashError):
+    """A bundle folder can't be used."""
+
+
+class ManifestError(BundleError):
+    """manifest.json is missing, malformed, of another version, or hostile."""
+
+
+class IntegrityError(BundleError):
+    """A file of the bundle is missing, truncated, or not the one that was recorded."""
+
+
+class BackendError(DFlashError):
+    """A backend can't be loaded, or failed while running."""
+
+
+class BackendUnavailableError(BackendError):
+    """The vendor library or the device that a backend needs isn't there."""
+
+
+class NumericalError(BackendError):
+    """A step gave logits that are not finite; no token of that step was emitted."""
+
+
+class RequestError(DFlashError, ValueError):
+    """A request is refused before any work was done."""
+
+
+class PromptError(RequestError):
+    """An empty prompt, ids outside the vocabulary, or text for a bundle without a tokenizer."""
+
+
+class ContextLengthError(RequestError):
+    """Prompt and output together don't fit the bundle's limit."""
+
+
+class SamplingError(RequestError):
+    """Sampling parameters that are wrong or not supported."""
+
+
+class ChatTemplateError(RequestError):
+    """The bundle has no chat template, or the template failed to render."""
+
+
+class GeneratorStateError(DFlashError, RuntimeError):
+    """A generator was used after close, or from inside its own open stream."""
+
+
+class ExportError(DFlashError):
+    """An export can't be done."""
+
+
+class SourceError(ExportError):
+    """A model can't be found or read."""
+
+
+class CheckpointError(SourceError):
+    """The files of a model are truncated, malformed, pickled or incomplete."""
+
+
+class UnsupportedModelError(ExportError):
+    """A model that would not be exported faithfully."""
+
+
+class PairError(ExportError):
+    """Target and drafter don't belong together. ``problems`` lists every reason."""
+
+    def __init__(self, what: str, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join([what, *(f"{i}. {p}" for i, p in enumerate(self.problems, 1))]))
+
+
+class OutputError(ExportError):
+    """The output exists already, or can't be written."""
+
+
+class RecipeError(ExportError):
+    """A recipe file or a build option is wrong."""
+
+
+class VerifyError(ExportError):
+    """A parity run can't be done."""
