@@ -1,0 +1,103 @@
+"""Streaming of weights into the data files that the graphs of a bundle point into.
+
+One tensor at a time goes from the checkpoint to its place on disk, so an export needs memory for a few
+tensors, not for a model. A tensor that several graphs use is written once: they store the same offset.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import onnx_ir as ir
+import torch
+
+from dflash_rt.errors import OutputError
+
+from .graph_passes import StoredWeight, TracedGraph
+
+__all__ = ["TORCH_DTYPES", "DataFile", "LoadParameter"]
+
+LoadParameter = Callable[[str, torch.dtype], torch.Tensor]
+
+TORCH_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+}
+
+# Large tensors start on a page, so that a runtime can map them; small ones need only SIMD alignment.
+_PAGE, _SMALL, _LARGE_BYTES = 4096, 64, 1 << 20
+
+
+class DataFile:
+    """A data file being written. Not safe for use after an error: the whole export is discarded then."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._places: dict[StoredWeight, tuple[int, int]] = {}
+        try:
+            self._file = path.open("xb")
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+    def __enter__(self) -> DataFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        finally:
+            self._file.close()
+
+    def fill(self, graph: TracedGraph, load: LoadParameter, advance: Callable[[int], None]) -> None:
+        """Write the weights of ``graph`` that aren't here yet, and point its initializers at them.
+
+        ``load(parameter, dtype)`` gives the data of a parameter of the traced module. ``advance`` is told the
+        bytes written.
+        """
+        for name, weight in graph.weights.items():
+            if weight not in self._places:
+                self._places[weight] = self._append(_stored_tensor(weight, load))
+                advance(self._places[weight][1])
+            offset, length = self._places[weight]
+            graph.model.graph.initializers[name].const_value = ir.ExternalTensor(
+                self.path.name, offset, length, weight.dtype, shape=ir.Shape(weight.shape), name=name
+            )
+
+    def _append(self, tensor: torch.Tensor) -> tuple[int, int]:
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        boundary = _PAGE if data.nbytes >= _LARGE_BYTES else _SMALL
+        try:
+            offset = -(-self._file.tell() // boundary) * boundary
+            self._file.seek(offset)
+            self._file.write(data.data)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        return offset, data.nbytes
+
+
+def _stored_tensor(weight: StoredWeight, load: LoadParameter) -> torch.Tensor:
+    parts = [load(name, TORCH_DTYPES[weight.dtype]) for name in weight.parameters]
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    tensor = tensor.T if weight.transpose else tensor
+    if tuple(tensor.shape) != weight.shape:
+        raise AssertionError(f"{weight.parameters}: loaded {tuple(tensor.shape)}, traced {weight.shape}")
+    return tensor
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"can't write {path}",
+        found=error.strerror or str(error),
+        expected="a writable folder with room for the bundle",
+        todo="free disk space or choose another output folder; nothing was left behind",
+    )

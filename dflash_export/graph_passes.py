@@ -1,0 +1,258 @@
+"""From a traced graph to the one that is stored.
+
+Traced initializers have names and shapes but no data. The passes here clean the graph, decide how each
+weight is laid out on disk (:class:`StoredWeight`), and never need the data to do so.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+import onnxscript.optimizer
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+
+from .tracing import GraphInput
+
+__all__ = ["GraphOutput", "StoredWeight", "TracedGraph", "finish_graph"]
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """How one initializer comes from parameters of the traced module.
+
+    The data is ``concatenate(parameters, axis=0)``, then transposed if ``transpose``: linear layers that read
+    the same rows become one matrix, and ``[out, in]`` becomes the ``[in, out]`` that MatMul wants.
+    ``shape`` is the shape as stored.
+    """
+
+    parameters: tuple[str, ...]
+    transpose: bool
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return int(np.prod(self.shape, dtype=np.int64) * self.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class GraphOutput:
+    """One output of a graph: its name and axes (``str``: symbolic, ``int``: fixed)."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[str | int, ...]
+
+
+@dataclass
+class TracedGraph:
+    """An ONNX graph and, by initializer name, the weights it still has to be given."""
+
+    model: ir.Model
+    weights: dict[str, StoredWeight] = field(default_factory=dict)
+
+
+def finish_graph(
+    model: ir.Model,
+    inputs: Sequence[GraphInput],
+    outputs: Sequence[GraphOutput],
+    constants: Mapping[str, np.ndarray],
+    *,
+    keep_layout: bool = False,
+) -> TracedGraph:
+    """Optimise ``model`` and settle the layout of its weights.
+
+    Args:
+        model: as traced; changed in place.
+        inputs: the contract, for names of axes.
+        outputs: the contract, for names of axes.
+        constants: data of initializers that are no weights, such as rotary frequencies.
+        keep_layout: store every weight as the checkpoint has it (a matrix that graphs share must agree).
+    """
+    graph = model.graph
+    pending = _initializers_to_inputs(graph, constants)
+    onnxscript.optimizer.optimize(model)
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
+    weights = {
+        name: StoredWeight((name,), False, value.dtype, _fixed_shape(value))
+        for name, value in pending.items()
+        if value.dtype is not None
+    }
+    if keep_layout:
+        _transpose_in_gemm(graph)
+    else:
+        _fold_transposes(graph, weights)
+        _join_matmuls(graph, weights)
+    _inputs_to_initializers(graph, pending, weights)
+    RemoveUnusedNodesPass()(model)
+    _name_axes(graph, inputs, outputs)
+    model.producer_name, model.producer_version = "dflash-export", None
+    model.opset_imports.clear()
+    model.opset_imports[""] = 24
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    for node in graph:
+        node.metadata_props.clear()  # the tracer's stack traces: machine paths, and most of the file
+        node.version = None
+    return TracedGraph(model, weights)
+
+
+def _initializers_to_inputs(graph: ir.Graph, constants: Mapping[str, np.ndarray]) -> dict[str, ir.Value]:
+    """Turn weights into inputs so that no optimiser looks for their data; give constants theirs."""
+    pending: dict[str, ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        if name in constants:
+            value.const_value = ir.tensor(constants[name], name=name)
+            continue
+        del graph.initializers[name]
+        value.const_value = None
+        graph.inputs.append(value)
+        pending[name] = value
+    return pending
+
+
+def _fixed_shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None
+    return tuple(d for d in value.shape if isinstance(d, int))
+
+
+def _inputs_to_initializers(
+    graph: ir.Graph, pending: Mapping[str, ir.Value], weights: dict[str, StoredWeight]
+) -> None:
+    for name, value in pending.items():
+        graph.inputs.remove(value)
+        if not value.uses():
+            weights.pop(name, None)
+    for name in list(weights):
+        if name in pending:
+            _placeholder(graph, pending[name], weights[name])
+
+
+def _placeholder(graph: ir.Graph, value: ir.Value, weight: StoredWeight) -> None:
+    # An external tensor without a file yet: external_data.py fills in where the bytes went.
+    value.const_value = ir.ExternalTensor(
+        "", 0, 0, weight.dtype, shape=ir.Shape(weight.shape), name=value.name or ""
+    )
+    value.shape = ir.Shape(weight.shape)
+    value.dtype = weight.dtype
+    graph.initializers[value.name or ""] = value
+
+
+def _transposed_weight(node: ir.Node, weights: Mapping[str, StoredWeight]) -> str | None:
+    """The weight behind ``MatMul(x, Transpose(weight))``, if that is what ``node`` is."""
+    if node.op_type != "MatMul" or node.inputs[1] is None:
+        return None
+    transpose = node.inputs[1].producer()
+    if transpose is None or transpose.op_type != "Transpose" or transpose.inputs[0] is None:
+        return None
+    name = transpose.inputs[0].name
+    perm = transpose.attributes.get("perm")
+    if name not in weights or perm is None or list(perm.as_ints()) != [1, 0]:
+        return None
+    return name
+
+
+def _fold_transposes(graph: ir.Graph, weights: dict[str, StoredWeight]) -> None:
+    for node in graph:
+        name = _transposed_weight(node, weights)
+        if name is None:
+            continue
+        value = node.inputs[1].producer().inputs[0]  # type: ignore[union-attr]
+        assert value is not None
+        stored = weights[name]
+        if not stored.transpose:
+            weights[name] = StoredWeight(stored.parameters, True, stored.dtype, stored.shape[::-1])
+        node.replace_input_with(1, value)
+
+
+def _join_matmuls(graph: ir.Graph, weights: dict[str, StoredWeight]) -> None:
+    """``x·A, x·B, x·C`` become ``Split(x·[A B C])``: fewer, larger products, fewer thread barriers."""
+    readers: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+    for node in graph:
+        if node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].name in weights:
+            assert node.inputs[0] is not None
+            readers[node.inputs[0]].append(node)
+    for source, nodes in readers.items():
+        if len(nodes) > 1:
+            _join(graph, source, nodes, weights)
+
+
+def _join(
+    graph: ir.Graph, source: ir.Value, nodes: Sequence[ir.Node], weights: dict[str, StoredWeight]
+) -> None:
+    names = [str(node.inputs[1].name) for node in nodes]  # type: ignore[union-attr]
+    parts = [weights.pop(name) for name in names]
+    sizes = [part.shape[1] for part in parts]
+    joined = StoredWeight(
+        tuple(p for part in parts for p in part.parameters),
+        True,
+        parts[0].dtype,
+        (parts[0].shape[0], sum(sizes)),
+    )
+    # "a.q_proj.weight", "a.k_proj.weight" -> "a.q_proj+k_proj.weight"
+    stem, _, leaf = names[0].rpartition(".")
+    owner = stem.rpartition(".")[0]
+    name = f"{owner}.{'+'.join(n.rpartition('.')[0].rpartition('.')[2] for n in names)}.{leaf}"
+    weight = ir.Value(name=name, shape=ir.Shape(joined.shape), type=ir.TensorType(joined.dtype))
+    weights[name] = joined
+    product = ir.node("MatMul", [source, weight])
+    split_sizes = ir.node("Constant", [], {"value": ir.tensor(np.array(sizes, np.int64))})
+    split = ir.node(
+        "Split", [product.outputs[0], split_sizes.outputs[0]], {"axis": -1}, num_outputs=len(nodes)
+    )
+    graph.insert_before(nodes[0], [product, split_sizes, split])
+    for node, output in zip(nodes, split.outputs, strict=True):
+        old = node.outputs[0]
+        output.shape, output.type = old.shape, old.type
+        old.replace_all_uses_with(output)
+    graph.remove(list(nodes), safe=True)
+    _placeholder(graph, weight, joined)
+
+
+def _transpose_in_gemm(graph: ir.Graph) -> None:
+    """``MatMul(x, Transpose(W))`` becomes ``Gemm(x, W, transB=1)`` over flattened rows.
+
+    The head may share its bytes with the embedding, which needs the rows as they are.
+    """
+    for node in list(graph):
+        if node.op_type != "MatMul" or node.inputs[1] is None:
+            continue
+        transpose = node.inputs[1].producer()
+        if transpose is None or transpose.op_type != "Transpose":
+            continue
+        source, weight = node.inputs[0], transpose.inputs[0]
+        assert source is not None
+        assert weight is not None
+        vocab, width = _fixed_shape(weight)
+        flat_shape = ir.node("Constant", [], {"value": ir.tensor(np.array([-1, width], np.int64))})
+        flat = ir.node("Reshape", [source, flat_shape.outputs[0]])
+        product = ir.node("Gemm", [flat.outputs[0], weight], {"transB": 1})
+        rows = ir.node("Shape", [source], {"start": 0, "end": 2})
+        last = ir.node("Constant", [], {"value": ir.tensor(np.array([vocab], np.int64))})
+        shape = ir.node("Concat", [rows.outputs[0], last.outputs[0]], {"axis": 0})
+        back = ir.node("Reshape", [product.outputs[0], shape.outputs[0]])
+        graph.insert_before(node, [flat_shape, flat, product, rows, last, shape, back])
+        back.outputs[0].shape, back.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+        node.outputs[0].replace_all_uses_with(back.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def _name_axes(graph: ir.Graph, inputs: Sequence[GraphInput], outputs: Sequence[GraphOutput]) -> None:
+    """Give inputs and outputs the contract's names and axes; drop the tracer's inner shapes."""
+    for node in graph:
+        for value in node.outputs:
+            value.shape = None
+    for value, item in zip(graph.inputs, inputs, strict=True):
+        value.name, value.shape = item.name, ir.Shape(item.shape)
+    for position, (value, wanted) in enumerate(zip(graph.outputs, outputs, strict=True)):
+        if value.producer() is None:
+            raise AssertionError(f"output {wanted.name} is an input")
+        value.name, value.shape = wanted.name, ir.Shape(wanted.shape)
+        value.type = ir.TensorType(wanted.dtype)
+        graph.outputs[position] = value

@@ -1,0 +1,234 @@
+"""The torch modules behind the graphs of a bundle.
+
+The target is the transformers module itself. The drafter follows the DFlash reference (PyPI dflash
+0.1.0, ``dflash/model.py``; arXiv 2602.06036, section 4), cut in two so that context rows and block
+rows can be written by separate graphs: :class:`Inject` and :class:`Draft` hold the same layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
+
+from .tracing import GraphCache, Visibility, attention, rotary, scatter
+
+if TYPE_CHECKING:
+    from .drafter_config import DrafterConfig
+
+__all__ = ["Draft", "DraftLogits", "DrafterLayers", "Embed", "Inject", "LmHead", "Target"]
+
+
+def _positions(start: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """int64 ``[batch, rows]``: cache row and rotary position of each row of ``rows [batch, rows, …]``."""
+    return start[:, None] + torch.arange(rows.shape[1])[None]
+
+
+class Embed(nn.Module):
+    """``input_ids [batch, rows]`` to the raw rows of the vocabulary matrix ``[batch, rows, hidden]``."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Look the rows up."""
+        return nn.functional.embedding(input_ids, self.weight)
+
+
+class Target(nn.Module):
+    """The decoder of a causal LM: hidden states after the final norm, tapped features, caches.
+
+    ``feature_layers`` are 0-based layers whose output is tapped; as in the reference, that is
+    ``hidden_states[layer + 1]`` of transformers (which for the last layer is after the norm).
+    """
+
+    def __init__(self, decoder: nn.Module, feature_layers: Sequence[int]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.feature_layers = tuple(feature_layers)
+
+    def forward(
+        self, embeddings: torch.Tensor, start: torch.Tensor, *caches: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Hidden states, features, then keys and values per layer."""
+        positions = _positions(start, embeddings)
+        cache = GraphCache(start, caches[0::2], caches[1::2])
+        out = self.decoder(
+            inputs_embeds=embeddings,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=True,
+            visibility=Visibility(positions, caches[0].shape[2]),
+        )
+        features = torch.cat([out.hidden_states[layer + 1] for layer in self.feature_layers], dim=-1)
+        return out.last_hidden_state, features, *_interleave(cache.keys, cache.values)
+
+
+class LmHead(nn.Module):
+    """``hidden [batch, rows, hidden]`` to fp32 logits and their argmax."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits ``[batch, rows, vocab]`` and token ids ``[batch, rows]``."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias).float()
+        return logits, logits.argmax(-1)
+
+
+class DraftLogits(nn.Module):
+    """What a drafter does to the head's logits: multiply, then softcap (reference ``compute_logits``)."""
+
+    def __init__(self, multiplier: float, softcap: float | None) -> None:
+        super().__init__()
+        self.multiplier = multiplier
+        self.softcap = softcap
+
+    def forward(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Changed logits and their argmax."""
+        logits = logits * self.multiplier
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits, logits.argmax(-1)
+
+
+class _Attention(nn.Module):
+    """Projections of one draft layer; parameter names are the checkpoint's."""
+
+    def __init__(self, config: DrafterConfig, layer: int) -> None:
+        super().__init__()
+        bias = config.attention_bias
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.causal = config.layer_is_causal[layer]
+        self.window = config.layer_windows[layer]
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
+        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def heads(self, states: torch.Tensor) -> torch.Tensor:
+        """``[batch, rows, heads · head_dim]`` to ``[batch, rows, heads, head_dim]``."""
+        return states.view(*states.shape[:-1], -1, self.head_dim)
+
+    def key_value(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cache rows ``[batch, kv_heads, rows, head_dim]`` of ``hidden [batch, rows, hidden]``."""
+        key = rotary(self.k_norm(self.heads(self.k_proj(hidden))).transpose(1, 2), cos, sin)
+        return key, self.heads(self.v_proj(hidden)).transpose(1, 2)
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: DrafterConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = _Attention(config, layer)
+        self.mlp = Qwen3MLP(config.to_qwen3_config())  # type: ignore[no-untyped-call]
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class DrafterLayers(nn.Module):
+    """Every parameter of a DFlash v1 drafter under its name in the checkpoint.
+
+    ``fc`` and ``hidden_norm`` have ``feature_dtype``: real features reach 2e4, and their sum overflows fp16.
+    """
+
+    def __init__(self, config: DrafterConfig, dtype: torch.dtype, feature_dtype: torch.dtype) -> None:
+        super().__init__()
+        with _default_dtype(feature_dtype):
+            self.fc = nn.Linear(
+                len(config.feature_layers) * config.hidden_size, config.hidden_size, bias=False
+            )
+            self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        with _default_dtype(dtype):
+            self.layers = nn.ModuleList([_Layer(config, i) for i in range(config.num_layers)])
+            self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config.to_qwen3_config())
+
+    def rotary_table(
+        self, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin ``[batch, rows, head_dim / 2]``."""
+        cos, sin = self.rotary_emb(hidden, positions)
+        half = cos.shape[-1] // 2
+        return cos[..., :half], sin[..., :half]
+
+
+class Inject(nn.Module):
+    """Write context rows into the draft caches: ``fc → hidden_norm →`` keys and values of every layer."""
+
+    def __init__(self, drafter: DrafterLayers) -> None:
+        super().__init__()
+        self.drafter = drafter
+
+    def forward(
+        self, features: torch.Tensor, start: torch.Tensor, *caches: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Keys and values per draft layer."""
+        drafter = self.drafter
+        context = drafter.hidden_norm(drafter.fc(features.to(drafter.fc.weight.dtype))).to(caches[0].dtype)
+        cos, sin = drafter.rotary_table(context, _positions(start, features))
+        keys, values = list(caches[0::2]), list(caches[1::2])
+        for i, layer in enumerate(drafter.layers):
+            assert isinstance(layer, _Layer)
+            key, value = layer.self_attn.key_value(context, cos, sin)
+            keys[i], values[i] = scatter(keys[i], key, start), scatter(values[i], value, start)
+        return tuple(_interleave(keys, values))
+
+
+class Draft(nn.Module):
+    """One pass over a block ``[anchor, mask, …]`` on top of the injected context."""
+
+    def __init__(self, drafter: DrafterLayers, embedding_scale: float) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self.embedding_scale = embedding_scale
+
+    def forward(
+        self, embeddings: torch.Tensor, start: torch.Tensor, *caches: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Hidden states after the final norm, then keys and values per draft layer."""
+        drafter = self.drafter
+        hidden = embeddings if self.embedding_scale == 1.0 else embeddings * self.embedding_scale
+        positions = _positions(start, embeddings)
+        visibility = Visibility(positions, caches[0].shape[2])
+        cos, sin = drafter.rotary_table(hidden, positions)
+        keys, values = list(caches[0::2]), list(caches[1::2])
+        for i, layer in enumerate(drafter.layers):
+            assert isinstance(layer, _Layer)
+            at = layer.self_attn
+            normed = layer.input_layernorm(hidden)
+            query = rotary(at.q_norm(at.heads(at.q_proj(normed))).transpose(1, 2), cos, sin)
+            key, value = at.key_value(normed, cos, sin)
+            keys[i], values[i] = scatter(keys[i], key, start), scatter(values[i], value, start)
+            mask = visibility.mask(causal=at.causal, window=at.window)
+            attended = attention(query, keys[i], values[i], mask, at.scale)
+            hidden = hidden + at.o_proj(attended.transpose(1, 2).flatten(2))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return drafter.norm(hidden), *_interleave(keys, values)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters made inside have ``dtype``. (``Module.to`` can't replace parameters that have no data.)"""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _interleave(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor for pair in zip(keys, values, strict=True) for tensor in pair]
