@@ -1,0 +1,373 @@
+"""From a Hugging Face pair to a bundle."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from dflash_rt import Bundle
+from dflash_rt._version import __version__
+from dflash_rt.bundle import hash_file
+from dflash_rt.errors import OutputError, RecipeError
+from dflash_rt.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    DrafterInfo,
+    FileRecord,
+    GenerationDefaults,
+    GraphSpec,
+    Limits,
+    Manifest,
+    Provenance,
+    SourceInfo,
+    TargetInfo,
+    TensorSpec,
+    TokenizerSpec,
+    output_name,
+)
+
+from .drafter_config import DrafterConfig, load_drafter_config
+from .external_data import DataFile, LoadParameter
+from .graph_passes import TracedGraph
+from .graphs import PRECISIONS, trace_drafter, trace_target
+from .pairing import require_pair
+from .progress import SILENT, Progress
+from .publish import check_output, new_folder
+from .sources import Source, resolve_drafter, resolve_target
+from .target_config import TargetFacts, load_target_config, stop_token_ids, target_facts
+from .tokenizer_files import TokenizerFiles, export_tokenizer
+from .weights import Weights, open_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["build"]
+
+_PACKAGES = ("gguf", "onnx", "onnx-ir", "onnxscript", "safetensors", "tokenizers", "torch", "transformers")
+
+# Rows of one prefill pass. A mixture of experts gathers the weights of every (row, expert) pair.
+_PREFILL_CHUNK, _PREFILL_CHUNK_MOE = 256, 16
+
+
+def build(
+    target: str | os.PathLike[str],
+    drafter: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    precision: str = "fp32",
+    max_seq_len: int | None = None,
+    prefill_chunk: int | None = None,
+    draft_width: int | None = None,
+    target_revision: str | None = None,
+    drafter_revision: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a target and its DFlash drafter to a bundle.
+
+    The models are never loaded whole: graphs are traced without weights, then each tensor is streamed from
+    the checkpoint to its place in the bundle. The output appears when everything is on disk, or not at all.
+
+    Args:
+        target: hub id, folder with config.json and safetensors, or a ``.gguf`` file.
+        drafter: hub id or folder of a DFlash v1 drafter in z-lab's format.
+        output: folder to make; its parents are made too.
+        precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``: dtype of weights, activations and caches.
+        max_seq_len: most tokens of prompt and output; default: what both models were made for.
+        prefill_chunk: rows of one prefill pass at most; default 256, or 16 for a mixture of experts.
+        draft_width: rows of a block that requests use by default, anchor included; default ``block_size``.
+        target_revision: branch, tag or commit of a hub id. Refused for local files.
+        drafter_revision: the same for the drafter.
+        chat_template_kwargs: defaults for the chat template, such as ``{"enable_thinking": False}``.
+        name: the bundle's name; default: the name of ``output``.
+        force: replace an existing bundle.
+        progress: where stages are reported; default: nowhere.
+
+    Raises:
+        OutputError: the output exists, can't be written, or the disk is full.
+        SourceError, CheckpointError: a model can't be found or read.
+        UnsupportedModelError: a model would not be exported faithfully.
+        PairError: target and drafter don't belong together; lists every problem.
+        RecipeError: an option is out of range.
+    """
+    progress = progress or SILENT
+    output = Path(os.path.abspath(output))
+    if precision not in PRECISIONS:
+        raise RecipeError(
+            "unknown precision", found=precision, expected=", ".join(PRECISIONS), todo="choose one of these"
+        )
+    check_output(output, force=force)
+    with progress.stage("checking the pair"):
+        target_source = resolve_target(target, revision=target_revision)
+        drafter_source = resolve_drafter(drafter, revision=drafter_revision)
+        config = load_target_config(target_source)
+        drafter_config = load_drafter_config(drafter_source)
+        facts = target_facts(config)
+        limits = _limits(facts, drafter_config, config, max_seq_len, prefill_chunk)
+        width = _draft_width(draft_width, drafter_config.block_size)
+    with (
+        open_weights(target_source, config) as target_weights,
+        open_weights(drafter_source) as drafter_weights,
+        new_folder(output, force=force) as folder,
+    ):
+        with progress.stage("reading the tokenizer"):
+            tokenizer = export_tokenizer(target_source, folder)
+        with progress.stage("checking the weights"):
+            require_pair(
+                config,
+                target_weights,
+                drafter_config,
+                drafter_weights,
+                chat_template=tokenizer.chat_template if tokenizer else None,
+                chat_template_kwargs=chat_template_kwargs,
+                max_seq_len=limits.max_seq_len,
+            )
+            _check_disk(folder, target_weights, drafter_weights, precision)
+        with progress.stage("tracing graphs", total=5 + drafter_config.has_logit_transform) as stage:
+            graphs = trace_target(config, drafter_config.feature_layers, precision, lambda _: stage.advance())
+            graphs |= trace_drafter(drafter_config, precision, facts.vocab_size, lambda _: stage.advance())
+        _write_weights(folder, graphs, facts, target_weights, drafter_weights, progress)
+        for graph_name, graph in graphs.items():
+            _write_graph(folder / f"{graph_name}.onnx", graph)
+        with progress.stage("hashing files"):
+            manifest = Manifest(
+                format="dflash-bundle",
+                format_version=FORMAT_VERSION,
+                name=name or output.name,
+                precision=precision,  # type: ignore[arg-type]  # checked above
+                limits=limits,
+                target=_target_info(facts, target_source),
+                drafter=_drafter_info(drafter_config, drafter_source),
+                graphs={graph_name: _graph_spec(graph_name, graph) for graph_name, graph in graphs.items()},
+                tokenizer=_tokenizer_spec(tokenizer),
+                generation=GenerationDefaults(
+                    stop_token_ids=stop_token_ids(target_source, config),
+                    draft_width=width,
+                    chat_template_kwargs=dict(chat_template_kwargs or {}),
+                ),
+                provenance=_provenance(
+                    precision=precision,
+                    max_seq_len=max_seq_len,
+                    prefill_chunk=prefill_chunk,
+                    draft_width=draft_width,
+                    target_revision=target_revision,
+                    drafter_revision=drafter_revision,
+                ),
+                files=_records(folder),
+            )
+        _write_text(folder / MANIFEST_NAME, manifest.to_json())
+    return Bundle.open(output)
+
+
+def _limits(
+    facts: TargetFacts,
+    drafter: DrafterConfig,
+    config: PreTrainedConfig,
+    max_seq_len: int | None,
+    prefill_chunk: int | None,
+) -> Limits:
+    is_moe = getattr(config, "num_experts", None) is not None
+    limits = Limits(
+        max_seq_len=min(facts.max_position_embeddings, drafter.max_position_embeddings)
+        if max_seq_len is None
+        else max_seq_len,
+        prefill_chunk=(_PREFILL_CHUNK_MOE if is_moe else _PREFILL_CHUNK)
+        if prefill_chunk is None
+        else prefill_chunk,
+    )
+    for option, value in (("max_seq_len", limits.max_seq_len), ("prefill_chunk", limits.prefill_chunk)):
+        if type(value) is not int or value < 1:
+            raise RecipeError(
+                f"{option} is out of range",
+                found=value,
+                expected="a whole number of at least 1",
+                todo="mend the option",
+            )
+    return limits
+
+
+def _draft_width(draft_width: int | None, block_size: int) -> int:
+    if draft_width is None:
+        return block_size
+    if type(draft_width) is not int or not 1 <= draft_width <= block_size:
+        raise RecipeError(
+            "draft_width is out of range",
+            found=draft_width,
+            expected=f"1 (no drafting) to the drafter's block_size, {block_size}",
+            todo="choose a width in that range; a drafter can't draft wider than it was trained for",
+        )
+    return draft_width
+
+
+def _check_disk(folder: Path, target: Weights, drafter: Weights, precision: str) -> None:
+    width = PRECISIONS[precision].itemsize
+    numbers = sum(torch.Size(w.shape(n)).numel() for w in (target, drafter) for n in w.names())
+    free = shutil.disk_usage(folder).free
+    if free < numbers * width:
+        raise OutputError(
+            "the disk is too full for the bundle",
+            found=f"{free / 1e9:.2f} GB free",
+            expected=f"{numbers * width / 1e9:.2f} GB",
+            todo="free disk space or choose another output",
+        )
+
+
+def _write_weights(
+    folder: Path,
+    graphs: Mapping[str, TracedGraph],
+    facts: TargetFacts,
+    target: Weights,
+    drafter: Weights,
+    progress: Progress,
+) -> None:
+    """Stream the weights. Matrices that graphs share are in one file, once."""
+
+    def from_target(parameter: str, dtype: torch.dtype) -> torch.Tensor:
+        return target.load(parameter.replace("decoder.", "model.", 1), dtype)
+
+    def from_drafter(parameter: str, dtype: torch.dtype) -> torch.Tensor:
+        return drafter.load(parameter.removeprefix("drafter."), dtype)
+
+    def embedding(_: str, dtype: torch.dtype) -> torch.Tensor:
+        return target.load("model.embed_tokens.weight", dtype)
+
+    def head(_: str, dtype: torch.dtype) -> torch.Tensor:
+        return target.load("lm_head.weight", dtype)
+
+    files: dict[str, list[tuple[str, LoadParameter]]] = {
+        "target.data": [("target", from_target)],
+        "drafter.data": [("inject", from_drafter), ("draft", from_drafter)],
+    }
+    if facts.tie_word_embeddings:
+        files["vocabulary.data"] = [("embed", embedding), ("lm_head", embedding)]
+    else:
+        files |= {"embedding.data": [("embed", embedding)], "lm_head.data": [("lm_head", head)]}
+    total = sum(weight.nbytes for graph in graphs.values() for weight in graph.weights.values())
+    with progress.stage("writing weights", total=total) as stage:
+        for file_name, contents in files.items():
+            with DataFile(folder / file_name) as file:
+                for graph, load in contents:
+                    file.fill(graphs[graph], load, stage.advance)
+
+
+def _write_graph(path: Path, graph: TracedGraph) -> None:
+    try:
+        onnx.save(ir.serde.serialize_model(graph.model), path)
+    except OSError as error:
+        raise OutputError(
+            f"can't write {path}",
+            found=error.strerror or error,
+            expected="a writable folder with room for the bundle",
+            todo="free disk space or choose another output; nothing was left behind",
+        ) from error
+    # By path, so that the checker also follows the pointers into the data files.
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _records(folder: Path) -> dict[str, FileRecord]:
+    return {
+        path.relative_to(folder).as_posix(): hash_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def _source_info(source: Source) -> SourceInfo:
+    files = {name: FileRecord(record.size, record.sha256) for name, record in source.files().items()}
+    return SourceInfo(kind=source.kind, id=source.id, revision=source.revision, files=files)
+
+
+def _target_info(facts: TargetFacts, source: Source) -> TargetInfo:
+    return TargetInfo(
+        source=_source_info(source),
+        model_type=facts.model_type,
+        num_layers=facts.num_layers,
+        hidden_size=facts.hidden_size,
+        vocab_size=facts.vocab_size,
+        num_key_value_heads=facts.num_key_value_heads,
+        head_dim=facts.head_dim,
+        max_position_embeddings=facts.max_position_embeddings,
+        tie_word_embeddings=facts.tie_word_embeddings,
+    )
+
+
+def _drafter_info(config: DrafterConfig, source: Source) -> DrafterInfo:
+    return DrafterInfo(
+        source=_source_info(source),
+        kind="dflash-v1",
+        num_layers=config.num_layers,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        block_size=config.block_size,
+        mask_token_id=config.mask_token_id,
+        feature_layers=config.feature_layers,
+        layer_types=config.layer_types,  # type: ignore[arg-type]  # checked by drafter_config
+        layer_is_causal=config.layer_is_causal,
+        sliding_window=config.sliding_window,
+    )
+
+
+def _tokenizer_spec(files: TokenizerFiles | None) -> TokenizerSpec | None:
+    if files is None:
+        return None
+    return TokenizerSpec(
+        path=files.path,
+        chat_template=files.chat_template_path,
+        bos_token=files.bos_token,
+        eos_token=files.eos_token,
+    )
+
+
+def _graph_spec(name: str, graph: TracedGraph) -> GraphSpec:
+    inputs = tuple(_tensor_spec(value) for value in graph.model.graph.inputs)
+    outputs = tuple(_tensor_spec(value) for value in graph.model.graph.outputs)
+    names = {tensor.name for tensor in outputs}
+    aliases = {
+        output_name(tensor.name): tensor.name
+        for tensor in inputs
+        if "capacity" in tensor.shape and output_name(tensor.name) in names
+    }
+    return GraphSpec(path=f"{name}.onnx", inputs=inputs, outputs=outputs, aliases=aliases)
+
+
+_DTYPES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT64: "int64",
+}
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None
+    assert value.shape is not None
+    assert value.dtype is not None
+    shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    return TensorSpec(value.name, _DTYPES[value.dtype], shape)  # type: ignore[arg-type]
+
+
+def _provenance(**options: str | int | None) -> Provenance:
+    return Provenance(
+        created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        tool=f"dflash-export {__version__}",
+        packages={package: importlib.metadata.version(package) for package in _PACKAGES},
+        options=options,
+    )

@@ -1,0 +1,141 @@
+"""Writing a folder so that it is there whole or not at all.
+
+The work happens in a hidden folder beside the output, which is renamed when everything is on disk. A killed
+export leaves only that hidden folder; the next export to the same output removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from dflash_rt.errors import OutputError
+from dflash_rt.manifest import MANIFEST_NAME
+
+__all__ = ["check_output", "new_folder"]
+
+_LOCK = ".lock"
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse an output that can't become a bundle.
+
+    Raises:
+        OutputError: it exists and ``force`` isn't given, or it exists and isn't a bundle.
+    """
+    if not os.path.lexists(output):
+        return
+    if not force:
+        raise OutputError(
+            f"the output {output} exists already",
+            found="a folder" if output.is_dir() else "a file",
+            expected="a path where nothing is yet",
+            todo="choose another output, or pass --force to replace a bundle",
+        )
+    replaceable = output.is_dir() and not output.is_symlink()
+    if not replaceable or (any(output.iterdir()) and not (output / MANIFEST_NAME).is_file()):
+        raise OutputError(
+            f"--force won't replace {output}",
+            found="something that is not a bundle",
+            expected="a bundle or an empty folder",
+            todo="choose another output, or move what is there away yourself",
+        )
+
+
+@contextlib.contextmanager
+def new_folder(output: Path, *, force: bool) -> Iterator[Path]:
+    """A hidden folder to fill; becomes ``output`` when the block ends, vanishes when it raises.
+
+    Raises:
+        OutputError: see :func:`check_output`; or the place can't be written; or something appeared
+            at ``output`` meanwhile.
+    """
+    check_output(output, force=force)
+    prefix = f".{output.name}.partial-"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(output.parent, prefix)
+        folder = output.parent / f"{prefix}{uuid.uuid4().hex}"
+        folder.mkdir()
+    except OSError as error:
+        raise _cannot_write(output, error) from error
+    try:
+        with _locked(folder):
+            yield folder
+            (folder / _LOCK).unlink()
+        _sync(folder)
+        _publish(folder, output, force=force)
+    except OSError as error:
+        raise _cannot_write(output, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock in ``folder`` for as long as this process works on it; a killed one lets go."""
+    with (folder / _LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    for folder in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), (folder / _LOCK).open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, output: Path, *, force: bool) -> None:
+    if not os.path.lexists(output):
+        os.rename(folder, output)
+    else:
+        # It may have appeared since the export began.
+        check_output(output, force=force)
+        if not _exchange(folder, output):
+            aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+            os.rename(output, aside / "bundle")
+            os.rename(folder, output)
+            shutil.rmtree(aside)
+    _sync(output.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one atomic step; False where the system can't."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    arguments = (
+        at_fdcwd,
+        os.fsencode(first.absolute()),
+        at_fdcwd,
+        os.fsencode(second.absolute()),
+        rename_exchange,
+    )
+    return bool(rename(*arguments) == 0)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(output: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"can't write the bundle {output}",
+        found=error.strerror or str(error),
+        expected="a writable folder with room for the bundle",
+        todo="free disk space, mend the permissions, or choose another output; nothing was left behind",
+    )
