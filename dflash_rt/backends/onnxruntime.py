@@ -1,0 +1,316 @@
+"""ONNX Runtime on the CPU: the backend that works everywhere.
+
+Every buffer is a numpy array that is allocated once and bound in place; a step runs the graphs over
+these bindings and copies nothing but a few rows of hidden states. Facts that shaped this file, each
+tried on ONNX Runtime 1.32:
+
+- ``TensorScatter`` writes in place only if one buffer is bound as input and as output.
+- ``Attention`` costs time for every row of the cache buffer, valid or not, so the caches start small
+  and double when a sequence outgrows them. That is the only time a cache is allocated or copied.
+- Each session has its own thread pool, whose idle threads would spin while another session works.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from dflash_rt.backends.base import Inject, IntArray, StepOutput
+from dflash_rt.errors import BackendError, NumericalError
+from dflash_rt.manifest import GraphSpec, TensorSpec, output_name
+
+if TYPE_CHECKING:
+    from dflash_rt.bundle import Bundle
+
+__all__ = ["OnnxRuntimeBackend"]
+
+# Where bfloat16 has no numpy type its bits travel as uint16; ONNX Runtime is told by the number
+# that onnx.TensorProto gives the type.
+_STORAGE: dict[str, tuple[type[np.generic], int]] = {
+    "float32": (np.float32, 1),
+    "int64": (np.int64, 7),
+    "float16": (np.float16, 10),
+    "bfloat16": (np.uint16, 16),
+}
+_FIRST_CAPACITY = 256
+
+
+class _Buffer:
+    """Memory for one tensor of at most ``batch * rows`` rows; a smaller shape uses its beginning."""
+
+    def __init__(self, spec: TensorSpec, batch: int, rows: int) -> None:
+        self.storage, self.onnx_type = _STORAGE[spec.dtype]
+        self.tail = tuple(d for d in spec.shape[2:] if isinstance(d, int))
+        self._flat = np.zeros(batch * rows * int(np.prod(self.tail, dtype=np.int64)), self.storage)
+
+    def view(self, batch: int, rows: int) -> npt.NDArray[Any]:
+        """The tensor as ``[batch, rows, …]``; every call with the same shape is the same memory."""
+        shape = (batch, rows, *self.tail)
+        return self._flat[: int(np.prod(shape, dtype=np.int64))].reshape(shape)
+
+    def clear(self) -> None:
+        """Zero all of it."""
+        self._flat.fill(0)
+
+
+class OnnxRuntimeBackend:
+    """Backend ``onnxruntime``: see :class:`dflash_rt.backends.base.Backend` for the protocol.
+
+    Args:
+        bundle: an open bundle of any precision that ONNX Runtime's CPU kernels cover.
+        threads: intra-op threads; ``None`` is ONNX Runtime's default, one per physical core.
+
+    Raises:
+        BackendError: ONNX Runtime can't load a graph of the bundle.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        manifest = bundle.manifest
+        self._block_size = manifest.drafter.block_size
+        self._mask_token_id = manifest.drafter.mask_token_id
+        self._vocab_size = manifest.target.vocab_size
+        # Rejected rows of the last block may lie behind the last row that a request can commit.
+        self._limit = manifest.limits.max_seq_len + self._block_size
+        self._graphs: dict[str, GraphSpec] = dict(manifest.graphs)
+        self._sessions = {name: _load(name, str(bundle.graph_path(name)), threads) for name in self._graphs}
+        self._stage_seconds: dict[str, float] = {}
+        self._batch = 1
+        rows = max(manifest.limits.prefill_chunk, self._block_size)
+        self._buffers = self._make_buffers(rows)
+        self._starts = {stage: np.zeros(self._batch, np.int64) for stage in ("inject", "draft", "target")}
+        self._capacity = 0
+        self._caches: dict[str, dict[str, npt.NDArray[Any]]] = {"target": {}, "draft": {}}
+        self._bindings: dict[tuple[str, int, int], ort.IOBinding] = {}
+        self.reserve(0)
+
+    @property
+    def run_seconds(self) -> dict[str, float]:
+        """Seconds inside ``run`` by stage, since the backend was made."""
+        return dict(self._stage_seconds)
+
+    @property
+    def capacity(self) -> int:
+        """Rows that each cache buffer holds now."""
+        return self._capacity
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all caches now."""
+        return sum(array.nbytes for caches in self._caches.values() for array in caches.values())
+
+    def reserve(self, rows: int) -> None:
+        """Make room for ``rows`` committed rows and one block; doubles the caches when they are full."""
+        needed = rows + self._block_size
+        if needed <= self._capacity:
+            return
+        if needed > self._limit:
+            raise BackendError(
+                "a sequence outgrew the bundle",
+                found=f"{rows} rows",
+                expected=f"at most {self._limit - self._block_size}",
+                todo="shorten the prompt or max_new_tokens, or build with a larger --max-seq-len",
+            )
+        capacity = _FIRST_CAPACITY
+        while capacity < needed:
+            capacity *= 2
+        self._grow(min(capacity, self._limit))
+
+    def prefill(self, token_ids: IntArray, start: IntArray, *, inject: bool) -> IntArray:
+        """Feed prompt rows; see the protocol."""
+        batch, rows = token_ids.shape
+        self._target(token_ids, start)
+        if inject:
+            self._inject(start, batch, rows)
+        hidden = self._buffers["hidden"].view(batch, rows)
+        return self._head(hidden[:, -1:], "target_head")[:, 0]
+
+    def step(self, anchors: IntArray, start: IntArray, *, width: int, inject: Inject | None) -> StepOutput:
+        """Run inject, draft and verify; see the protocol."""
+        batch = anchors.shape[0]
+        block = np.full((batch, width), self._mask_token_id, np.int64)
+        block[:, 0] = anchors
+        if width > 1:
+            if inject is not None:
+                self._inject(inject.start, batch, inject.rows)
+            block[:, 1:] = self._draft(block, start)
+        self._target(block, start)
+        verified = self._head(self._buffers["hidden"].view(batch, width), "target_head")
+        return StepOutput(drafted=block[:, 1:], verified=verified)
+
+    def clear(self) -> None:
+        """Zero caches and buffers."""
+        for caches in self._caches.values():
+            for array in caches.values():
+                array.fill(0)
+        # Features of a failed step must not be injected by the next sequence either.
+        for buffer in self._buffers.values():
+            buffer.clear()
+
+    def close(self) -> None:
+        """Free sessions and memory."""
+        self._bindings.clear()
+        self._sessions.clear()
+        self._caches = {"target": {}, "draft": {}}
+        self._buffers = {}
+        self._capacity = 0
+
+    # One method per graph. Each fills its inputs, runs, and leaves its outputs in the buffers.
+
+    def _target(self, token_ids: IntArray, start: IntArray) -> None:
+        batch, rows = token_ids.shape
+        self._embed(token_ids)
+        self._starts["target"][:] = start
+        self._run("target", "target", batch, rows)
+
+    def _inject(self, start: IntArray, batch: int, rows: int) -> None:
+        self._starts["inject"][:] = start
+        self._run("inject", "inject", batch, rows)
+
+    def _draft(self, block: IntArray, start: IntArray) -> IntArray:
+        batch, width = block.shape
+        self._embed(block)
+        self._starts["draft"][:] = start
+        self._run("draft", "draft", batch, width)
+        return self._head(self._buffers["draft_hidden"].view(batch, width)[:, 1:], "draft_head")
+
+    def _embed(self, token_ids: IntArray) -> None:
+        batch, rows = token_ids.shape
+        self._buffers["input_ids"].view(batch, rows)[:] = token_ids
+        self._run("embed", "embed", batch, rows)
+
+    def _head(self, hidden: npt.NDArray[Any], stage: str) -> IntArray:
+        batch, rows = hidden.shape[:2]
+        self._buffers["head_hidden"].view(batch, rows)[:] = hidden
+        self._run("lm_head", stage, batch, rows)
+        if stage == "draft_head" and "draft_logits" in self._graphs:
+            self._run("draft_logits", stage, batch, rows)
+        self._check_finite(self._buffers["logits"].view(batch, rows), stage)
+        token_ids: IntArray = self._buffers["token_ids"].view(batch, rows).copy()
+        return token_ids
+
+    def _check_finite(self, logits: npt.NDArray[Any], stage: str) -> None:
+        # A sum is finite only if every term is; it costs a tenth of looking at each term. A finite
+        # row may still overflow it, so that what looks wrong is looked at again.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(logits.sum()):
+                return
+        bad = ~np.isfinite(logits)
+        if bad.any():
+            raise NumericalError(
+                "a step gave logits that are not finite",
+                found=f"{int(bad.sum())} of {bad.size} values of {stage} are NaN or infinite",
+                expected="finite logits",
+                todo="check the bundle with `dflash-export inspect`; in fp16, build with bf16 or fp32",
+            )
+
+    def _run(self, graph: str, stage: str, batch: int, rows: int) -> None:
+        binding = self._bindings.get((graph, batch, rows))
+        if binding is None:
+            binding = self._bindings[graph, batch, rows] = self._bind(graph, batch, rows)
+        session = self._sessions[graph]
+        begin = time.perf_counter()
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's own classes share no public base
+            raise BackendError(
+                f"ONNX Runtime failed in graph {graph}",
+                found=str(error),
+                expected=f"a run of {batch} x {rows} rows",
+                todo="check the bundle with `dflash-export inspect`; if it is whole, report this",
+            ) from error
+        self._stage_seconds[stage] = self._stage_seconds.get(stage, 0.0) + time.perf_counter() - begin
+
+    # Memory and bindings.
+
+    def _make_buffers(self, rows: int) -> dict[str, _Buffer]:
+        def make(graph: str, tensor: str, max_rows: int) -> _Buffer:
+            spec = self._graphs[graph]
+            (found,) = (t for t in (*spec.inputs, *spec.outputs) if t.name == tensor)
+            return _Buffer(found, self._batch, max_rows)
+
+        block = self._block_size
+        return {
+            "input_ids": make("embed", "input_ids", rows),
+            "embeddings": make("embed", "embeddings", rows),
+            "hidden": make("target", "hidden", rows),
+            "features": make("target", "features", rows),
+            "draft_hidden": make("draft", "hidden", block),
+            # Rows that want logits, gathered: never more than a block.
+            "head_hidden": make("lm_head", "hidden", block),
+            "logits": make("lm_head", "logits", block),
+            "token_ids": make("lm_head", "token_ids", block),
+        }
+
+    def _bind(self, graph: str, batch: int, rows: int) -> ort.IOBinding:
+        """One binding per graph and shape, kept until the caches move."""
+        spec = self._graphs[graph]
+        binding = self._sessions[graph].io_binding()
+        caches = self._caches["target" if graph == "target" else "draft"]
+
+        def memory(tensor: TensorSpec, is_output: bool) -> npt.NDArray[Any]:
+            name = tensor.name
+            if name == "start":
+                return self._starts[graph]
+            cache = caches.get(spec.aliases.get(name, name) if is_output else name)
+            if cache is not None and graph in ("target", "inject", "draft"):
+                return cache
+            if name == "hidden" and graph == "lm_head":
+                name = "head_hidden"
+            elif name == "hidden" and graph == "draft":
+                name = "draft_hidden"
+            elif name == output_name("logits"):
+                name = "logits"  # multiplier and softcap work in place
+            return self._buffers[name].view(batch, rows)
+
+        def bind(tensors: tuple[TensorSpec, ...], attach: Callable[..., None], is_output: bool) -> None:
+            for tensor in tensors:
+                array = memory(tensor, is_output)
+                onnx_type = _STORAGE[tensor.dtype][1]
+                attach(tensor.name, "cpu", 0, onnx_type, array.shape, array.ctypes.data)
+
+        bind(spec.inputs, binding.bind_input, False)
+        bind(spec.outputs, binding.bind_output, True)
+        return binding
+
+    def _grow(self, capacity: int) -> None:
+        """Move the caches into buffers of ``capacity`` rows; new rows are zeros."""
+        self._bindings.clear()
+        for owner, graph in (("target", "target"), ("draft", "draft")):
+            for tensor in self._graphs[graph].inputs:
+                if "capacity" not in tensor.shape:
+                    continue
+                shape = tuple(
+                    {"batch": self._batch, "capacity": capacity}[d] if isinstance(d, str) else d
+                    for d in tensor.shape
+                )
+                grown = np.zeros(shape, _STORAGE[tensor.dtype][0])
+                old = self._caches[owner].get(tensor.name)
+                if old is not None:
+                    grown[:, :, : old.shape[2]] = old
+                self._caches[owner][tensor.name] = grown
+        self._capacity = capacity
+
+
+def _load(graph: str, path: str, threads: int | None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    # `embed` is one lookup: no pool of threads for it.
+    options.intra_op_num_threads = 1 if graph == "embed" else (threads or 0)
+    options.inter_op_num_threads = 1
+    # Without this the idle threads of one session spin for milliseconds into the run of the next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own classes share no public base
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} can't load graph {graph}",
+            found=str(error),
+            expected="a graph of opset 24 whose operators have CPU kernels of its precision",
+            todo="use onnxruntime 1.32 or newer; on a CPU, build the bundle with --precision fp32",
+        ) from error
