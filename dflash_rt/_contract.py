@@ -1,0 +1,108 @@
+"""The graph contract: which graphs a bundle has, and the name, dtype and shape of each of their tensors.
+
+Axes: ``batch`` (slots), ``rows`` (token positions of one call), ``capacity`` (rows that a cache holds); ``H``
+hidden size, ``V`` vocabulary, ``K`` tapped layers, ``Hkv`` key/value heads, ``D`` head size. Below, b and r
+are batch and rows::
+
+    embed         input_ids[b,r]                                -> embeddings[b,r,H]
+    target        embeddings[b,r,H], start[b], caches           -> hidden[b,r,H], features[b,r,K*H], caches
+    lm_head       hidden[b,r,H]                                 -> logits[b,r,V], token_ids[b,r]
+    inject        features[b,r,K*H], start[b], draft caches     -> draft caches
+    draft         embeddings[b,r,H], start[b], draft caches     -> hidden[b,r,H], draft caches
+    draft_logits  logits[b,r,V]                                 -> logits.out[b,r,V], token_ids[b,r]
+
+A cache is ``key.{i}`` and ``value.{i}`` per layer, ``[b,Hkv,capacity,D]``; its output is ``key.{i}.out`` and
+lies in the same memory. ``draft_logits`` exists only for a drafter that changes the logits after the head.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dflash_rt.manifest import Manifest
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "GRAPH_NAMES",
+    "LINKS",
+    "REQUIRED_GRAPHS",
+    "cache_names",
+    "expected_tensors",
+    "key_name",
+    "output_name",
+    "value_name",
+]
+
+REQUIRED_GRAPHS = ("embed", "target", "lm_head", "inject", "draft")
+GRAPH_NAMES = (*REQUIRED_GRAPHS, "draft_logits")
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+
+# (from graph, output, to graph, input): the buffer is handed over as it is, so the dtypes must agree.
+LINKS = (
+    ("embed", "embeddings", "target", "embeddings"),
+    ("embed", "embeddings", "draft", "embeddings"),
+    ("target", "hidden", "lm_head", "hidden"),
+    ("draft", "hidden", "lm_head", "hidden"),
+    ("target", "features", "inject", "features"),
+    ("lm_head", "logits", "draft_logits", "logits"),
+)
+
+Shape = tuple["str | int", ...]
+# Name -> (allowed dtypes, shape)
+Tensors = dict[str, tuple[tuple[str, ...], Shape]]
+
+_INT64 = ("int64",)
+_FLOAT32 = ("float32",)
+
+
+def key_name(layer: int) -> str:
+    """Input name of a layer's key cache."""
+    return f"key.{layer}"
+
+
+def value_name(layer: int) -> str:
+    """Input name of a layer's value cache."""
+    return f"value.{layer}"
+
+
+def output_name(name: str) -> str:
+    """Output name of what a graph takes in and gives back: a cache, or the ``logits`` of ``draft_logits``."""
+    return f"{name}.out"
+
+
+def cache_names(num_layers: int) -> tuple[str, ...]:
+    """Input names of all caches of a model with ``num_layers`` layers: keys and values layer by layer."""
+    return tuple(name for layer in range(num_layers) for name in (key_name(layer), value_name(layer)))
+
+
+def expected_tensors(graph: str, manifest: Manifest) -> tuple[Tensors, Tensors]:
+    """Inputs and outputs that the contract wants of one graph, for the sizes that the manifest states."""
+    target, drafter = manifest.target, manifest.drafter
+    rows: Shape = ("batch", "rows")
+    width = target.hidden_size
+    embeddings: Tensors = {"embeddings": (FLOAT_DTYPES, (*rows, width))}
+    hidden: Tensors = {"hidden": (FLOAT_DTYPES, (*rows, width))}
+    features = {"features": (FLOAT_DTYPES, (*rows, width * len(drafter.feature_layers)))}
+    token_ids = {"token_ids": (_INT64, rows)}
+    logits = (_FLOAT32, (*rows, target.vocab_size))
+    start = {"start": (_INT64, ("batch",))}
+    caches = _caches(target.num_layers, target.num_key_value_heads, target.head_dim)
+    draft_caches = _caches(drafter.num_layers, drafter.num_key_value_heads, drafter.head_dim)
+    table: dict[str, tuple[Tensors, Tensors]] = {
+        "embed": ({"input_ids": (_INT64, rows)}, embeddings),
+        "target": ({**embeddings, **start, **caches}, {**hidden, **features, **_as_outputs(caches)}),
+        "lm_head": (hidden, {"logits": logits, **token_ids}),
+        "inject": ({**features, **start, **draft_caches}, _as_outputs(draft_caches)),
+        "draft": ({**embeddings, **start, **draft_caches}, {**hidden, **_as_outputs(draft_caches)}),
+        "draft_logits": ({"logits": logits}, {output_name("logits"): logits, **token_ids}),
+    }
+    return table[graph]
+
+
+def _caches(num_layers: int, heads: int, head_dim: int) -> Tensors:
+    return dict.fromkeys(cache_names(num_layers), (FLOAT_DTYPES, ("batch", heads, "capacity", head_dim)))
+
+
+def _as_outputs(caches: Tensors) -> Tensors:
+    return {output_name(name): tensor for name, tensor in caches.items()}

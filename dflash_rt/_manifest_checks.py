@@ -1,0 +1,172 @@
+"""Rules between the fields of a manifest, checked once every field is readable by itself."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Iterator, Sequence
+
+from dflash_rt._contract import LINKS, REQUIRED_GRAPHS, Tensors, expected_tensors, output_name
+from dflash_rt._strict_json import Problems, child, shown
+from dflash_rt.manifest import MANIFEST_NAME, REPORTS_FOLDER, GraphSpec, Manifest, TensorSpec
+
+__all__ = ["check_manifest"]
+
+
+def check_manifest(manifest: Manifest, problems: Problems) -> None:
+    """Add every broken rule of docs/bundle.md to ``problems``."""
+    _check_drafter(manifest, problems)
+    _check_generation(manifest, problems)
+    _check_provenance(manifest, problems)
+    _check_files(manifest, problems)
+    for name in REQUIRED_GRAPHS:
+        if name not in manifest.graphs:
+            problems.add(f"graphs.{name}", "no such graph", "all of " + ", ".join(REQUIRED_GRAPHS))
+    before = len(problems)
+    for name, graph in manifest.graphs.items():
+        _check_graph(name, graph, manifest, problems)
+    if len(problems) == before:
+        _check_links(manifest, problems)
+
+
+def _check_drafter(manifest: Manifest, problems: Problems) -> None:
+    drafter, num_target_layers = manifest.drafter, manifest.target.num_layers
+    if not drafter.feature_layers:
+        problems.add("drafter.feature_layers", "an empty list", "at least one layer")
+    for i, layer in enumerate(drafter.feature_layers):
+        if layer >= num_target_layers:
+            expected = f"a target layer from 0 to {num_target_layers - 1}"
+            problems.add(f"drafter.feature_layers[{i}]", str(layer), expected)
+    _check_unique("drafter.feature_layers", drafter.feature_layers, problems)
+    for name, values in (("layer_types", drafter.layer_types), ("layer_is_causal", drafter.layer_is_causal)):
+        if len(values) != drafter.num_layers:
+            expected = f"one for each of the {drafter.num_layers} drafter layers"
+            problems.add(f"drafter.{name}", f"{len(values)} entries", expected)
+    if "sliding_attention" in drafter.layer_types and drafter.sliding_window is None:
+        problems.add("drafter.sliding_window", "null", "a window, since a layer has sliding_attention")
+    _check_token_id("drafter.mask_token_id", drafter.mask_token_id, manifest, problems)
+
+
+def _check_generation(manifest: Manifest, problems: Problems) -> None:
+    defaults, block_size = manifest.generation, manifest.drafter.block_size
+    for i, token_id in enumerate(defaults.stop_token_ids):
+        _check_token_id(f"generation.stop_token_ids[{i}]", token_id, manifest, problems)
+    _check_unique("generation.stop_token_ids", defaults.stop_token_ids, problems)
+    if defaults.draft_width > block_size:
+        expected = f"from 1 to drafter.block_size, which is {block_size}"
+        problems.add("generation.draft_width", str(defaults.draft_width), expected)
+
+
+def _check_token_id(path: str, token_id: int, manifest: Manifest, problems: Problems) -> None:
+    if token_id >= manifest.target.vocab_size:
+        expected = f"a token id below target.vocab_size, which is {manifest.target.vocab_size}"
+        problems.add(path, str(token_id), expected)
+
+
+def _check_unique(path: str, values: Sequence[object], problems: Problems) -> None:
+    seen: set[object] = set()
+    for i, value in enumerate(values):
+        if value in seen:
+            problems.add(f"{path}[{i}]", f"{shown(value)} again", "no value twice")
+        seen.add(value)
+
+
+def _check_provenance(manifest: Manifest, problems: Problems) -> None:
+    created = manifest.provenance.created
+    try:
+        dt.datetime.strptime(created, "%Y-%m-%dT%H:%M:%SZ")
+    except ValueError:
+        problems.add("provenance.created", shown(created), "a date and time that exist")
+
+
+def _check_files(manifest: Manifest, problems: Problems) -> None:
+    for path in manifest.files:
+        if path == MANIFEST_NAME or path.split("/")[0] == REPORTS_FOLDER:
+            expected = f"neither {MANIFEST_NAME} nor {REPORTS_FOLDER}/, which change after the build"
+            problems.add(child("files", path), "a listed file", expected)
+    graph_paths = [graph.path for graph in manifest.graphs.values()]
+    _check_unique("the paths of graphs", graph_paths, problems)
+    for where, path in _used_paths(manifest):
+        if path not in manifest.files:
+            problems.add(where, shown(path), "a file that is listed in files")
+
+
+def _used_paths(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    for name, graph in manifest.graphs.items():
+        yield f"graphs.{name}.path", graph.path
+    if manifest.tokenizer is not None:
+        yield "tokenizer.path", manifest.tokenizer.path
+        if manifest.tokenizer.chat_template is not None:
+            yield "tokenizer.chat_template", manifest.tokenizer.chat_template
+
+
+def _check_graph(name: str, graph: GraphSpec, manifest: Manifest, problems: Problems) -> None:
+    inputs, outputs = expected_tensors(name, manifest)
+    _check_tensors(f"graphs.{name}.inputs", graph.inputs, inputs, problems)
+    _check_tensors(f"graphs.{name}.outputs", graph.outputs, outputs, problems)
+    _check_aliases(f"graphs.{name}.aliases", graph, inputs, problems)
+
+
+def _check_tensors(path: str, tensors: Sequence[TensorSpec], expected: Tensors, problems: Problems) -> None:
+    names = [tensor.name for tensor in tensors]
+    _check_unique(path, names, problems)
+    known = set(names)
+    missing = [name for name in expected if name not in known]
+    if missing:
+        problems.add(path, f"no {_listed(missing)}", f"{len(expected)} tensors, one of each")
+    wanted = f"one of {_listed(expected)}"
+    for i, tensor in enumerate(tensors):
+        if tensor.name not in expected:
+            problems.add(f"{path}[{i}].name", shown(tensor.name), wanted)
+            continue
+        dtypes, shape = expected[tensor.name]
+        where = f"{path}[{i}] ({tensor.name})"
+        if tensor.dtype not in dtypes:
+            problems.add(f"{where}.dtype", tensor.dtype, " or ".join(dtypes))
+        if tensor.shape != shape:
+            problems.add(f"{where}.shape", _shape(tensor.shape), _shape(shape))
+
+
+def _check_aliases(path: str, graph: GraphSpec, expected_inputs: Tensors, problems: Problems) -> None:
+    inputs = {tensor.name: tensor for tensor in graph.inputs}
+    outputs = {tensor.name: tensor for tensor in graph.outputs}
+    # Caches are what a graph both takes in and gives back: those with a capacity axis.
+    wanted = {output_name(name): name for name, (_, shape) in expected_inputs.items() if "capacity" in shape}
+    missing = [name for name in wanted if name not in graph.aliases]
+    if missing:
+        problems.add(path, f"no {_listed(missing)}", "every cache output to share its input's memory")
+    for output, source in graph.aliases.items():
+        where = child(path, output)
+        if output not in outputs or source not in inputs:
+            problems.add(where, shown(source), "an output and an input that the graph has")
+        elif wanted.get(output) != source:
+            problems.add(where, shown(source), "an alias from a cache output to its own input")
+        elif (outputs[output].dtype, outputs[output].shape) != (inputs[source].dtype, inputs[source].shape):
+            problems.add(where, "another dtype or shape", "those of the input whose memory is shared")
+
+
+def _check_links(manifest: Manifest, problems: Problems) -> None:
+    """A buffer is handed from graph to graph as it is: the dtypes on both sides must be the same."""
+    links = list(LINKS)
+    inject = manifest.graphs.get("inject")
+    for tensor in inject.outputs if inject is not None else ():
+        links.append(("inject", tensor.name, "draft", tensor.name.removesuffix(".out")))
+    for source, output, destination, name in links:
+        if source not in manifest.graphs or destination not in manifest.graphs:
+            continue
+        given = _dtype(manifest.graphs[source].outputs, output)
+        taken = _dtype(manifest.graphs[destination].inputs, name)
+        if given != taken:
+            problems.add(f"graphs.{destination}: dtype of {name}", taken, f"{given}, as {source} gives it")
+
+
+def _dtype(tensors: Sequence[TensorSpec], name: str) -> str:
+    return next(tensor.dtype for tensor in tensors if tensor.name == name)
+
+
+def _shape(shape: Iterable[str | int]) -> str:
+    return "[" + ", ".join(str(axis) for axis in shape) + "]"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

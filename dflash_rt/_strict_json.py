@@ -1,0 +1,280 @@
+"""Strict reading of JSON into frozen dataclasses, driven by their annotations.
+
+Nothing is coerced and nothing is ignored: unknown, missing and repeated keys, wrong types (a bool is
+not an integer, ``1.0`` isn't either), NaN, infinities, control characters and values outside their limits are
+problems. All of them are collected with their JSON path before anything is raised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from dflash_rt.errors import ManifestError
+
+__all__ = ["Bounds", "Check", "OneOf", "Pattern", "Problems", "child", "parse_json", "read", "shown"]
+
+MAX_STRING = 4096
+_MAX_REPORTED = 20
+# Control characters would reach a terminal through `inspect`; unpaired surrogates can't be written as UTF-8.
+_BAD_CHARACTER = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_TODO = "build the bundle again with `dflash-export build`; manifest.json isn't meant to be edited"
+_INVALID = object()
+
+
+class Check(Protocol):
+    """A limit in an ``Annotated`` type."""
+
+    @property
+    def expected(self) -> str:
+        """What a good value looks like, for messages and for docs/bundle.md."""
+
+    def accepts(self, value: Any) -> bool:
+        """True if the value, already of the right type, is within the limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """An integer in ``[low, high]``."""
+
+    low: int
+    high: int
+
+    @property
+    def expected(self) -> str:
+        return f"an integer from {self.low} to {self.high}"
+
+    def accepts(self, value: int) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """A string that a regular expression matches as a whole."""
+
+    regex: str
+    expected: str
+
+    def accepts(self, value: str) -> bool:
+        return re.fullmatch(self.regex, value) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """One of a few strings."""
+
+    values: tuple[str, ...]
+
+    @property
+    def expected(self) -> str:
+        return "one of " + ", ".join(self.values)
+
+    def accepts(self, value: str) -> bool:
+        return value in self.values
+
+
+class Problems:
+    """Collects what is wrong, so that one error can report it all."""
+
+    def __init__(self) -> None:
+        self._items: list[tuple[str, str, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def add(self, path: str, found: str, expected: str) -> None:
+        self._items.append((path, found, expected))
+
+    def raise_if_any(self) -> None:
+        """Raises ManifestError naming every problem (the first 20 of many)."""
+        if not self._items:
+            return
+        if len(self._items) == 1:
+            path, found, expected = self._items[0]
+            raise ManifestError(f"manifest.json: {path} is wrong", found=found, expected=expected, todo=_TODO)
+        lines = [f"  {path}: found {found}, expected {wanted}" for path, found, wanted in self._items]
+        if len(lines) > _MAX_REPORTED:
+            lines[_MAX_REPORTED:] = [f"  and {len(lines) - _MAX_REPORTED} more"]
+        raise ManifestError("\n".join([f"manifest.json has {len(self)} problems", *lines]), todo=_TODO)
+
+
+def shown(value: object) -> str:
+    """A short, printable picture of any value for an error message."""
+    if isinstance(value, Mapping):
+        return f"an object with {len(value)} keys"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    # repr escapes control characters, which a terminal would obey.
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def child(path: str, key: str | int) -> str:
+    """JSON path of a member: ``drafter.feature_layers[2]``, ``files["target.data"]``."""
+    if isinstance(key, int):
+        return f"{path}[{key}]"
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", key):
+        return f"{path}.{key}" if path else key
+    return f"{path}[{shown(key)}]"
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON text without the leniencies of :func:`json.loads`.
+
+    Raises ManifestError for malformed text, repeated keys, NaN, infinities, and nesting or numbers that are
+    too large to read.
+    """
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_short_integer,
+        )
+    except RecursionError:
+        found = "lists or objects nested too deeply"
+    except ValueError as error:  # includes JSONDecodeError
+        found = str(error)
+    raise ManifestError(
+        "manifest.json is not valid JSON", found=found, expected="one JSON object", todo=_TODO
+    )
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {shown(repeated)} appears twice in one object")
+    return members
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name}, which is not JSON")
+
+
+def _short_integer(text: str) -> int:
+    # Reading an integer takes time quadratic in its digits.
+    if len(text) > 20:
+        raise ValueError(f"the number {text[:40]}, which is out of range")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:40]}, which is out of range")
+    return number
+
+
+def read(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
+    """Read a parsed JSON value as ``annotation``; wrong parts are added to ``problems``.
+
+    Known annotations: dataclasses, ``str``, ``int``, ``float``, ``bool``, ``None``, ``Literal``, unions of
+    scalars or with ``None``, ``tuple[T, ...]``, ``Mapping[K, T]`` and ``Annotated[T, Check, ...]``. The
+    result is of no use once ``problems`` isn't empty.
+    """
+    readers = {
+        typing.Annotated: _read_annotated,
+        typing.Union: _read_union,
+        types.UnionType: _read_union,
+        typing.Literal: _read_literal,
+        tuple: _read_list,
+        Mapping: _read_mapping,
+    }
+    default = _read_object if dataclasses.is_dataclass(annotation) else _read_scalar
+    return readers.get(typing.get_origin(annotation), default)(annotation, value, path, problems)
+
+
+def _refuse(problems: Problems, path: str, value: object, expected: str) -> object:
+    problems.add(path or "the manifest", shown(value), expected)
+    return _INVALID
+
+
+def _read_annotated(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
+    base, *checks = typing.get_args(annotation)
+    if type(value) is not base:
+        return _refuse(problems, path, value, checks[0].expected)
+    for check in checks:
+        if not check.accepts(value):
+            return _refuse(problems, path, value, check.expected)
+    return _read_scalar(base, value, path, problems)
+
+
+def _read_literal(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
+    choices = typing.get_args(annotation)
+    if isinstance(value, str) and value in choices:
+        return value
+    return _refuse(problems, path, value, OneOf(choices).expected)
+
+
+def _read_list(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
+    if not isinstance(value, list):
+        return _refuse(problems, path, value, "a list")
+    item = typing.get_args(annotation)[0]
+    return tuple(read(item, each, child(path, i), problems) for i, each in enumerate(value))
+
+
+def _read_union(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
+    members = typing.get_args(annotation)
+    if value is None and type(None) in members:
+        return None
+    others = [member for member in members if member is not type(None)]
+    if len(others) == 1:
+        return read(others[0], value, path, problems)
+    for member in others:
+        base = typing.get_args(member)[0] if typing.get_origin(member) is typing.Annotated else member
+        if type(value) is base:
+            return read(member, value, path, problems)
+    return _refuse(problems, path, value, " or ".join(_described(member) for member in members))
+
+
+def _read_mapping(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
+    key_type, item_type = typing.get_args(annotation)
+    if not isinstance(value, dict):
+        return _refuse(problems, path, value, "an object")
+    for key in value:
+        read(key_type, key, f"the key {child(path, key)}", problems)
+    return {key: read(item_type, each, f"{path}[{shown(key)}]", problems) for key, each in value.items()}
+
+
+def _read_object(cls: Any, value: Any, path: str, problems: Problems) -> Any:
+    if not isinstance(value, dict):
+        return _refuse(problems, path, value, "an object")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key in value:
+        if key not in names:
+            problems.add(child(path, key), "an unknown key", "only " + ", ".join(names))
+    before = len(problems)
+    members = {}
+    for name in names:
+        if name in value:
+            members[name] = read(hints[name], value[name], child(path, name), problems)
+        else:
+            problems.add(child(path, name), "no such key", "it to be present")
+    return cls(**members) if len(problems) == before else _INVALID
+
+
+def _read_scalar(base: Any, value: Any, path: str, problems: Problems) -> Any:
+    if type(value) is not base:
+        return _refuse(problems, path, value, _described(base))
+    if base is str and len(value) > MAX_STRING:
+        return _refuse(problems, path, value, f"at most {MAX_STRING} characters")
+    if base is str and _BAD_CHARACTER.search(value):
+        return _refuse(problems, path, value, "text without control characters")
+    return value
+
+
+def _described(member: Any) -> str:
+    if typing.get_origin(member) is typing.Annotated:
+        return str(typing.get_args(member)[1].expected)
+    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
+    return names[member]

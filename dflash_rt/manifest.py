@@ -1,0 +1,301 @@
+"""``manifest.json``: what a bundle contains. The one-page specification is docs/bundle.md.
+
+Every class mirrors one JSON object: fields are keys, all of them required, in this order. Sizes are in bytes,
+layer indices are 0-based, and layer i means the OUTPUT of decoder layer i.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, TypeAlias, cast
+
+from dflash_rt._contract import (
+    GRAPH_NAMES,
+    REQUIRED_GRAPHS,
+    cache_names,
+    key_name,
+    output_name,
+    value_name,
+)
+from dflash_rt._strict_json import Bounds, OneOf, Pattern, Problems, parse_json, read, shown
+from dflash_rt.errors import ManifestError
+
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "GRAPH_NAMES",
+    "MANIFEST_NAME",
+    "MAX_MANIFEST_BYTES",
+    "REPORTS_FOLDER",
+    "REQUIRED_GRAPHS",
+    "DrafterInfo",
+    "FileRecord",
+    "GenerationDefaults",
+    "GraphSpec",
+    "Limits",
+    "Manifest",
+    "Provenance",
+    "SourceInfo",
+    "TargetInfo",
+    "TensorSpec",
+    "TokenizerSpec",
+    "cache_names",
+    "key_name",
+    "output_name",
+    "value_name",
+]
+
+FORMAT = "dflash-bundle"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+REPORTS_FOLDER = "reports"
+MAX_MANIFEST_BYTES = 16 * 2**20
+
+DType: TypeAlias = Literal["int64", "float32", "float16", "bfloat16", "bool"]
+JsonScalar: TypeAlias = str | int | float | bool | None
+LayerType: TypeAlias = Literal["full_attention", "sliding_attention"]
+Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
+SourceKind: TypeAlias = Literal["hub", "folder", "gguf"]
+
+# The layer limit also bounds the work of checking a hostile manifest.
+LayerCount: TypeAlias = Annotated[int, Bounds(1, 1024)]
+LayerIndex: TypeAlias = Annotated[int, Bounds(0, 1023)]
+Count: TypeAlias = Annotated[int, Bounds(1, 2**31 - 1)]
+TokenId: TypeAlias = Annotated[int, Bounds(0, 2**31 - 2)]
+BlockSize: TypeAlias = Annotated[int, Bounds(2, 1024)]
+Bytes: TypeAlias = Annotated[int, Bounds(0, 2**63 - 1)]
+Text: TypeAlias = Annotated[str, Pattern(r"(?s).+", "text that isn't empty")]
+Sha256: TypeAlias = Annotated[str, Pattern(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")]
+AxisName: TypeAlias = Annotated[str, OneOf(("batch", "rows", "capacity"))]
+GraphName: TypeAlias = Annotated[str, OneOf(GRAPH_NAMES)]
+UtcTime: TypeAlias = Annotated[
+    str, Pattern(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "a UTC time like 2026-11-23T12:00:00Z")
+]
+# No empty, "." or ".." part, no leading or trailing "/", no backslash, and no colon (drives, streams).
+FilePath: TypeAlias = Annotated[
+    str,
+    Pattern(
+        r"(?=.{1,1024}\Z)(?!\.{1,2}(?:/|\Z))[^/\\:\x00-\x1f]{1,255}(?:/(?!\.{1,2}(?:/|\Z))[^/\\:\x00-\x1f]{1,255})*",
+        "a path inside the bundle: relative, '/' between parts, no '.', '..', ':' or '\\'",
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of one file."""
+
+    size: Bytes
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``max_seq_len``: prompt plus output tokens. ``prefill_chunk``: rows of one prefill pass at most."""
+
+    max_seq_len: Count
+    prefill_chunk: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceInfo:
+    """Where a model came from: repository id, folder name or file name, and the files that were read."""
+
+    kind: SourceKind
+    id: Text
+    revision: Text | None
+    files: Mapping[FilePath, FileRecord]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetInfo:
+    """The target model's geometry."""
+
+    source: SourceInfo
+    model_type: Text
+    num_layers: LayerCount
+    hidden_size: Count
+    vocab_size: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    max_position_embeddings: Count
+    tie_word_embeddings: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrafterInfo:
+    """The drafter. ``block_size`` counts the anchor; ``feature_layers`` are the tapped target layers."""
+
+    source: SourceInfo
+    kind: Literal["dflash-v1"]
+    num_layers: LayerCount
+    num_key_value_heads: Count
+    head_dim: Count
+    block_size: BlockSize
+    mask_token_id: TokenId
+    feature_layers: tuple[LayerIndex, ...]
+    layer_types: tuple[LayerType, ...]
+    layer_is_causal: tuple[bool, ...]
+    sliding_window: Count | None
+
+    @property
+    def draft_length(self) -> int:
+        """Tokens that one whole block proposes: every row but the anchor."""
+        return self.block_size - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output of a graph; in ``shape`` a string is a symbolic axis and an integer a fixed one."""
+
+    name: Text
+    dtype: DType
+    shape: tuple[AxisName | Count, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphSpec:
+    """One ONNX file. ``aliases`` maps an output to the input whose memory it shares."""
+
+    path: FilePath
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    aliases: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerSpec:
+    """Files of the tokenizer, and the special tokens that chat templates print."""
+
+    path: FilePath
+    chat_template: FilePath | None
+    bos_token: str | None
+    eos_token: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """What a request gets unless it says otherwise. ``draft_width`` counts the anchor; 1 is no drafting."""
+
+    stop_token_ids: tuple[TokenId, ...]
+    draft_width: Count
+    chat_template_kwargs: Mapping[Text, JsonScalar]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """When, by what and with which versions and options the bundle was built."""
+
+    created: UtcTime
+    tool: Text
+    packages: Mapping[Text, Text]
+    options: Mapping[Text, JsonScalar]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A whole manifest. ``files`` lists every file of the bundle except manifest.json and reports/."""
+
+    format: Literal["dflash-bundle"]
+    format_version: Annotated[int, Bounds(FORMAT_VERSION, FORMAT_VERSION)]
+    name: Text
+    precision: Precision
+    limits: Limits
+    target: TargetInfo
+    drafter: DrafterInfo
+    graphs: Mapping[GraphName, GraphSpec]
+    tokenizer: TokenizerSpec | None
+    generation: GenerationDefaults
+    provenance: Provenance
+    files: Mapping[FilePath, FileRecord]
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read and check a manifest.
+
+        Raises:
+            ManifestError: it is not JSON, of another format or version, or breaks a rule of docs/bundle.md.
+                All broken rules are reported together; rules between fields wait until each is readable.
+        """
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise ManifestError(
+                "manifest.json is too large",
+                found=f"{len(text)} characters",
+                expected=f"at most {MAX_MANIFEST_BYTES} bytes",
+                todo="check that this is a bundle's manifest",
+            )
+        document = parse_json(text)
+        _check_format(document)
+        problems = Problems()
+        manifest = cast(Manifest, read(cls, document, "", problems))
+        problems.raise_if_any()
+        from dflash_rt._manifest_checks import check_manifest
+
+        check_manifest(manifest, problems)
+        problems.raise_if_any()
+        return manifest
+
+    def to_json(self) -> str:
+        """JSON text, always the same for the same manifest; :meth:`from_json` reads it back as an equal one.
+
+        Raises ManifestError if it couldn't be read back: such a manifest is never written.
+        """
+        try:
+            text = _dump(_plain(self)) + "\n"
+        except (TypeError, ValueError) as error:
+            raise ManifestError(
+                "the manifest can't be written as JSON",
+                found=error,
+                expected="strings, whole numbers, finite numbers, true, false and null",
+                todo="convert the value to a plain Python type before building the manifest",
+            ) from error
+        Manifest.from_json(text)
+        return text
+
+
+def _check_format(document: Any) -> None:
+    """Raise ManifestError unless the document is a manifest of the version that this package reads."""
+    name = document.get("format") if isinstance(document, dict) else document
+    if name != FORMAT:
+        raise ManifestError(
+            "manifest.json is not the manifest of a DFlash bundle",
+            found=f"format {shown(name)}" if isinstance(document, dict) else shown(document),
+            expected=f"an object with format {FORMAT!r}",
+            todo="give the folder that `dflash-export build` wrote",
+        )
+    version = document.get("format_version")
+    if type(version) is int and version == FORMAT_VERSION:
+        return
+    newer = type(version) is int and version > FORMAT_VERSION
+    raise ManifestError(
+        "manifest.json has a format version that this package can't read",
+        found=f"format_version {shown(version)}" + (", which is newer" if newer else ""),
+        expected=f"format_version {FORMAT_VERSION}",
+        todo="upgrade dflash_rt" if newer else "build the bundle again with `dflash-export build`",
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts in field order, mappings sorted by key, tuples as lists."""
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(value[key]) for key in sorted(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _dump(value: Any, indent: str = "") -> str:
+    """JSON in which whatever fits stays on one line: a tensor is a line, not seven."""
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if not isinstance(value, dict | list) or len(indent) + len(line) <= 110:
+        return line
+    deeper = indent + "  "
+    if isinstance(value, dict):
+        names = {key: json.dumps(key, ensure_ascii=False) for key in value}
+        parts = [f"{names[key]}: {_dump(item, deeper)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(deeper + part for part in parts) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(deeper + _dump(item, deeper) for item in value) + f"\n{indent}]"

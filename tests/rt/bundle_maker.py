@@ -1,0 +1,141 @@
+"""Makes small valid manifests and bundle folders for tests; their graphs are not ONNX files."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from dflash_rt.bundle import hash_file
+
+HIDDEN, VOCAB, HEADS, HEAD_DIM, BLOCK = 16, 32, 2, 4, 4
+FEATURE_LAYERS = [0, 2]
+SOURCE = {
+    "kind": "hub",
+    "id": "someone/model",
+    "revision": "0123abc",
+    "files": {"config.json": {"size": 12, "sha256": "a" * 64}},
+}
+
+
+def tensor(name: str, dtype: str, *shape: str | int) -> dict[str, Any]:
+    return {"name": name, "dtype": dtype, "shape": list(shape)}
+
+
+def rows(name: str, width: int) -> dict[str, Any]:
+    return tensor(name, "float32", "batch", "rows", width)
+
+
+def caches(layers: int, suffix: str = "") -> list[dict[str, Any]]:
+    return [
+        tensor(f"{kind}.{i}{suffix}", "float32", "batch", HEADS, "capacity", HEAD_DIM)
+        for i in range(layers)
+        for kind in ("key", "value")
+    ]
+
+
+def graph(path: str, inputs: list[Any], outputs: list[Any], layers: int = 0) -> dict[str, Any]:
+    return {
+        "path": path,
+        "inputs": inputs + caches(layers),
+        "outputs": outputs + caches(layers, ".out"),
+        "aliases": {f"{kind}.{i}.out": f"{kind}.{i}" for i in range(layers) for kind in ("key", "value")},
+    }
+
+
+def manifest_document() -> dict[str, Any]:
+    """A valid manifest as parsed JSON: 3 target layers, 2 drafter layers (one sliding), with a tokenizer."""
+    start = tensor("start", "int64", "batch")
+    ids = tensor("token_ids", "int64", "batch", "rows")
+    features = rows("features", HIDDEN * len(FEATURE_LAYERS))
+    graphs = {
+        "embed": graph(
+            "embed.onnx", [tensor("input_ids", "int64", "batch", "rows")], [rows("embeddings", HIDDEN)]
+        ),
+        "target": graph(
+            "target.onnx", [rows("embeddings", HIDDEN), start], [rows("hidden", HIDDEN), features], 3
+        ),
+        "lm_head": graph("lm_head.onnx", [rows("hidden", HIDDEN)], [rows("logits", VOCAB), ids]),
+        "inject": graph("inject.onnx", [features, start], [], 2),
+        "draft": graph("draft.onnx", [rows("embeddings", HIDDEN), start], [rows("hidden", HIDDEN)], 2),
+    }
+    files = [f"{name}.onnx" for name in graphs] + [
+        "data/weights.bin",
+        "tokenizer.json",
+        "chat_template.jinja",
+    ]
+    document = {
+        "format": "dflash-bundle",
+        "format_version": 1,
+        "name": "tiny",
+        "precision": "fp32",
+        "limits": {"max_seq_len": 64, "prefill_chunk": 8},
+        "target": {
+            "source": SOURCE,
+            "model_type": "llama",
+            "num_layers": 3,
+            "hidden_size": HIDDEN,
+            "vocab_size": VOCAB,
+            "num_key_value_heads": HEADS,
+            "head_dim": HEAD_DIM,
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": True,
+        },
+        "drafter": {
+            "source": {**SOURCE, "kind": "folder", "id": "drafter", "revision": None},
+            "kind": "dflash-v1",
+            "num_layers": 2,
+            "num_key_value_heads": HEADS,
+            "head_dim": HEAD_DIM,
+            "block_size": BLOCK,
+            "mask_token_id": 31,
+            "feature_layers": FEATURE_LAYERS,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "layer_is_causal": [False, True],
+            "sliding_window": 16,
+        },
+        "graphs": graphs,
+        "tokenizer": {
+            "path": "tokenizer.json",
+            "chat_template": "chat_template.jinja",
+            "bos_token": None,
+            "eos_token": "</s>",
+        },
+        "generation": {
+            "stop_token_ids": [2],
+            "draft_width": 3,
+            "chat_template_kwargs": {"enable_thinking": False},
+        },
+        "provenance": {
+            "created": "2026-11-23T12:00:00Z",
+            "tool": "dflash-export 0.1.0",
+            "packages": {"torch": "2.13.0"},
+            "options": {"precision": "fp32", "max_seq_len": 64, "force": False, "ratio": 0.5, "name": None},
+        },
+        "files": {name: {"size": 0, "sha256": "0" * 64} for name in files},
+    }
+    return copy.deepcopy(document)  # parts of it appear in more than one place
+
+
+def with_draft_logits(document: dict[str, Any]) -> dict[str, Any]:
+    """The same with the optional graph ``draft_logits``."""
+    ids = tensor("token_ids", "int64", "batch", "rows")
+    document["graphs"]["draft_logits"] = graph(
+        "draft_logits.onnx", [rows("logits", VOCAB)], [rows("logits.out", VOCAB), ids]
+    )
+    document["files"]["draft_logits.onnx"] = {"size": 0, "sha256": "0" * 64}
+    return document
+
+
+def write_bundle(folder: Path, document: dict[str, Any] | None = None) -> Path:
+    """Write a bundle folder: every listed file holds its own name; sizes and hashes are filled in."""
+    document = manifest_document() if document is None else document
+    for name in document["files"]:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"content of {name}\n", encoding="utf-8")
+        record = hash_file(path)
+        document["files"][name] = {"size": record.size, "sha256": record.sha256}
+    (folder / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
+    return folder
