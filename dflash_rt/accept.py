@@ -1,0 +1,28 @@
+"""Greedy acceptance: which drafted tokens does the target agree with?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dflash_rt.backends.base import IntArray
+
+__all__ = ["accept_greedy"]
+
+
+def accept_greedy(drafted: IntArray, verified: IntArray) -> IntArray:
+    """Count the drafted tokens before the first one that the target would not have chosen.
+
+    ``drafted`` is int64 ``[batch, width - 1]``, ``verified`` is int64 ``[batch, width]``. Returns int64
+    ``[batch]``, each from 0 to ``width - 1``. ``verified[:, j]`` is the target's choice for the place of
+    ``drafted[:, j]``, so columns are compared as they are, and ``verified[b, accepted[b]]`` is the bonus::
+
+        drafted   7 8 9        accepted = 2: 7 and 8 stand, 9 is rejected
+        verified  7 8 5 3      bonus    = 5; the 3 follows a rejected token and means nothing
+
+    The tokens of the step are ``verified[b, : accepted[b] + 1]``. Greedy verification as in DFlash
+    (arXiv 2602.06036) and its reference ``dflash.model.dflash_generate``.
+    """
+    agrees = drafted == verified[:, :-1]
+    # A running AND: one disagreement rejects everything after it, even where the two agree again.
+    accepted: IntArray = np.logical_and.accumulate(agrees, axis=1).sum(axis=1, dtype=np.int64)
+    return accepted
