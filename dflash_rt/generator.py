@@ -1,0 +1,220 @@
+"""The public entry: a bundle on a backend, ready for requests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from collections.abc import Sequence as SequenceOf
+from types import TracebackType
+from typing import Any
+
+from dflash_rt.backends import create_backend
+from dflash_rt.backends.base import Backend
+from dflash_rt.bundle import Bundle
+from dflash_rt.errors import BackendError, BundleError, RequestError
+from dflash_rt.prompts import Prompt, PromptEncoder
+from dflash_rt.request import ModelLimits, Request, check_count, check_ids
+from dflash_rt.sampling import SamplingParams
+from dflash_rt.stopping import TextAssembler
+from dflash_rt.stream import GenerationResult, TokenStream
+from dflash_rt.turns import Turns
+
+__all__ = ["Generator"]
+
+
+class Generator:
+    """Generates text from a bundle. Open from its construction until :meth:`close`.
+
+    One generator may be called from several threads: a request runs alone, and others wait for it. A stream
+    counts as running from its first chunk to its end.
+
+        >>> with Generator("engines/smollm2-135m") as generator:
+        ...     print(generator.generate("Why is the sky blue?", max_new_tokens=64).text)
+
+    Args:
+        bundle: a bundle's folder, or an open :class:`~dflash_rt.bundle.Bundle`.
+        backend: a name of :data:`dflash_rt.backends.BACKEND_NAMES`, or a backend object, which the generator
+            then owns and closes.
+        threads: CPU threads of the backend; ``None`` leaves it to the backend.
+        draft_width: rows of a verify pass, the anchor included, from 1 (no drafting) to the drafter's block
+            size; ``None`` is the bundle's default.
+        verify_files: compare the SHA-256 of every file first, which reads the whole bundle.
+
+    Raises:
+        BundleError: the bundle can't be used.
+        BackendError: the backend can't be loaded.
+        RequestError: ``threads`` or ``draft_width`` is out of range.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str] | Bundle,
+        backend: str | Backend = "onnxruntime",
+        *,
+        threads: int | None = None,
+        draft_width: int | None = None,
+        verify_files: bool = False,
+    ) -> None:
+        opened = _open(bundle, verify_files)
+        limits = ModelLimits.from_manifest(opened.manifest, draft_width=draft_width)
+        prompts = PromptEncoder.from_bundle(opened)
+        # Last, since it is what would have to be closed again.
+        self._set_parts(limits, _backend(opened, backend, threads), prompts)
+
+    @classmethod
+    def from_parts(
+        cls, limits: ModelLimits, backend: Backend, prompts: PromptEncoder | None = None
+    ) -> Generator:
+        """A generator without a bundle, such as one on :class:`dflash_rt.backends.scripted.ScriptedBackend`.
+
+        It owns ``backend`` and closes it. Without ``prompts`` it takes token ids only.
+        """
+        generator = cls.__new__(cls)
+        generator._set_parts(limits, backend, prompts or PromptEncoder())
+        return generator
+
+    def _set_parts(self, limits: ModelLimits, backend: Backend, prompts: PromptEncoder) -> None:
+        self._limits = limits
+        self._backend = backend
+        self._prompts = prompts
+        self._turns = Turns()
+
+    @property
+    def limits(self) -> ModelLimits:
+        """Sizes and defaults that requests are checked against."""
+        return self._limits
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._turns.closed
+
+    def encode(self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        """The token ids that :meth:`generate` would feed in for ``prompt``. Raises RequestError."""
+        return check_ids(
+            "the prompt", self._prompts.encode(prompt, chat_template_kwargs), self._limits.vocab_size
+        )
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        stop: str | SequenceOf[str] = (),
+        stop_token_ids: Collection[int] | None = None,
+        speculative: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> GenerationResult:
+        """Run a request to its end. Arguments and errors: those of :meth:`stream`, and BackendError."""
+        with self.stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            speculative=speculative,
+            chat_template_kwargs=chat_template_kwargs,
+        ) as stream:
+            for _ in stream:
+                pass
+        return stream.result
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        stop: str | SequenceOf[str] = (),
+        stop_token_ids: Collection[int] | None = None,
+        speculative: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> TokenStream:
+        """Check a request and return the iterator that runs it, chunk by chunk.
+
+        Args:
+            prompt: text, a list of chat messages, or token ids. Text gets the special tokens that the
+                tokenizer adds by itself; a chat is rendered by the bundle's template.
+            max_new_tokens: tokens to generate at most; ``None`` for as many as the bundle's limit allows.
+            sampling: how tokens are chosen; greedily in this version.
+            stop: strings that end the text just before them. One string may be given alone.
+            stop_token_ids: ids that end the text; ``None`` for the bundle's, ``[]`` for none.
+            speculative: ``False`` for plain decoding, one token at a time, on the same graphs.
+            chat_template_kwargs: variables of the chat template, over the bundle's defaults.
+
+        Raises (now, before any work; never at the first chunk):
+            PromptError: the prompt is empty, no prompt at all, has ids outside the vocabulary, or is text
+                while the bundle has no tokenizer.
+            ChatTemplateError: there is no chat template, or it fails.
+            ContextLengthError: prompt and output together exceed the bundle's limit.
+            SamplingError: ``sampling`` isn't a SamplingParams.
+            RequestError: another argument is wrong (base class of all above).
+            GeneratorStateError: the generator is closed.
+        """
+        self._turns.require_open()
+        request = Request.check(
+            self._limits,
+            self._prompts.encode(prompt, chat_template_kwargs),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_token_ids=stop_token_ids,
+            speculative=speculative,
+        )
+        text = TextAssembler(self._prompts.tokenizer, [stop] if isinstance(stop, str) else stop)
+        return TokenStream(
+            self._backend, request, text, prefill_chunk=self._limits.prefill_chunk, turns=self._turns
+        )
+
+    def close(self) -> None:
+        """Free the backend. Safe to call twice; later requests raise GeneratorStateError.
+
+        A request that another thread is running is waited for; this thread's own open stream is closed.
+        """
+        self._turns.close(self._backend.close)
+
+    def __enter__(self) -> Generator:
+        self._turns.require_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open(bundle: str | os.PathLike[str] | Bundle, verify_files: bool) -> Bundle:
+    if isinstance(bundle, Bundle):
+        if verify_files:
+            bundle.verify_files()
+        return bundle
+    if isinstance(bundle, str | os.PathLike):
+        return Bundle.open(bundle, verify_files=verify_files)
+    raise BundleError(
+        "this isn't a bundle",
+        found=type(bundle).__name__,
+        expected="the path of a bundle's folder, or a dflash_rt.Bundle",
+        todo="pass the folder that `dflash-export build` wrote",
+    )
+
+
+def _backend(bundle: Bundle, backend: str | Backend, threads: int | None) -> Backend:
+    if threads is not None:
+        check_count("threads", threads)
+    if isinstance(backend, str):
+        return create_backend(backend, bundle, threads=threads)
+    if threads is not None:
+        raise RequestError(
+            "threads has no effect on a backend that is made already",
+            found=f"threads={threads} and a backend object",
+            expected="one of the two",
+            todo="set the threads where the backend is made",
+        )
+    if not callable(getattr(backend, "step", None)):
+        raise BackendError(
+            "this isn't a backend",
+            found=type(backend).__name__,
+            expected="a backend's name, or an object that follows dflash_rt.backends.base.Backend",
+            todo='pass backend="onnxruntime", or leave it out',
+        )
+    return backend

@@ -1,0 +1,80 @@
+"""What a request cost and what drafting gained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["GenerationStats"]
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Counters and times of one request. What can be computed from other fields is a property.
+
+    The first new token comes from the prefill; every later one from a step. Times are in seconds and count
+    only while the request is being worked on: neither waiting for another request, nor tokenizing the
+    prompt, nor the time a caller spends between two chunks.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        new_tokens: tokens returned, a stop token included.
+        draft_width: rows of a verify pass: the anchor and the drafts; 1 for plain decoding.
+        accepted_per_step: for each step, how many drafts the target confirmed. It is not cut in the last
+            step, where a stop or the length limit may drop confirmed tokens: this measures the drafter.
+        prefill_seconds: until the first token was there.
+        decode_seconds: in all steps together.
+        stage_seconds: part of ``decode_seconds`` spent inside the backend's runs, by stage
+            (see :attr:`dflash_rt.backends.base.Backend.run_seconds`).
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    draft_width: int
+    accepted_per_step: tuple[int, ...]
+    prefill_seconds: float
+    decode_seconds: float
+    stage_seconds: Mapping[str, float]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps: one draft pass and one verify pass each."""
+        return len(self.accepted_per_step)
+
+    @property
+    def accepted_by_position(self) -> tuple[int, ...]:
+        """In how many steps the draft at each 0-based position was accepted; length ``draft_width - 1``."""
+        counts = self.accepted_per_step
+        return tuple(sum(count > position for count in counts) for position in range(self.draft_width - 1))
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens returned by steps (all but the first) divided by steps; 0.0 without a step."""
+        return (self.new_tokens - 1) / self.steps if self.steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens returned by steps divided by ``decode_seconds``; 0.0 without a step."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.steps and self.decode_seconds else 0.0
+
+    @property
+    def backend_seconds(self) -> float:
+        """Part of ``decode_seconds`` spent inside the backend's runs."""
+        return sum(self.stage_seconds.values())
+
+    def as_dict(self) -> dict[str, object]:
+        """Fields and properties as JSON values, for logs and ``--json``."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "draft_width": self.draft_width,
+            "steps": self.steps,
+            "tokens_per_step": self.tokens_per_step,
+            "tokens_per_second": self.tokens_per_second,
+            "accepted_by_position": list(self.accepted_by_position),
+            "accepted_per_step": list(self.accepted_per_step),
+            "prefill_seconds": self.prefill_seconds,
+            "decode_seconds": self.decode_seconds,
+            "backend_seconds": self.backend_seconds,
+            "stage_seconds": dict(self.stage_seconds),
+        }

@@ -1,0 +1,238 @@
+"""A running request: an iterator of chunks, with its result at the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, TypeAlias
+
+from dflash_rt.backends.base import Backend
+from dflash_rt.errors import GeneratorStateError
+from dflash_rt.loop import Decoded, decode
+from dflash_rt.request import Request
+from dflash_rt.sequence import Sequence
+from dflash_rt.stats import GenerationStats
+from dflash_rt.stopping import TextAssembler
+from dflash_rt.turns import Turns
+
+__all__ = ["Chunk", "FinishReason", "GenerationResult", "TokenStream"]
+
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+"""A stop token or stop string; ``max_new_tokens``; or the caller left."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one step added.
+
+    Attributes:
+        text: new text; empty while a character or a possible stop string is incomplete.
+        token_ids: new tokens, at least one.
+        drafted: how many of them, from the first on, were proposed by the drafter.
+        finish_reason: set on the last chunk only.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    drafted: int
+    finish_reason: Literal["stop", "length"] | None
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """All that a request gave: its chunks' texts and token ids joined, and what it cost.
+
+    ``token_ids`` ends with the stop token, if one ended it, or with the token that completed a stop string;
+    ``text`` ends before the stop string, and special tokens give no text. Of a cancelled request it is what
+    had been handed out.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: GenerationStats
+
+
+class TokenStream(Iterator[Chunk]):
+    """The chunks of one request, one per step, made while they are asked for.
+
+    The request takes the generator with the first ``next()``, waiting for other threads' requests, and keeps
+    it until the last chunk, an error, :meth:`close`, or until nothing refers to the stream any more, as when
+    a ``for`` loop is left. Then :attr:`result` is there, unless an error ended it. A stream may be closed
+    from any thread, also while it waits for its turn.
+    """
+
+    def __init__(
+        self, backend: Backend, request: Request, text: TextAssembler, *, prefill_chunk: int, turns: Turns
+    ) -> None:
+        self._state: Literal["new", "waiting", "running", "ended"] = "new"
+        self._backend = backend
+        self._request = request
+        self._assembler = text
+        self._turns = turns
+        self._sequence = Sequence(request.prompt)
+        self._loop = decode(
+            backend,
+            self._sequence,
+            max_new_tokens=request.max_new_tokens,
+            width=request.width,
+            prefill_chunk=prefill_chunk,
+            stop_token_ids=request.stop_token_ids,
+        )
+        self._chunks: list[Chunk] = []
+        self._prefill_seconds = self._decode_seconds = 0.0
+        self._seconds_before: dict[str, float] | None = None  # the backend's clocks when the first step began
+        self._result: GenerationResult | None = None
+        self._mutex = threading.RLock()
+        self._inside = False  # a step is running; only a call from within (a signal handler's) can see it
+        self._cancelled = False  # close() was called: a step that is running ends the stream
+
+    def __next__(self) -> Chunk:
+        """The next step's chunk.
+
+        Raises:
+            StopIteration: the request has ended.
+            GeneratorStateError: the generator is closed, or this thread has another open stream on it.
+            BackendError: the backend failed; the stream has ended, and the generator can be used again.
+        """
+        self._wait_for_turn()
+        with self._mutex:
+            if self._inside:
+                raise _misused("next() was called from inside the stream's own step")
+            if self._state != "running":
+                raise StopIteration
+            self._turns.advance()
+            self._inside = True
+            try:
+                chunk = self._advance()
+            except BaseException:
+                self._end(None)
+                raise
+            finally:
+                self._inside = False
+            if chunk.finish_reason is not None:
+                self._end(chunk.finish_reason)
+            elif self._cancelled:
+                self._end("cancelled")
+            return chunk
+
+    @property
+    def result(self) -> GenerationResult:
+        """The whole result. Raises GeneratorStateError before the end, and after an error."""
+        if self._result is None:
+            raise GeneratorStateError(
+                "the stream has no result",
+                found="it ended with an error" if self._state == "ended" else "it hasn't ended",
+                expected="a stream that was read to its end, or closed",
+                todo="read it to its end or close it; after an error, start a new one",
+            )
+        return self._result
+
+    def close(self) -> None:
+        """End the request; its finish reason is ``"cancelled"`` unless it had ended. Safe to call twice.
+
+        While another thread is inside ``next()``, that step is waited for.
+        """
+        self._cancelled = True  # before the mutex, which a busy reader may take again and again
+        with self._mutex:
+            if not self._inside:
+                self._end("cancelled")
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Nobody is left to ask for the result; what matters is the turn.
+        if self._state == "running":
+            self._state = "ended"
+            self._turns.release()
+
+    def _wait_for_turn(self) -> None:
+        with self._mutex:
+            if self._state == "waiting":
+                raise _misused("another thread is starting this stream")
+            if self._state != "new":
+                return
+            self._state = "waiting"
+        taken = False
+        try:
+            self._turns.take(self)  # not under the mutex: close() must get through while this waits
+            taken = True
+        finally:
+            self._settle(taken)
+
+    def _settle(self, taken: bool) -> None:
+        with self._mutex:
+            if self._state == "waiting":
+                self._state = "running" if taken else "new"
+            elif taken:  # closed while it waited
+                self._turns.release()
+
+    def _advance(self) -> Chunk:
+        began = time.perf_counter()
+        decoded = next(self._loop)
+        chunk = self._assemble(decoded)
+        self._chunks.append(chunk)
+        seconds = time.perf_counter() - began
+        if self._seconds_before is None:
+            self._prefill_seconds = seconds
+            self._seconds_before = dict(self._backend.run_seconds)
+        else:
+            self._decode_seconds += seconds
+        return chunk
+
+    def _assemble(self, decoded: Decoded) -> Chunk:
+        text, token_ids, stopped = self._assembler.push(decoded.token_ids)
+        if not stopped and decoded.finish_reason is not None:
+            held = self._assembler.flush()
+            text, stopped = text + held.text, held.stopped
+        reason = "stop" if stopped else decoded.finish_reason
+        return Chunk(text, token_ids, min(decoded.drafted, len(token_ids)), reason)
+
+    def _end(self, reason: FinishReason | None) -> None:
+        """Leave the loop and give the turn back; without a reason there is no result."""
+        if self._state == "ended":
+            return
+        running, self._state = self._state == "running", "ended"
+        try:
+            self._loop.close()
+            if reason is not None:
+                self._result = self._make_result(reason)
+        finally:
+            if running:
+                self._turns.release()
+
+    def _make_result(self, reason: FinishReason) -> GenerationResult:
+        token_ids = tuple(token for chunk in self._chunks for token in chunk.token_ids)
+        before = self._seconds_before
+        stats = GenerationStats(
+            prompt_tokens=self._sequence.prompt_rows,
+            new_tokens=len(token_ids),
+            draft_width=self._request.width,
+            accepted_per_step=tuple(self._sequence.accepted_per_step),
+            prefill_seconds=self._prefill_seconds,
+            decode_seconds=self._decode_seconds,
+            stage_seconds={}
+            if before is None
+            else {
+                stage: total - before.get(stage, 0.0) for stage, total in self._backend.run_seconds.items()
+            },
+        )
+        return GenerationResult("".join(chunk.text for chunk in self._chunks), token_ids, reason, stats)
+
+
+def _misused(found: str) -> GeneratorStateError:
+    return GeneratorStateError(
+        "a stream was used twice at once",
+        found=found,
+        expected="one next() at a time",
+        todo="read a stream from one place; close() may be called from anywhere",
+    )
