@@ -1,0 +1,61 @@
+# make setup   virtual environment in .venv (all other targets do this first, when needed)
+# make demo    export the demo pair, answer a question, prove parity, measure the gain
+# make test    lint, then all tests
+# make bench   the full comparison on the demo pair, with a plot
+# make lint    ruff and mypy
+# make clean   remove .venv, caches and the demo bundle
+
+ifndef PYTHON
+# Ask each to run: a name on PATH may be a shim for a version that isn't installed.
+PYTHON := $(shell for name in python3.11 python3; do $$name -c "" 2>/dev/null && echo $$name && break; done)
+endif
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+CONSTRAINTS := $(wildcard constraints/*.txt)
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+BUNDLE := engines/smollm2-135m
+PROMPTS := examples/smollm2-135m-instruct-dflash/heldout_prompts.json
+
+.PHONY: setup demo test bench lint clean
+
+setup: $(STAMP)
+
+# setuptools comes first and --no-build-isolation follows, so that the build tool is pinned as well.
+$(STAMP): Makefile setup.cfg pyproject.toml $(CONSTRAINTS)
+	@test -n "$(PYTHON)" || { echo "No Python found. Install Python 3.11, or run: make PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "Installing into $(VENV). The first time this downloads PyTorch and takes some minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -c constraints/constraints.txt setuptools
+	$(PIP_INSTALL) -c constraints/constraints.txt --no-build-isolation -e ".[export,test,bench]"
+	$(PIP_INSTALL) --no-deps -r constraints/no-deps.txt
+	touch $@
+
+# Exported again when the recipe, the drafter or the exporter is newer than the bundle.
+$(BUNDLE)/manifest.json: $(BUNDLE).yaml $(wildcard examples/smollm2-135m-instruct-dflash/*) \
+		$(wildcard dflash_export/*.py) $(STAMP)
+	$(BIN)/dflash-export build --recipe $(BUNDLE).yaml --output $(BUNDLE) --force
+
+demo: $(BUNDLE)/manifest.json
+	$(BIN)/dflash-rt generate $(BUNDLE) --chat --prompt "Why is the sky blue?" --max-new-tokens 96 --stats
+	$(BIN)/dflash-export verify $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) --limit 4 \
+		--max-new-tokens 64
+	$(BIN)/dflash-rt bench $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) --limit 4 \
+		--max-new-tokens 64 --repeats 1 --compare hf
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(BUNDLE)/manifest.json
+	$(BIN)/dflash-rt bench $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) \
+		--compare hf,reference,genai --draft-width 4 --draft-width 8 --plot $(BUNDLE)/reports/bench.png
+
+clean:
+	rm -rf $(VENV) $(BUNDLE) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
