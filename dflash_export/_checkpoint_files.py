@@ -1,0 +1,131 @@
+"""Which files of a model folder are the checkpoint, and reading the small ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from dflash_rt.errors import CheckpointError
+
+__all__ = ["INDEX_FILE", "PICKLES", "SINGLE_FILE", "index_map", "read_json", "safetensors_files", "sha256_of"]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+
+_CHUNK_BYTES = 1 << 20
+
+
+def safetensors_files(folder: Path) -> tuple[str, ...]:
+    """Names of the safetensors files that make up the checkpoint, sorted.
+
+    Raises :class:`~dflash_rt.errors.CheckpointError` when there are none, or two sets of them.
+    """
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if not index.is_file():
+        if single.is_file():
+            return (SINGLE_FILE,)
+        raise _no_weights(folder)
+    shards = tuple(sorted(set(index_map(index).values())))
+    if single.is_file() and shards != (SINGLE_FILE,):
+        raise CheckpointError(
+            "there are two sets of weights",
+            found=f"{SINGLE_FILE} and an index of {len(shards)} shards, in {folder}",
+            expected="one or the other",
+            todo=f"remove the stale one of {SINGLE_FILE} and {INDEX_FILE}",
+        )
+    return shards
+
+
+def index_map(index: Path) -> dict[str, str]:
+    """Tensor name to shard file name, from ``model.safetensors.index.json``.
+
+    Raises :class:`~dflash_rt.errors.CheckpointError` when it is malformed or a shard lies outside the folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index.name} lists no tensors",
+            found=f"weight_map is {type(weight_map).__name__} in {index}",
+            expected="an object of tensor name to file name",
+            todo="download the file again",
+        )
+    for name, shard in weight_map.items():
+        plain = isinstance(shard, str) and shard == Path(shard).name and "\\" not in shard
+        if not plain or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index.name} names a file that may not be loaded",
+                found=f"{shard!r} for tensor {name!r}",
+                expected="the plain name of a .safetensors file in the same folder",
+                todo="get the checkpoint from a source that you trust",
+            )
+    return weight_map
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    expected = f"{SINGLE_FILE}, or {INDEX_FILE} with its shards"
+    if "adapter_config.json" in names:
+        return CheckpointError(
+            "this is an adapter, not a whole model",
+            found=f"adapter_config.json in {folder}",
+            expected=expected,
+            todo="merge the adapter into its base model and save that as safetensors",
+        )
+    if pickles:
+        return CheckpointError(
+            "this model has only pickled weights, and pickles are never loaded",
+            found=f"{', '.join(pickles[:5])} in {folder}",
+            expected=expected,
+            todo="convert the checkpoint to safetensors: load it where you trust it, save_pretrained() it",
+        )
+    return CheckpointError(
+        "this folder holds no weights",
+        found=f"{', '.join(others[:5]) or 'neither safetensors nor .gguf'} in {folder}",
+        expected=expected,
+        todo="name the file itself for a .gguf target; otherwise download the whole model again",
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file as lower-case hex, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that has to hold one JSON object.
+
+    Raises :class:`~dflash_rt.errors.CheckpointError` when it is missing, isn't JSON, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path.name} is missing",
+            found=f"no such file in {path.parent}",
+            expected=f"a model folder with {path.name}",
+            todo="download the model again, or name the folder that holds it",
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path.name} can't be read as JSON",
+            found=f"{path}: {error}",
+            expected="UTF-8 text holding one JSON object",
+            todo="download the file again",
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path.name} doesn't hold a JSON object",
+            found=f"{path}: a {type(value).__name__}",
+            expected="one JSON object",
+            todo="download the file again",
+        )
+    return value

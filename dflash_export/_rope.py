@@ -1,0 +1,141 @@
+"""Which RoPE variants can be exported: those whose frequencies are fixed once the config is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dflash_rt.errors import CheckpointError, Problem, UnsupportedModelError
+
+__all__ = ["normalised_rope", "rope_problems"]
+
+_COMMON = frozenset({"partial_rotary_factor", "rope_theta", "rope_type", "type"})
+_LLAMA3 = ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings")
+_YARN = ("attention_factor", "beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim")
+# Keys that transformers reads for each type (modeling_rope_utils.py); any other key would be lost.
+_KEYS: dict[str, frozenset[str]] = {
+    "default": _COMMON,
+    "linear": _COMMON | {"factor"},
+    "llama3": _COMMON | frozenset(_LLAMA3),
+    "proportional": _COMMON | {"factor"},
+    "yarn": _COMMON | frozenset(_YARN) | {"original_max_position_embeddings", "truncate"},
+}
+_REQUIRED: dict[str, tuple[str, ...]] = {"linear": ("factor",), "llama3": _LLAMA3, "yarn": ("factor",)}
+_RUNNING_LENGTH = frozenset({"dynamic", "longrope"})
+
+
+def rope_problems(rope: Mapping[str, Any] | None, owner: str) -> list[Problem]:
+    """Why RoPE with these parameters, in transformers 5's form, can't be exported."""
+    if not rope:
+        return [
+            Problem(
+                f"the {owner} has no RoPE parameters",
+                "no rope_parameters and no rope_theta",
+                "rope_parameters with rope_type and rope_theta",
+                "add them to config.json",
+            )
+        ]
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        return [
+            Problem(
+                f"the {owner} has other RoPE parameters for each kind of layer",
+                ", ".join(sorted(rope)),
+                "one set for all layers",
+                "this architecture isn't supported yet",
+            )
+        ]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _KEYS:
+        return [_unknown_type(kind, owner)]
+    return _value_problems(rope, kind, owner)
+
+
+def normalised_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> dict[str, Any]:
+    """What transformers 5 makes of either generation of the file (``RotaryEmbeddingConfigMixin``)."""
+    scaling, parameters = raw.get("rope_scaling"), raw.get("rope_parameters")
+    for name, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        if value is not None and not isinstance(value, Mapping):
+            raise CheckpointError(
+                f"{name} in the drafter's config.json is wrong",
+                found=repr(value),
+                expected="an object or null",
+                todo="use the config.json that was published with the drafter",
+            )
+    rope = dict(scaling or parameters or {})
+    theta = raw.get("rope_theta")
+    contradiction = scaling and parameters and dict(scaling) != dict(parameters)
+    if contradiction or (theta is not None and rope.get("rope_theta", theta) != theta):
+        raise CheckpointError(
+            "the drafter's RoPE is given twice, with different values",
+            found=f"rope_theta {theta!r}, rope_scaling {scaling!r}, rope_parameters {parameters!r}",
+            expected="one of the two forms, or the same values in both",
+            todo="keep in config.json what the drafter was trained with",
+        )
+    old_type = rope.pop("type", "default")
+    rope.setdefault("rope_type", old_type)
+    if theta is not None:
+        rope["rope_theta"] = theta
+    if raw.get("partial_rotary_factor") is not None:
+        rope.setdefault("partial_rotary_factor", raw["partial_rotary_factor"])
+    if rope["rope_type"] in ("llama3", "yarn"):
+        rope.setdefault("original_max_position_embeddings", max_position_embeddings)
+        if "original_max_position_embeddings" in raw:
+            rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
+    problems = rope_problems(rope, "drafter")
+    if problems:
+        first = problems[0]
+        raise UnsupportedModelError(first.what, found=first.found, expected=first.expected, todo=first.todo)
+    return rope
+
+
+def _unknown_type(kind: object, owner: str) -> Problem:
+    if isinstance(kind, str) and kind in _RUNNING_LENGTH:
+        why = f"{kind!r}: frequencies that change with the running length, under rows already cached"
+        todo = "use a model with a fixed RoPE, or set rope_type to one of the listed if that is what you run"
+        return Problem(f"the {owner}'s RoPE can't be exported", why, f"one of {', '.join(_KEYS)}", todo)
+    return Problem(
+        f"the {owner}'s RoPE type is not known",
+        repr(kind),
+        f"one of {', '.join(_KEYS)}",
+        "check config.json, or wait for support of this type",
+    )
+
+
+def _value_problems(rope: Mapping[str, Any], kind: str, owner: str) -> list[Problem]:
+    problems = []
+    if unknown := sorted(set(rope) - _KEYS[kind]):
+        problems.append(
+            Problem(
+                f"the {owner}'s RoPE has parameters that type {kind!r} doesn't use",
+                ", ".join(unknown),
+                ", ".join(sorted(_KEYS[kind])),
+                "remove them from config.json if they have no meaning",
+            )
+        )
+    needed = ("rope_theta", *_REQUIRED.get(kind, ()))
+    wrong = [f"{key} = {rope.get(key)!r}" for key in needed if not _is_positive(rope.get(key))]
+    if wrong:
+        problems.append(
+            Problem(
+                f"the {owner}'s RoPE parameters are incomplete or wrong",
+                ", ".join(wrong),
+                f"positive numbers for {', '.join(needed)}",
+                "take them from the model's own config.json",
+            )
+        )
+    partial = rope.get("partial_rotary_factor", 1.0)
+    if kind != "proportional" and partial not in (None, 1, 1.0):
+        problems.append(
+            Problem(
+                f"the {owner} rotates only a part of each head",
+                f"partial_rotary_factor = {partial!r}",
+                "1.0",
+                "this architecture isn't supported yet",
+            )
+        )
+    return problems
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf

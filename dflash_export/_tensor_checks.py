@@ -1,0 +1,113 @@
+"""Whether a checkpoint holds the tensors that its config asks for: names, shapes and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dflash_export.weights import Weights
+from dflash_rt.errors import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["EMBEDDING", "target_tensor_problems", "target_tensor_shapes", "tensor_problems"]
+
+EMBEDDING = "model.embed_tokens.weight"
+
+_HEAD = "lm_head.weight"
+_LISTED = 6  # names in one message; a wrong size is wrong in every layer
+_COMPARED_ROWS = 4096
+
+
+def target_tensor_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the target's module, the tied head included. Allocates no weights."""
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM  # it has no annotations
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def target_tensor_problems(config: PreTrainedConfig, weights: Weights) -> list[Problem]:
+    expected = target_tensor_shapes(config)
+    names = set(weights.names())
+    tied = bool(config.tie_word_embeddings)
+    if tied and _HEAD not in names:
+        del expected[_HEAD]
+    problems = tensor_problems("target", expected, weights)
+    if tied and not problems and _HEAD in names and not _same_rows(weights, EMBEDDING, _HEAD):
+        problems.append(
+            Problem(
+                "the target says that its head is tied to the embedding, but stores another head",
+                f"{_HEAD} differs from {EMBEDDING}",
+                "equal tensors, or tie_word_embeddings false",
+                "set tie_word_embeddings to false in the target's config.json",
+            )
+        )
+    return problems
+
+
+def tensor_problems(owner: str, expected: Mapping[str, tuple[int, ...]], weights: Weights) -> list[Problem]:
+    names = set(weights.names())
+    missing, unexpected = sorted(set(expected) - names), sorted(names - set(expected))
+    shared = sorted(names & set(expected))
+    wrong = [
+        f"{name} {list(weights.shape(name))}, not {list(expected[name])}"
+        for name in shared
+        if weights.shape(name) != expected[name]
+    ]
+    no_floats = [
+        f"{name} {weights.dtype(name)}"
+        for name in shared
+        if not weights.dtype(name).is_floating_point or weights.dtype(name).itemsize < 2
+    ]
+    problems = []
+    if missing or unexpected:
+        parts = [f"missing: {_some(missing)}"] if missing else []
+        parts += [f"unexpected: {_some(unexpected)}"] if unexpected else []
+        problems.append(
+            Problem(
+                f"the {owner}'s checkpoint doesn't hold the tensors that its config asks for",
+                "; ".join(parts),
+                f"exactly {len(expected)} tensors",
+                f"use the config.json and the weights of one revision of the {owner}",
+            )
+        )
+    if wrong:
+        problems.append(
+            Problem(
+                f"tensors of the {owner} have other shapes than its config asks for",
+                _some(wrong),
+                "the shapes that follow from the config",
+                f"use the config.json and the weights of one revision of the {owner}",
+            )
+        )
+    if no_floats:
+        problems.append(
+            Problem(
+                f"tensors of the {owner} are not stored in floating point",
+                _some(no_floats),
+                "float32, float16 or bfloat16",
+                "use the checkpoint that was not quantised",
+            )
+        )
+    return problems
+
+
+def _some(items: list[str]) -> str:
+    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    return ", ".join(items[:_LISTED]) + more
+
+
+def _same_rows(weights: Weights, first: str, second: str) -> bool:
+    rows = weights.shape(first)[0]
+    steps = range(0, rows, _COMPARED_ROWS)
+    pairs = ((start, min(start + _COMPARED_ROWS, rows)) for start in steps)
+    return all(
+        torch.equal(weights.rows(first, start, stop), weights.rows(second, start, stop))
+        for start, stop in pairs
+    )

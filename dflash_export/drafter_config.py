@@ -1,0 +1,282 @@
+"""A DFlash v1 drafter's configuration in z-lab's format, both generations of it.
+
+Old files have ``block_size``, ``rope_theta`` and ``rope_scaling`` at the top level; new ones nest
+``block_size`` in ``dflash_config`` and have ``rope_parameters``. What a value means follows the reference,
+``dflash/model.py`` of the PyPI package ``dflash`` 0.1.0, and the ``Qwen3Config`` that it builds from the same
+file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dflash_export._checkpoint_files import read_json
+from dflash_export._config_reader import ConfigReader
+from dflash_export._drafter_kind import refuse_other_kinds
+from dflash_export._rope import normalised_rope
+from dflash_export.sources import Source
+from dflash_rt.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import Qwen3Config
+
+__all__ = ["DrafterConfig", "build_target_layer_ids", "load_drafter_config", "parse_drafter_config"]
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_DFLASH_KEYS = frozenset(
+    {
+        "block_size",
+        "causal",
+        "final_logit_softcapping",
+        "input_embedding_scale",
+        "is_causal",
+        "mask_token_id",
+        "output_multiplier",
+        "target_layer_ids",
+    }
+)
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """One drafter. Sizes are counts; ``block_size`` counts the anchor row, so ``block_size - 1`` tokens are
+    drafted.
+
+    ``feature_layers`` are 0-based target layers whose output is tapped (z-lab's ``target_layer_ids``).
+    ``sliding_window`` is ``None`` when ``use_sliding_window`` is false, as ``Qwen3Config`` has it: a layer of
+    type ``sliding_attention`` is then causal and sees everything before it. ``is_causal`` is the file's own
+    setting for all layers, ``None`` where it has none; see :attr:`layer_is_causal`. ``rope_parameters`` are
+    in transformers 5's form. The three factors at the end are neutral at 1, 1 and ``None``.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    num_target_layers: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    hidden_act: str
+    attention_bias: bool
+    block_size: int
+    mask_token_id: int
+    feature_layers: tuple[int, ...]
+    layer_types: tuple[str, ...]
+    sliding_window: int | None
+    is_causal: bool | None
+    rope_parameters: Mapping[str, Any]
+    input_embedding_scale: float = 1.0
+    output_multiplier: float = 1.0
+    final_logit_softcapping: float | None = None
+
+    @property
+    def layer_is_causal(self) -> tuple[bool, ...]:
+        """Whether rows of the block see only rows before them, per layer.
+
+        ``Qwen3DFlashAttention.__init__`` of the reference: ``is_causal`` where it is set, else sliding layers
+        are causal and full ones aren't, whether or not there is a window.
+        """
+        if self.is_causal is not None:
+            return (self.is_causal,) * len(self.layer_types)
+        return tuple(kind == "sliding_attention" for kind in self.layer_types)
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Window in rows per layer, ``None`` for no limit.
+
+        A row at position p sees keys at positions above ``p - window``, and in a layer that isn't causal only
+        those below ``p + window`` (``_attention_mask`` of the reference).
+        """
+        sliding = (kind == "sliding_attention" for kind in self.layer_types)
+        return tuple(self.sliding_window if slides else None for slides in sliding)
+
+    @property
+    def has_logit_transform(self) -> bool:
+        """Whether draft logits differ from the target head's own logits, so that a graph of their own is
+        needed.
+        """
+        return self.output_multiplier != 1.0 or self.final_logit_softcapping is not None
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that the checkpoint has to hold, no more and no fewer."""
+        hidden, inner, head_dim = self.hidden_size, self.intermediate_size, self.head_dim
+        queries, keys = self.num_attention_heads * head_dim, self.num_key_value_heads * head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "fc.weight": (hidden, len(self.feature_layers) * hidden),
+            "hidden_norm.weight": (hidden,),
+            "norm.weight": (hidden,),
+        }
+        for layer in range(self.num_layers):
+            prefix = f"layers.{layer}."
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"{prefix}{norm}.weight"] = (hidden,)
+            for norm in ("q_norm", "k_norm"):
+                shapes[f"{prefix}self_attn.{norm}.weight"] = (head_dim,)
+            for name, rows, columns in (
+                ("self_attn.q_proj", queries, hidden),
+                ("self_attn.k_proj", keys, hidden),
+                ("self_attn.v_proj", keys, hidden),
+                ("self_attn.o_proj", hidden, queries),
+                ("mlp.gate_proj", inner, hidden),
+                ("mlp.up_proj", inner, hidden),
+                ("mlp.down_proj", hidden, inner),
+            ):
+                shapes[f"{prefix}{name}.weight"] = (rows, columns)
+                if self.attention_bias and name.startswith("self_attn."):
+                    shapes[f"{prefix}{name}.bias"] = (rows,)
+        return shapes
+
+    def to_qwen3_config(self) -> Qwen3Config:
+        """The ``Qwen3Config`` for building the modules that are traced.
+
+        Raises :class:`~dflash_rt.errors.CheckpointError` when transformers refuses the values.
+        """
+        from transformers import Qwen3Config
+
+        own: dict[str, Any] = {
+            "num_target_layers": self.num_target_layers,
+            "block_size": self.block_size,
+            "dflash_config": self._dflash_config(),
+        }
+        if self.is_causal is not None:
+            own["is_causal"] = self.is_causal
+        try:
+            return Qwen3Config(
+                vocab_size=self.vocab_size,
+                hidden_size=self.hidden_size,
+                intermediate_size=self.intermediate_size,
+                num_hidden_layers=self.num_layers,
+                num_attention_heads=self.num_attention_heads,
+                num_key_value_heads=self.num_key_value_heads,
+                head_dim=self.head_dim,
+                hidden_act=self.hidden_act,
+                max_position_embeddings=self.max_position_embeddings,
+                rms_norm_eps=self.rms_norm_eps,
+                rope_parameters=dict(self.rope_parameters),
+                attention_bias=self.attention_bias,
+                use_sliding_window=self.sliding_window is not None,
+                sliding_window=self.sliding_window,
+                layer_types=list(self.layer_types),
+                tie_word_embeddings=False,
+                **own,
+            )
+        # The strict config classes raise validation errors of their own besides ValueError and KeyError.
+        except Exception as error:
+            raise CheckpointError(
+                "transformers refuses the drafter's configuration",
+                found=f"{type(error).__name__}: {error}",
+                expected="values that Qwen3Config accepts",
+                todo="compare config.json with the published one",
+            ) from error
+
+    def _dflash_config(self) -> dict[str, Any]:
+        return {
+            "block_size": self.block_size,
+            "mask_token_id": self.mask_token_id,
+            "target_layer_ids": list(self.feature_layers),
+            "input_embedding_scale": self.input_embedding_scale,
+            "output_multiplier": self.output_multiplier,
+            "final_logit_softcapping": self.final_logit_softcapping,
+        }
+
+
+def load_drafter_config(source: Source) -> DrafterConfig:
+    """Read config.json of a drafter. Raises what :func:`parse_drafter_config` raises."""
+    return parse_drafter_config(read_json(source.path / "config.json"))
+
+
+def build_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
+    """Taps of a drafter that doesn't list them: spread from layer 1 to the third layer from the end.
+
+    The rule of the reference's function of the same name, Python's rounding of halves to even included.
+    """
+    if num_draft_layers == 1:
+        return (num_target_layers // 2,)
+    span = num_target_layers - 4
+    return tuple(round(1 + index * span / (num_draft_layers - 1)) for index in range(num_draft_layers))
+
+
+def parse_drafter_config(raw: Mapping[str, Any]) -> DrafterConfig:
+    """Read the object of a config.json.
+
+    Raises :class:`~dflash_rt.errors.UnsupportedModelError` for another kind of drafter and
+    :class:`~dflash_rt.errors.CheckpointError` for values that are missing, of the wrong type, or
+    contradictory. Whether the values fit a target, and one another, is for :mod:`dflash_export.pairing`.
+    """
+    refuse_other_kinds(raw)
+    read = ConfigReader(raw, _DFLASH_KEYS)
+    layers, heads = read.count("num_hidden_layers"), read.count("num_attention_heads")
+    target_layers = read.count("num_target_layers")
+    softcap = read.optional_number("final_logit_softcapping")
+    # Values that are absent are Qwen3Config's own defaults: the reference builds its modules from that class.
+    config = DrafterConfig(
+        hidden_size=read.count("hidden_size"),
+        intermediate_size=read.count("intermediate_size"),
+        num_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=(
+            heads if read.raw("num_key_value_heads", 0) is None else read.count("num_key_value_heads", 32)
+        ),
+        head_dim=read.count("head_dim", 128),
+        vocab_size=read.count("vocab_size"),
+        num_target_layers=target_layers,
+        max_position_embeddings=read.count("max_position_embeddings", 32768),
+        rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+        hidden_act=read.text("hidden_act", "silu"),
+        attention_bias=read.flag("attention_bias"),
+        block_size=read.count("block_size"),
+        mask_token_id=read.index("mask_token_id"),
+        feature_layers=read.indices("target_layer_ids", build_target_layer_ids(target_layers, layers)),
+        layer_types=_layer_types(read, layers),
+        sliding_window=_sliding_window(read),
+        # The reference reads this one at the top level only; _check_causality compares the other spellings.
+        is_causal=raw.get("is_causal"),
+        rope_parameters=normalised_rope(raw, read.count("max_position_embeddings", 32768)),
+        input_embedding_scale=read.number("input_embedding_scale", 1.0),
+        output_multiplier=read.number("output_multiplier", 1.0),
+        # The reference applies the cap only where it is above zero.
+        final_logit_softcapping=softcap if softcap is not None and softcap > 0 else None,
+    )
+    _check_causality(read, config)
+    return config
+
+
+def _sliding_window(read: ConfigReader) -> int | None:
+    if not read.flag("use_sliding_window") or read.raw("sliding_window", 4096) is None:
+        return None
+    return read.count("sliding_window", 4096)
+
+
+def _layer_types(read: ConfigReader, layers: int) -> tuple[str, ...]:
+    kinds = read.raw("layer_types", None)
+    if kinds is None:
+        first = layers if _sliding_window(read) is None else read.index("max_window_layers", 28)
+        return tuple(_LAYER_TYPES[layer >= first] for layer in range(layers))
+    if not isinstance(kinds, list) or any(kind not in _LAYER_TYPES for kind in kinds):
+        raise UnsupportedModelError(
+            "the drafter has layers of a kind that isn't supported",
+            found=repr(kinds),
+            expected=f"a list of {' and '.join(_LAYER_TYPES)}",
+            todo="use a DFlash v1 drafter in z-lab's format",
+        )
+    return tuple(kinds)
+
+
+def _check_causality(read: ConfigReader, config: DrafterConfig) -> None:
+    """Other readers know ``dflash_config.is_causal`` and ``causal``; the reference doesn't. They have to
+    agree.
+    """
+    for name in ("is_causal", "causal"):
+        value = read.optional_flag(name)
+        if value is not None and set(config.layer_is_causal) != {value}:
+            raise CheckpointError(
+                f"{name} contradicts what the reference implementation does with this file",
+                found=f"{name} {value}, and per layer {config.layer_is_causal} in the reference",
+                expected="the same for all layers: the reference reads only a top-level is_causal",
+                todo="set is_causal at the top level of config.json to what the drafter was trained with",
+            )

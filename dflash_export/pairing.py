@@ -1,0 +1,239 @@
+"""Whether a target and a drafter belong together: checked before anything is traced, all problems at once.
+
+Reads configs and tensor headers, one row of the embedding, and nothing else of the weights. The exception is
+a target that says its head is tied and stores one all the same: then the two are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dflash_export._rope import rope_problems
+from dflash_export._target_checks import activation_problems
+from dflash_export._tensor_checks import EMBEDDING, target_tensor_problems, tensor_problems
+from dflash_export.drafter_config import DrafterConfig
+from dflash_export.target_config import TargetFacts, check_target, target_facts
+from dflash_export.weights import Weights
+from dflash_rt.errors import PairError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["check_pair", "require_pair"]
+
+
+def check_pair(
+    target_config: PreTrainedConfig,
+    target_weights: Weights,
+    drafter: DrafterConfig,
+    drafter_weights: Weights,
+    *,
+    max_seq_len: int,
+    tokenizer_size: int | None = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Problem]:
+    """Everything that is wrong with this pair; empty when it can be exported.
+
+    ``max_seq_len`` is the limit in tokens, prompt and output together. ``tokenizer_size`` is the tokenizer's
+    highest id plus 1, ``None`` without one. ``chat_template_kwargs`` are those that the bundle will render
+    its template with. Raises :class:`~dflash_rt.errors.CheckpointError` only when a file can't be read.
+    """
+    problems = check_target(target_config)
+    if problems:
+        return problems  # its sizes mean nothing then
+    target = target_facts(target_config)
+    embedding_fits = EMBEDDING in target_weights.names() and target_weights.shape(EMBEDDING) == (
+        target.vocab_size,
+        target.hidden_size,
+    )
+    return [
+        *_size_problems(target, drafter),
+        *_tap_problems(target, drafter),
+        *_draft_problems(drafter),
+        *_length_problems(target, drafter, max_seq_len),
+        *_tokenizer_problems(target, tokenizer_size),
+        *_mask_problems(target, target_weights if embedding_fits else None, drafter, tokenizer_size),
+        *_template_problems(chat_template, chat_template_kwargs or {}),
+        *tensor_problems("drafter", drafter.tensor_shapes(), drafter_weights),
+        *target_tensor_problems(target_config, target_weights),
+    ]
+
+
+def require_pair(
+    target_config: PreTrainedConfig,
+    target_weights: Weights,
+    drafter: DrafterConfig,
+    drafter_weights: Weights,
+    *,
+    max_seq_len: int,
+    tokenizer_size: int | None = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Raise :class:`~dflash_rt.errors.PairError` with everything that :func:`check_pair` finds."""
+    problems = check_pair(
+        target_config,
+        target_weights,
+        drafter,
+        drafter_weights,
+        max_seq_len=max_seq_len,
+        tokenizer_size=tokenizer_size,
+        chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    if problems:
+        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise PairError(f"this target and drafter can't be exported together: {count}", problems)
+
+
+def _size_problems(target: TargetFacts, drafter: DrafterConfig) -> list[Problem]:
+    problems = []
+    for what, name, found, expected in (
+        ("hidden size", "hidden_size", drafter.hidden_size, target.hidden_size),
+        ("vocabulary", "vocab_size", drafter.vocab_size, target.vocab_size),
+        ("number of target layers", "num_target_layers", drafter.num_target_layers, target.num_layers),
+    ):
+        if found != expected:
+            problems.append(
+                Problem(
+                    f"the drafter was made for a target with another {what}",
+                    f"{name} = {found} in the drafter",
+                    f"{expected}, as in the target",
+                    "use the drafter that was trained for this target, and its matching revision",
+                )
+            )
+    return problems
+
+
+def _tap_problems(target: TargetFacts, drafter: DrafterConfig) -> list[Problem]:
+    taps = drafter.feature_layers
+    outside = [tap for tap in taps if not 0 <= tap < target.num_layers]
+    problems = []
+    if outside:
+        problems.append(
+            Problem(
+                "the drafter taps layers that the target doesn't have",
+                f"target_layer_ids {outside}",
+                f"0 to {target.num_layers - 1}",
+                "use the drafter of this target; ids of the speculators format are one higher",
+            )
+        )
+    if len(set(taps)) != len(taps):
+        problems.append(
+            Problem(
+                "the drafter taps a layer twice",
+                f"target_layer_ids {list(taps)}",
+                "each layer once",
+                "use the config.json that was published with the drafter",
+            )
+        )
+    return problems
+
+
+def _draft_problems(drafter: DrafterConfig) -> list[Problem]:
+    todo = "use the config.json that was published with the drafter"
+    problems = rope_problems(drafter.rope_parameters, "drafter")
+    problems += activation_problems(drafter.hidden_act, "drafter")
+    if drafter.block_size < 2:
+        found, expected = f"block_size {drafter.block_size}", "2 or more: the anchor and at least one draft"
+        problems.append(Problem("the drafter drafts nothing", found, expected, todo))
+    if len(drafter.layer_types) != drafter.num_layers:
+        found = f"{len(drafter.layer_types)} layer_types for {drafter.num_layers} layers"
+        problems.append(Problem("the drafter's layer_types don't fit", found, "one for each layer", todo))
+    if drafter.sliding_window is None and "sliding_attention" in drafter.layer_types:
+        # Qwen3Config drops the window when use_sliding_window is false; the reference's loop then fails.
+        found, expected = (
+            "sliding_attention layers, no window",
+            "use_sliding_window true, sliding_window in rows",
+        )
+        problems.append(Problem("the drafter's sliding layers have no window", found, expected, todo))
+    if drafter.num_attention_heads % drafter.num_key_value_heads:
+        found = f"{drafter.num_attention_heads} heads, {drafter.num_key_value_heads} key/value heads"
+        problems.append(Problem("the drafter's heads don't fit together", found, "a multiple", todo))
+    if drafter.head_dim % 2:
+        found = f"head_dim {drafter.head_dim}"
+        problems.append(Problem("the drafter's head size can't be rotated", found, "an even number", todo))
+    return problems
+
+
+def _length_problems(target: TargetFacts, drafter: DrafterConfig, max_seq_len: int) -> list[Problem]:
+    limits = {"target": target.max_position_embeddings, "drafter": drafter.max_position_embeddings}
+    if max_seq_len < 2:
+        found, expected = f"max_seq_len {max_seq_len}", "2 or more: a prompt and an output"
+        return [Problem("the length limit leaves no room", found, expected, "choose a higher one")]
+    return [
+        Problem(
+            f"the length limit is beyond the {owner}'s positions",
+            f"max_seq_len {max_seq_len}, max_position_embeddings {limit}",
+            f"at most {limit}",
+            f"choose max_seq_len {min(limits.values())} or less",
+        )
+        for owner, limit in limits.items()
+        if limit < max_seq_len
+    ]
+
+
+def _tokenizer_problems(target: TargetFacts, tokenizer_size: int | None) -> list[Problem]:
+    if tokenizer_size is None or tokenizer_size <= target.vocab_size:
+        return []
+    return [
+        Problem(
+            "the tokenizer gives ids that the target has no embedding for",
+            f"ids up to {tokenizer_size - 1}",
+            f"at most {target.vocab_size - 1}",
+            "use the tokenizer that belongs to the target",
+        )
+    ]
+
+
+def _mask_problems(
+    target: TargetFacts, weights: Weights | None, drafter: DrafterConfig, tokenizer_size: int | None
+) -> list[Problem]:
+    """The mask token needs an embedding row that means something.
+
+    z-lab's Qwen3 and Qwen3.5 drafters use the first row after the tokenizer's own ids (151669, 248077): a row
+    of the padding, and the very one that they were trained with. So a row out there is refused only if it is
+    all zeros; a row that the tokenizer knows is refused also if it equals the padding, that is if it was
+    never trained.
+    """
+    mask = drafter.mask_token_id
+    todo = "check mask_token_id against the drafter's model card and its revision"
+    if mask >= target.vocab_size:
+        found, expected = f"mask_token_id {mask}", f"below {target.vocab_size}"
+        return [Problem("the mask token is outside the target's vocabulary", found, expected, todo)]
+    if weights is None:
+        return []
+    row = weights.rows(EMBEDDING, mask, mask + 1)
+    if not bool(row.any()):
+        found = f"embedding row {mask} is all zeros"
+        return [Problem("the mask token has no embedding", found, "a row that was trained", todo)]
+    known = tokenizer_size is not None and mask < tokenizer_size < target.vocab_size
+    if tokenizer_size is not None and known:
+        padding = weights.rows(EMBEDDING, tokenizer_size, tokenizer_size + 1)
+        if torch.equal(row, padding):
+            found = f"embedding row {mask} equals padding row {tokenizer_size}"
+            return [Problem("the mask token's embedding is padding", found, "a row that was trained", todo)]
+    return []
+
+
+def _template_problems(template: str | None, kwargs: Mapping[str, Any]) -> list[Problem]:
+    if template is None:
+        if not kwargs:
+            return []
+        found, expected = f"chat_template_kwargs {dict(kwargs)}", "none without a chat template"
+        return [Problem("there is no chat template to give arguments to", found, expected, "leave them out")]
+    if "enable_thinking" in template and "enable_thinking" not in kwargs:
+        return [
+            Problem(
+                "the chat template can think or not, and it isn't stated which the drafter was trained for",
+                "enable_thinking in the template, not in chat_template_kwargs",
+                "enable_thinking true or false",
+                "state it: z-lab's drafters for Qwen3-4B and 8B are trained with false, "
+                "those for Qwen3.5 with true; in the wrong mode less than half as many drafts are accepted",
+            )
+        ]
+    return []

