@@ -1,0 +1,160 @@
+"""The command ``dflash-export``. Commands import what they need when they run so that ``--help`` is fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dflash_rt._version import __version__
+from dflash_rt.console import CommandGroup, JsonPair, as_chats, echo_json, fail, read_prompts
+
+__all__ = ["main"]
+
+_COUNT = click.IntRange(min=1)
+_BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dflash-export")
+def main() -> None:
+    """Export a Hugging Face target and its DFlash drafter to a bundle that runs without PyTorch."""
+
+
+@main.command()
+@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with the options below.")
+@click.option("--target", metavar="SOURCE", help="Hub id, folder, .gguf file or package:NAME/FILE.")
+@click.option("--drafter", metavar="SOURCE", help="DFlash v1 drafter: hub id or folder.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder to write. By default the recipe's path without its suffix.",
+)
+@click.option("--name", help="Name of the bundle. By default the output folder's.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of weights and caches [fp32]."
+)
+@click.option("--max-seq-len", type=_COUNT, metavar="N", help="Prompt and output tokens together, at most.")
+@click.option("--prefill-chunk", type=_COUNT, metavar="N", help="Prompt rows of one pass, at most.")
+@click.option(
+    "--draft-width", type=_COUNT, metavar="N", help="Default rows of a verify pass, anchor included."
+)
+@click.option("--target-revision", metavar="REV", help="Commit, tag or branch of the target's hub id.")
+@click.option("--drafter-revision", metavar="REV", help="Commit, tag or branch of the drafter's hub id.")
+@click.option(
+    "--chat-template-kwarg",
+    "chat_template_kwargs",
+    type=JsonPair(),
+    multiple=True,
+    help="Variable for the chat template, like enable_thinking=false. May be repeated.",
+)
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+def build(recipe: Path | None, output: Path | None, force: bool, **options: Any) -> None:
+    """Export a pair to a bundle.
+
+    Options win over the recipe's. The bundle appears whole or not at all.
+    """
+    # A recipe without a suffix would be its own output folder.
+    destination = output if output or not recipe or not recipe.suffix else recipe.with_suffix("")
+    missing = [] if recipe else [f"--{key}" for key in ("target", "drafter") if not options[key]]
+    if missing or destination is None:
+        missing += ["--output"] if destination is None else []
+        raise click.UsageError(f"{' and '.join(missing)} must be given{'' if recipe else ', or --recipe'}")
+    from dflash_export.progress import make_progress
+    from dflash_export.recipe import Recipe, read_recipe
+
+    options["target"] = _located(options["target"])
+    options["chat_template_kwargs"] = dict(options["chat_template_kwargs"]) or None
+    chosen = Recipe(**options) if recipe is None else read_recipe(recipe).overridden(**options)
+
+    from dflash_export.build import build as build_bundle
+
+    bundle = build_bundle(output=destination, force=force, progress=make_progress(), **chosen.build_options())
+    click.echo(bundle.root)
+
+
+@main.command()
+@_BUNDLE
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, the manifest included.")
+@click.option("--verify/--no-verify", "verify_files", default=True, help="Compare the SHA-256 of every file.")
+def inspect(bundle: Path, as_json: bool, verify_files: bool) -> None:
+    """Show what a bundle holds and where it came from, and check its files."""
+    from dflash_export.inspection import inspect_bundle
+    from dflash_export.progress import make_progress
+    from dflash_rt import Bundle
+
+    report = inspect_bundle(Bundle.open(bundle), verify_files=verify_files, progress=make_progress())
+    if as_json:
+        echo_json(report.to_dict())
+    else:
+        click.echo(report.table())
+    if report.changed:
+        fail(
+            f"files of {bundle} are not those that were recorded: {', '.join(report.changed)}\n"
+            "  what to do: copy the bundle again, or build it again with `dflash-export build --force`"
+        )
+
+
+@main.command()
+@_BUNDLE
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="Text file with a prompt a line, or a .json list. By default a few built-in ones.",
+)
+@click.option("--limit", type=_COUNT, metavar="N", help="Only the first N prompts of the file.")
+@click.option("--chat", is_flag=True, help="Each prompt of the file is the user's message of a chat.")
+@click.option("--max-new-tokens", type=_COUNT, metavar="N", default=128, show_default=True)
+@click.option("--recipe", type=click.Path(path_type=Path), help="The recipe of the bundle: names its target.")
+@click.option("--target", metavar="SOURCE", help="The target, where the bundle doesn't record a hub id.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def verify(
+    bundle: Path,
+    prompts: Path | None,
+    limit: int | None,
+    chat: bool,
+    max_new_tokens: int,
+    recipe: Path | None,
+    target: str | None,
+    as_json: bool,
+) -> None:
+    """Compare drafted, plain and PyTorch's greedy tokens, and explain every difference.
+
+    PyTorch runs the target that the bundle was built from. Exits with 1 if a difference is more than a near
+    tie.
+    """
+    if recipe is not None and target is not None:
+        raise click.UsageError("--recipe and --target say the same thing: give one of them")
+    if prompts is None and (limit is not None or chat):
+        raise click.UsageError("--limit and --chat are about a file: give --prompts as well")
+    from dflash_export.progress import make_progress
+    from dflash_export.recipe import read_recipe
+    from dflash_export.verify import verify as verify_bundle
+
+    if recipe is not None:
+        target = read_recipe(recipe).target
+    texts = None if prompts is None else read_prompts(prompts, limit)
+    report = verify_bundle(
+        bundle,
+        prompts=as_chats(texts) if chat and texts is not None else texts,
+        max_new_tokens=max_new_tokens,
+        target=_located(target),
+        progress=make_progress(),
+    )
+    if as_json:
+        echo_json(report.to_dict())
+    else:
+        click.echo(report.table())
+    if not report.ok:
+        fail("the tokens differ by more than near ties allow; the table names prompt and position")
+
+
+def _located(source: str | None) -> str | None:
+    """A target as :func:`dflash_export.build` takes it: ``package:NAME/FILE`` becomes a path."""
+    from dflash_export.recipe import PACKAGE_PREFIX, locate_package_file
+
+    if source is None or not source.startswith(PACKAGE_PREFIX):
+        return source
+    return str(locate_package_file(source))

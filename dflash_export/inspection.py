@@ -1,0 +1,164 @@
+"""What ``dflash-export inspect`` shows: a bundle's models, graphs, files and origin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from dflash_export.progress import SILENT, Progress
+from dflash_rt import Bundle
+from dflash_rt.bundle import hash_file
+from dflash_rt.manifest import GraphSpec, SourceInfo, TensorSpec
+
+__all__ = ["FileStatus", "Inspection", "inspect_bundle"]
+
+FileStatus: TypeAlias = Literal["ok", "changed", "not checked"]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A bundle, and the state of each of its files.
+
+    ``unlisted`` are files in the folder that the manifest doesn't name: harmless, and never read.
+    """
+
+    bundle: Bundle
+    files: Mapping[str, FileStatus]
+    unlisted: tuple[str, ...]
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Files whose SHA-256 isn't the recorded one."""
+        return tuple(name for name, status in self.files.items() if status == "changed")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole manifest and what was found, as JSON values."""
+        return {
+            "bundle": str(self.bundle.root),
+            "bytes": self.bundle.total_bytes,
+            "files": dict(self.files),
+            "unlisted": list(self.unlisted),
+            "manifest": json.loads(self.bundle.manifest.to_json()),
+        }
+
+    def table(self) -> str:
+        """Text for people."""
+        parts = (self._summary(), self._graphs(), self._files(), self._origin())
+        return "\n\n".join(parts)
+
+    def _summary(self) -> str:
+        manifest = self.bundle.manifest
+        target, drafter, defaults = manifest.target, manifest.drafter, manifest.generation
+        limits = manifest.limits
+        tokenizer = manifest.tokenizer
+        has_template = tokenizer is not None and tokenizer.chat_template is not None
+        text = "token ids only" if tokenizer is None else "text, chats" if has_template else "text"
+        window = "" if drafter.sliding_window is None else f", window {drafter.sliding_window}"
+        tied = ", tied" if target.tie_word_embeddings else ""
+        layers = ", ".join(map(str, drafter.feature_layers))
+        template = "".join(
+            f", chat template with {key}={json.dumps(value)}"
+            for key, value in defaults.chat_template_kwargs.items()
+        )
+        rows = [
+            ("bundle", f"{manifest.name}, {manifest.precision}, {_bytes(self.bundle.total_bytes)}"),
+            ("folder", str(self.bundle.root)),
+            ("target", f"{target.source.id} ({target.model_type})"),
+            ("", f"{target.num_layers} layers of {target.hidden_size}, vocabulary {target.vocab_size}{tied}"),
+            ("drafter", f"{drafter.source.id} ({drafter.kind})"),
+            ("", f"{drafter.num_layers} layers, block of {drafter.block_size}{window}, on layers {layers}"),
+            ("limits", f"{limits.max_seq_len} tokens, prefill in chunks of {limits.prefill_chunk}"),
+            ("takes", text),
+            ("defaults", f"draft width {defaults.draft_width}{template}"),
+            ("stop tokens", ", ".join(map(str, defaults.stop_token_ids)) or "none"),
+        ]
+        return _aligned(rows)
+
+    def _graphs(self) -> str:
+        return "\n".join(
+            f"graph {name}  {graph.path}\n{_tensors(graph)}"
+            for name, graph in self.bundle.manifest.graphs.items()
+        )
+
+    def _files(self) -> str:
+        records = self.bundle.manifest.files
+        rows: list[tuple[str, ...]] = [
+            (name, f"{_bytes(records[name].size):>10}", records[name].sha256[:16], status)
+            for name, status in self.files.items()
+        ]
+        rows += [(name, f"{'':>10}", " " * 16, "not part of the bundle") for name in self.unlisted]
+        return "files (sha256 begins)\n" + _aligned(rows, indent="  ")
+
+    def _origin(self) -> str:
+        manifest = self.bundle.manifest
+        made = manifest.provenance
+        rows = [
+            ("built", f"{made.created} by {made.tool}"),
+            ("target from", _source(manifest.target.source)),
+            ("drafter from", _source(manifest.drafter.source)),
+            ("packages", ", ".join(f"{name} {version}" for name, version in made.packages.items())),
+            ("options", ", ".join(f"{name}={value}" for name, value in made.options.items())),
+        ]
+        return _aligned(rows)
+
+
+def inspect_bundle(bundle: Bundle, *, verify_files: bool = True, progress: Progress = SILENT) -> Inspection:
+    """Look at a bundle; with ``verify_files`` every file is read and its SHA-256 compared.
+
+    Raises :class:`~dflash_rt.errors.IntegrityError` when a file can't be read.
+    """
+    recorded = bundle.manifest.files
+    if not verify_files:
+        return Inspection(bundle, dict.fromkeys(recorded, "not checked"), bundle.unlisted_files())
+    states: dict[str, FileStatus] = {}
+    with progress.stage("hashing files", total=bundle.total_bytes) as stage:
+        for name, record in recorded.items():
+            found = hash_file(bundle.root / name, name=name, progress=lambda _, size: stage.advance(size))
+            states[name] = "ok" if found == record else "changed"
+    return Inspection(bundle, states, bundle.unlisted_files())
+
+
+def _tensors(graph: GraphSpec) -> str:
+    """One line for each tensor. Caches, which are many and alike, share a line."""
+    outputs_of_caches = set(graph.aliases)
+    inputs_of_caches = set(graph.aliases.values())
+    inputs = [tensor for tensor in graph.inputs if tensor.name not in inputs_of_caches]
+    outputs = [tensor for tensor in graph.outputs if tensor.name not in outputs_of_caches]
+    caches = [tensor for tensor in graph.inputs if tensor.name in inputs_of_caches]
+    lines = [f"  in   {_tensor(tensor)}" for tensor in inputs]
+    lines += [f"  out  {_tensor(tensor)}" for tensor in outputs]
+    if caches:
+        shapes = sorted({f"{tensor.dtype} {_shape(tensor)}" for tensor in caches})
+        lines.append(f"  in place  {len(caches)} caches {' / '.join(shapes)}")
+    return "\n".join(lines)
+
+
+def _tensor(tensor: TensorSpec) -> str:
+    return f"{tensor.name} {tensor.dtype} {_shape(tensor)}"
+
+
+def _shape(tensor: TensorSpec) -> str:
+    return "[" + ", ".join(map(str, tensor.shape)) + "]"
+
+
+def _source(source: SourceInfo) -> str:
+    revision = "" if source.revision is None else f" at {source.revision}"
+    return f"{source.kind} {source.id}{revision}, {len(source.files)} files"
+
+
+def _bytes(size: int) -> str:
+    """A size in decimal units, as disks and downloads give it."""
+    value = float(size)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def _aligned(rows: Iterable[Sequence[str]], indent: str = "") -> str:
+    """Columns of equal width; all rows have the same number of cells."""
+    columns = [[cell.ljust(max(map(len, column))) for cell in column] for column in zip(*rows, strict=True)]
+    return "\n".join((indent + "  ".join(cells)).rstrip() for cells in zip(*columns, strict=True))

@@ -1,0 +1,144 @@
+"""How far a long piece of work is: a bar on a terminal, lines elsewhere, nothing for library calls.
+
+A function that takes long has a parameter ``progress: Progress | None = None``, where ``None`` means
+:data:`SILENT`. It opens a stage for each part of the work::
+
+    with progress.stage("tracing graphs", total=5) as stage:
+        for graph in graphs:
+            trace(graph)
+            stage.advance()
+
+Stages may be nested. Everything goes to stderr: stdout is for results.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as _Bars
+    from rich.progress import TaskID
+
+__all__ = ["SILENT", "LineProgress", "Progress", "RichProgress", "SilentProgress", "Stage", "make_progress"]
+
+
+class Stage(Protocol):
+    """One part of the work, while it is open."""
+
+    def advance(self, amount: float = 1) -> None:
+        """Say that ``amount`` more of the stage's total is done, in whatever unit the total counts."""
+
+
+class Progress(Protocol):
+    """Where a long function tells how far it is."""
+
+    def stage(self, name: str, total: float | None = None) -> AbstractContextManager[Stage]:
+        """Open a stage called ``name``. ``total=None``: nobody knows how much work it is."""
+
+
+class SilentProgress:
+    """Says nothing. The default of every library call."""
+
+    def stage(self, name: str, total: float | None = None) -> AbstractContextManager[Stage]:
+        """Open a stage that nobody sees."""
+        return nullcontext(_SilentStage())
+
+
+class LineProgress:
+    """A line when a stage begins, one at each further quarter, and one with the seconds it took."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @contextmanager
+    def stage(self, name: str, total: float | None = None) -> Iterator[Stage]:
+        """Open a stage that writes lines."""
+        self._write(f"{name} ...")
+        began = time.monotonic()
+        yield _LineStage(name, total, self)
+        # Not reached after an exception: the error message that follows says more than "done" would.
+        self._write(f"{name}: done in {time.monotonic() - began:.1f} s")
+
+    def _write(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+
+class RichProgress:
+    """Bars on a terminal. ``rich`` is imported when the first stage opens."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._bars: _Bars | None = None
+        self._open_stages = 0
+
+    @contextmanager
+    def stage(self, name: str, total: float | None = None) -> Iterator[Stage]:
+        """Open a stage that draws a bar."""
+        bars = self._bars if self._bars is not None else self._make_bars()
+        self._bars = bars
+        # A terminal has room for one live display, so nested stages share it.
+        self._open_stages += 1
+        if self._open_stages == 1:
+            bars.start()
+        task = bars.add_task(name, total=total)
+        try:
+            yield _RichStage(bars, task)
+            bars.update(task, total=total or 1, completed=total or 1)
+        finally:
+            bars.stop_task(task)
+            self._open_stages -= 1
+            if self._open_stages == 0:
+                bars.stop()
+                self._bars = None  # finished bars stay on the screen; the next ones start below them
+
+    def _make_bars(self) -> _Bars:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        return Progress(*columns, console=Console(file=self._stream))
+
+
+class _SilentStage:
+    def advance(self, amount: float = 1) -> None:
+        pass
+
+
+class _LineStage:
+    def __init__(self, name: str, total: float | None, owner: LineProgress) -> None:
+        self._name = name
+        self._total = total
+        self._done = 0.0
+        self._quarter = 0
+        self._owner = owner
+
+    def advance(self, amount: float = 1) -> None:
+        self._done += amount
+        if not self._total:
+            return
+        quarter = min(int(4 * self._done / self._total), 3)
+        if quarter > self._quarter:
+            self._quarter = quarter
+            self._owner._write(f"{self._name}: {25 * quarter} %")
+
+
+class _RichStage:
+    def __init__(self, bars: _Bars, task: TaskID) -> None:
+        self._bars = bars
+        self._task = task
+
+    def advance(self, amount: float = 1) -> None:
+        self._bars.advance(self._task, amount)
+
+
+SILENT: Progress = SilentProgress()
+
+
+def make_progress(stream: TextIO | None = None) -> Progress:
+    """The progress for a command: bars if ``stream`` (default: stderr) is a terminal, lines otherwise."""
+    chosen = sys.stderr if stream is None else stream
+    return RichProgress(chosen) if chosen.isatty() else LineProgress(chosen)

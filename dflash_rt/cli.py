@@ -1,0 +1,231 @@
+"""The command ``dflash-rt``. Commands import what they need when they run, so that ``--help`` is fast."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dflash_rt._version import __version__
+from dflash_rt.backends import BACKEND_NAMES
+from dflash_rt.console import CommandGroup, JsonPair, as_chats, echo_json, read_prompts, read_text
+from dflash_rt.errors import RequestError
+
+if TYPE_CHECKING:
+    from dflash_rt.stream import GenerationResult
+
+__all__ = ["main"]
+
+_COUNT = click.IntRange(min=1)
+_BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+_THREADS = click.option("--threads", type=_COUNT, metavar="N", help="CPU threads of the backend.")
+_BACKEND = click.option(
+    "--backend", type=click.Choice(BACKEND_NAMES), default="onnxruntime", show_default=True
+)
+
+
+class _Contenders(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """Names of what to compare with, separated by commas. Installed packages say which there are."""
+
+    name = "NAME,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """The names in the order given, each once, or a usage error."""
+        if isinstance(value, tuple):  # click may convert a value that is converted already
+            return value
+        from dflash_rt.bench_contenders import find_factories
+
+        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+        try:
+            find_factories(names)
+        except RequestError as error:
+            self.fail(str(error), param, ctx)
+        return names
+
+
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dflash-rt")
+def main() -> None:
+    """Run a DFlash bundle: speculative decoding without PyTorch."""
+
+
+@main.command()
+@_BUNDLE
+@click.option("--prompt", metavar="TEXT", help="The prompt. Without it, or a file, stdin is read.")
+@click.option(
+    "--prompt-file", type=click.Path(path_type=Path), help="UTF-8 file with the prompt; - is stdin."
+)
+@click.option("--chat", is_flag=True, help="The prompt is the user's message of a chat.")
+@click.option("--system", metavar="TEXT", help="System message of the chat.")
+@click.option(
+    "--chat-template-kwarg",
+    "chat_template_kwargs",
+    type=JsonPair(),
+    multiple=True,
+    help="Variable for the chat template, like enable_thinking=false. May be repeated.",
+)
+@click.option(
+    "--max-new-tokens", type=_COUNT, metavar="N", help="By default as many as fit the bundle's limit."
+)
+@click.option("--stop", metavar="TEXT", multiple=True, help="Stop before this text. May be repeated.")
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, help="0 is greedy: the only value yet."
+)
+@click.option("--no-draft", is_flag=True, help="Plain decoding: the same tokens, one at a time.")
+@click.option("--draft-width", type=_COUNT, metavar="N", help="Rows of a verify pass, anchor included.")
+@_BACKEND
+@_THREADS
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text.")
+@click.option("--stats", is_flag=True, help="Say on stderr what it cost and what drafting gained.")
+def generate(
+    bundle: Path,
+    prompt: str | None,
+    prompt_file: Path | None,
+    chat: bool,
+    system: str | None,
+    chat_template_kwargs: tuple[tuple[str, Any], ...],
+    max_new_tokens: int | None,
+    stop: tuple[str, ...],
+    temperature: float,
+    no_draft: bool,
+    draft_width: int | None,
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+    stats: bool,
+) -> None:
+    """Continue a prompt, or answer a chat, and print the text as it comes.
+
+    One newline at the end of a file or of stdin is not part of the prompt.
+    """
+    if not chat and (system is not None or chat_template_kwargs):
+        raise click.UsageError("--system and --chat-template-kwarg belong to a chat: give --chat as well")
+    if no_draft and draft_width is not None:
+        raise click.UsageError("--no-draft and --draft-width exclude each other")
+    text = _prompt_text(prompt, prompt_file)
+
+    from dflash_rt import Generator, SamplingParams
+
+    sampling = SamplingParams(temperature=temperature)
+    with (
+        Generator(bundle, backend, threads=threads, draft_width=draft_width) as generator,
+        generator.stream(
+            _messages(text, system) if chat else text,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            speculative=not no_draft,
+            chat_template_kwargs=dict(chat_template_kwargs) or None,
+        ) as stream,
+    ):
+        for chunk in stream:
+            if not as_json:
+                click.echo(chunk.text, nl=False)
+    result = stream.result
+    if as_json:
+        echo_json(_as_json(result))
+    elif not result.text.endswith("\n"):
+        click.echo()
+    if stats:
+        click.echo(_stats_text(result), err=True)
+
+
+@main.command()
+@_BUNDLE
+@click.option(
+    "--compare",
+    type=_Contenders(),
+    default=(),
+    help="Also run: hf (Hugging Face generate), reference (the PyTorch loop), genai (onnxruntime-genai); "
+    "all skips what can't run here.",
+)
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), help="Recipe of the bundle: names its checkpoints."
+)
+@click.option("--target", metavar="SOURCE", help="Checkpoint for hf, reference and genai.")
+@click.option("--drafter", metavar="SOURCE", help="Checkpoint for reference.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="Text file with a prompt a line, or .json list."
+)
+@click.option("--limit", type=_COUNT, metavar="N", help="Only the first N prompts of the file.")
+@click.option("--chat", is_flag=True, help="Each prompt of the file is the user's message of a chat.")
+@click.option("--max-new-tokens", type=_COUNT, metavar="N", default=128, show_default=True)
+@click.option(
+    "--repeats", type=_COUNT, metavar="N", default=3, show_default=True, help="Runs over all prompts."
+)
+@click.option(
+    "--draft-width",
+    "draft_widths",
+    type=_COUNT,
+    metavar="N",
+    multiple=True,
+    help="Rows of a verify pass, anchor included. May be repeated. By default the bundle's.",
+)
+@_BACKEND
+@_THREADS
+@click.option("--cache-folder", type=click.Path(path_type=Path), help="Keeps what was converted for genai.")
+@click.option("--plot", type=click.Path(path_type=Path), help="PNG file to write.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON line only, without the table.")
+def bench(
+    prompts: Path | None, limit: int | None, chat: bool, as_json: bool, bundle: Path, **options: Any
+) -> None:
+    """Measure drafted against plain decoding, and both against others. Ends with one line of JSON."""
+    if prompts is None and (limit is not None or chat):
+        raise click.UsageError("--limit and --chat are about a file: give --prompts as well")
+
+    from dflash_rt.bench import run_bench
+
+    texts = None if prompts is None else read_prompts(prompts, limit)
+    report = run_bench(
+        bundle,
+        prompts=as_chats(texts) if chat and texts is not None else texts,
+        progress=lambda line: click.echo(line, err=True),
+        **options,
+    )
+    if not as_json:
+        click.echo(report.table())
+    echo_json(report.to_dict())
+
+
+def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    if prompt is not None and prompt_file is not None:
+        raise click.UsageError("--prompt and --prompt-file exclude each other")
+    if prompt is not None:
+        return prompt
+    if prompt_file is None and sys.stdin.isatty():
+        raise click.UsageError("no prompt: give --prompt or --prompt-file, or pipe it in")
+    return read_text(prompt_file or Path("-"))
+
+
+def _messages(text: str, system: str | None) -> list[dict[str, str]]:
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return [*opening, *as_chats([text])[0]]
+
+
+def _as_json(result: GenerationResult) -> dict[str, Any]:
+    return {
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "finish_reason": result.finish_reason,
+        "stats": result.stats.as_dict(),
+    }
+
+
+def _stats_text(result: GenerationResult) -> str:
+    stats = result.stats
+    speed = f"{stats.decode_seconds:.2f} s, {stats.tokens_per_second:.1f} tokens/s"
+    lines = [
+        f"prompt: {stats.prompt_tokens} tokens in {stats.prefill_seconds:.2f} s",
+        f"output: {stats.new_tokens} tokens ({result.finish_reason}) in {speed}",
+    ]
+    if stats.draft_width > 1 and stats.steps:
+        shares = " ".join(f"{accepted / stats.steps:.0%}" for accepted in stats.accepted_by_position)
+        lines.append(
+            f"drafts: {stats.tokens_per_step:.2f} tokens a step at width {stats.draft_width}, "
+            f"accepted by position: {shares}"
+        )
+    return "\n".join(lines)

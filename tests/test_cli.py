@@ -1,0 +1,379 @@
+"""Both commands as a user meets them: help, wrong usage, errors, interruption, output streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from dflash_export.cli import main as export_main
+from dflash_rt import Bundle
+from dflash_rt.cli import main as rt_main
+from dflash_rt.console import CommandGroup, read_prompts
+from dflash_rt.errors import PromptError
+from tests.rt.bundle_maker import write_bundle
+
+ROOT = Path(__file__).parents[1]
+
+COMMANDS = {"dflash-export": export_main, "dflash-rt": rt_main}
+MODULES = {"dflash-export": "dflash_export.cli", "dflash-rt": "dflash_rt.cli"}
+HEAVY = {"jinja2", "numpy", "onnx", "onnxruntime", "rich", "tokenizers", "torch", "transformers", "yaml"}
+HELP = [(program, "") for program in COMMANDS] + [
+    (program, name) for program, group in COMMANDS.items() for name in group.commands
+]
+
+
+def invoke(program: str, *arguments: str | Path, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(COMMANDS[program], [str(argument) for argument in arguments], input=stdin)
+
+
+def command_line(program: str, *arguments: str | Path, before: str = "") -> list[str]:
+    script = f"{before}\nfrom {MODULES[program]} import main\nmain(prog_name={program!r})"
+    return [sys.executable, "-W", "error", "-c", script, *map(str, arguments)]
+
+
+def run(
+    program: str, *arguments: str | Path, before: str = "", **options: Any
+) -> subprocess.CompletedProcess[str]:
+    command = command_line(program, *arguments, before=before)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+# --- Help ---
+
+
+@pytest.mark.parametrize(("program", "command"), HELP)
+def test_help_lists_every_option_and_loads_nothing_heavy(program: str, command: str) -> None:
+    report = "import atexit, sys\natexit.register(lambda: print(*sys.modules, file=sys.stderr))"
+    result = run(program, *command.split(), "--help", before=report)
+    assert result.returncode == 0
+    group = COMMANDS[program]
+    parameters = (group.commands[command] if command else group).params
+    options = [name for parameter in parameters for name in parameter.opts if name.startswith("-")]
+    assert [name for name in options if name not in result.stdout] == []
+    assert "BUNDLE" in result.stdout or command in ("", "build")
+    assert HEAVY & set(result.stderr.split()) == set()
+
+
+def test_commands_of_the_issue_exist() -> None:
+    assert set(export_main.commands) == {"build", "inspect", "verify"}
+    assert set(rt_main.commands) == {"generate", "bench"}
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+def test_version(program: str) -> None:
+    assert invoke(program, "--version").output == f"{program}, version 0.1.0\n"
+
+
+def test_backends_come_from_the_registry() -> None:
+    from dflash_rt.backends import BACKEND_NAMES
+
+    options = {option.name: option for option in rt_main.commands["generate"].params}
+    assert isinstance(options["backend"].type, click.Choice)
+    assert tuple(options["backend"].type.choices) == BACKEND_NAMES
+
+
+# --- Wrong usage: exit 2 ---
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("dflash-rt translate", "No such command"),
+        ("dflash-rt generate", "Missing argument 'BUNDLE'"),
+        ("dflash-rt generate b --promt x", "No such option"),
+        ("dflash-rt generate b --prompt x --prompt-file y", "exclude each other"),
+        ("dflash-rt generate b --prompt x --system y", "give --chat"),
+        ("dflash-rt generate b --prompt x --chat-template-kwarg a=1", "give --chat"),
+        ("dflash-rt generate b --prompt x --no-draft --draft-width 4", "exclude each other"),
+        ("dflash-rt generate b --prompt x --draft-width 0", "not in the range"),
+        ("dflash-rt generate b --prompt x --threads 0", "not in the range"),
+        ("dflash-rt generate b --prompt x --max-new-tokens 0", "not in the range"),
+        ("dflash-rt generate b --prompt x --max-new-tokens many", "not a valid integer"),
+        ("dflash-rt generate b --prompt x --temperature warm", "not a valid float"),
+        ("dflash-rt generate b --prompt x --backend abacus", "'onnxruntime'"),
+        ("dflash-rt generate b --prompt x --chat --chat-template-kwarg thinking", "is not KEY=JSON"),
+        ("dflash-rt generate b --prompt x --chat --chat-template-kwarg a=yes", "text needs its own quotes"),
+        ("dflash-rt generate b --prompt x --chat --chat-template-kwarg a=[1]", "is not text"),
+        ("dflash-rt generate b --prompt x --chat --chat-template-kwarg a=NaN", "is not text"),
+        ("dflash-rt bench b --compare hf,vllm", "nothing of that name to compare with"),
+        ("dflash-rt bench b --compare ,", "nothing of that name"),
+        ("dflash-rt bench b --limit 3", "give --prompts"),
+        ("dflash-export build", "--target and --drafter and --output must be given, or --recipe"),
+        ("dflash-export build --target a/b --drafter c/d", "--output must be given"),
+        ("dflash-export build --recipe engines/x", "--output must be given"),
+        ("dflash-export build --recipe r.yaml --precision int4", "'fp32', 'fp16', 'bf16'"),
+        ("dflash-export inspect", "Missing argument 'BUNDLE'"),
+        ("dflash-export verify b --chat", "give --prompts"),
+        ("dflash-export verify b --recipe r.yaml --target a/b", "give one of them"),
+    ],
+)
+def test_wrong_usage(line: str, part: str) -> None:
+    result = invoke(*line.split())
+    assert result.exit_code == 2
+    assert part in result.stderr
+    assert result.stdout == ""
+
+
+# --- The project's errors: exit 1, a message, no traceback ---
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("dflash-rt generate missing --prompt x", "no bundle at missing"),
+        ("dflash-rt generate missing --prompt x --temperature 0.7", "greedily only"),
+        ("dflash-rt generate missing --prompt-file nothing.txt", "nothing.txt can't be read"),
+        ("dflash-export inspect missing", "no bundle at missing"),
+        ("dflash-export build --recipe missing.yaml", "missing.yaml can't be read"),
+        ("dflash-export build --target package:x --drafter c/d -o o", "spelled wrongly"),
+        ("dflash-export build --target ./no-model --drafter ./no-drafter -o o", "no-model"),
+    ],
+)
+def test_project_errors(tmp_path: Path, line: str, part: str) -> None:
+    program, *arguments = line.split()
+    result = run(program, *arguments, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 1, result.stderr
+    assert result.stdout == ""
+    assert part in result.stderr
+    assert "Error: " in result.stderr
+    assert "what to do:" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_extra_names_the_extra(tmp_path: Path) -> None:
+    blocker = "import sys\nsys.modules['torch'] = None"
+    result = run(
+        "dflash-export", *f"build --target a/b --drafter c/d -o {tmp_path}/o".split(), before=blocker
+    )
+    assert result.returncode == 1
+    assert "the package torch is not installed" in result.stderr
+    assert "pip install 'dflash-export[export]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_bugs_keep_their_traceback() -> None:
+    @click.group(cls=CommandGroup)
+    def program() -> None:
+        pass
+
+    @program.command()
+    @click.argument("kind")
+    def fail(kind: str) -> None:
+        raise ModuleNotFoundError("no", name="dflash_rt.absent") if kind == "import" else ZeroDivisionError
+
+    assert isinstance(CliRunner().invoke(program, ["fail", "import"]).exception, ModuleNotFoundError)
+    assert isinstance(CliRunner().invoke(program, ["fail", "other"]).exception, ZeroDivisionError)
+
+
+# --- Interruption and streams ---
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+def test_interrupt() -> None:
+    # Stdin is a pipe that stays open, so `generate` waits for its prompt; the hook tells when it does.
+    before = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # it may be ignored in background jobs
+        "class Stdin:\n"
+        "    buffer = property(lambda self: self)\n"
+        "    def isatty(self): return False\n"
+        "    def read(self):\n"
+        "        print('waiting', file=sys.stderr, flush=True)\n"
+        "        return sys.__stdin__.buffer.read()\n"
+        "sys.stdin = Stdin()"
+    )
+    command = command_line("dflash-rt", "generate", "bundle", before=before)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.strip()) == (130, "", "")
+
+
+def test_broken_pipe_is_quiet(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = command_line("dflash-export", "inspect", "--no-verify", bundle)
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+# --- inspect ---
+
+
+def test_inspect_shows_a_bundle(tmp_path: Path) -> None:
+    result = invoke("dflash-export", "inspect", write_bundle(tmp_path))
+    assert result.exit_code == 0
+    for part in (
+        "tiny, fp32",
+        "someone/model (llama)",
+        "3 layers of 16, vocabulary 32, tied",
+        "2 layers, block of 4, window 16, on layers 0, 2",
+        "64 tokens, prefill in chunks of 8",
+        "text, chats",
+        "draft width 3, chat template with enable_thinking=false",
+        "in   embeddings float32 [batch, rows, 16]",
+        "in place  6 caches float32 [batch, 2, capacity, 4]",
+        "data/weights.bin",
+        "hub someone/model at 0123abc, 1 files",
+        "folder drafter, 1 files",
+        "torch 2.13.0",
+    ):
+        assert part in result.stdout
+    assert result.stdout.count("  ok\n") == 8
+    assert "hashing files" in result.stderr
+    assert "hashing files" not in result.stdout
+
+
+def test_inspect_finds_a_changed_file(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    file = bundle / "data" / "weights.bin"
+    file.write_bytes(file.read_bytes().swapcase())
+    (bundle / "notes.txt").touch()
+    result = invoke("dflash-export", "inspect", bundle)
+    assert result.exit_code == 1
+    assert result.stdout.count("  changed\n") == 1
+    assert "not part of the bundle" in result.stdout
+    assert "data/weights.bin" in result.stderr
+    assert "what to do:" in result.stderr
+    unchecked = invoke("dflash-export", "inspect", "--no-verify", bundle)
+    assert unchecked.exit_code == 0
+    assert unchecked.stdout.count("  not checked\n") == 8
+
+
+def test_inspect_as_json(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    result = invoke("dflash-export", "inspect", "--json", bundle)
+    value = json.loads(result.stdout)
+    assert result.stdout.count("\n") == 1
+    assert value["manifest"] == json.loads((bundle / "manifest.json").read_text())
+    assert set(value["files"].values()) == {"ok"}
+    assert value["bytes"] == sum(record["size"] for record in value["manifest"]["files"].values())
+
+
+def test_inspect_truncated_file(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    (bundle / "embed.onnx").write_bytes(b"")
+    result = invoke("dflash-export", "inspect", bundle)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "embed.onnx: found 0 bytes" in result.stderr
+
+
+# --- generate, on the demo pair ---
+
+
+def test_generate_streams_text(smollm2_bundle: Bundle) -> None:
+    result = invoke(
+        "dflash-rt",
+        "generate",
+        smollm2_bundle.root,
+        *("--prompt", "The capital of France is", "--max-new-tokens", "4", "--stats"),
+    )
+    assert (result.exit_code, result.stdout) == (0, " Paris.\n\n")
+    assert "prompt: 5 tokens in" in result.stderr
+    assert "output: 4 tokens (length)" in result.stderr
+    assert "tokens a step at width 4" in result.stderr
+
+
+def test_generate_from_stdin_or_file_drops_one_newline(smollm2_bundle: Bundle, tmp_path: Path) -> None:
+    prompt, length = "The capital of France is", ("--max-new-tokens", "3", "--json")
+    file = tmp_path / "prompt.txt"
+    file.write_text(prompt + "\n")
+    ways: list[tuple[tuple[str, ...], str | None]] = [
+        (("--prompt", prompt), None),
+        (("--prompt-file", str(file)), None),
+        ((), prompt + "\n"),
+        (("--prompt-file", "-"), prompt),
+    ]
+    for way, stdin in ways:
+        result = invoke("dflash-rt", "generate", smollm2_bundle.root, *way, *length, stdin=stdin)
+        assert json.loads(result.stdout)["stats"]["prompt_tokens"] == 5
+        assert json.loads(result.stdout)["text"] == " Paris.\n"
+
+
+def test_generate_chat_options(smollm2_bundle: Bundle) -> None:
+    def answer(*options: str) -> dict[str, Any]:
+        arguments = ("--prompt", "Say hello.", "--max-new-tokens", "24", "--json", *options)
+        result = invoke("dflash-rt", "generate", smollm2_bundle.root, *arguments)
+        assert result.exit_code == 0, result.stderr
+        parsed: dict[str, Any] = json.loads(result.stdout)
+        return parsed
+
+    chat = answer("--chat")
+    assert chat["stats"]["draft_width"] == 4
+    plain = answer("--chat", "--no-draft")
+    assert plain["stats"]["draft_width"] == 1
+    assert plain["token_ids"] == chat["token_ids"]
+    assert answer("--chat", "--draft-width", "8")["stats"]["draft_width"] == 8
+    assert (
+        answer("--chat", "--system", "Be rude.")["stats"]["prompt_tokens"] != chat["stats"]["prompt_tokens"]
+    )
+    stopped = answer("--chat", "--stop", chat["text"][3:6], "--stop", "never there")
+    assert (stopped["text"], stopped["finish_reason"]) == (chat["text"][:3], "stop")
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", "a", "--draft-width", "9"), "larger than a draft block"),
+        (("--prompt", "a", "--max-new-tokens", "9000"), "don't fit"),
+        (("--prompt", "a", "--stop", ""), "stop"),
+    ],
+)
+def test_generate_refuses(smollm2_bundle: Bundle, options: tuple[str, ...], part: str) -> None:
+    result = invoke("dflash-rt", "generate", smollm2_bundle.root, *options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert part in result.stderr
+
+
+# --- Prompt files ---
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    text, listed = tmp_path / "prompts.txt", tmp_path / "prompts.json"
+    text.write_text("one\n\n  two\nthree\n")
+    listed.write_text('["one", {"prompt": "  two", "kind": "made up"}, {"prompt": "three"}]')
+    assert read_prompts(text) == read_prompts(listed) == ["one", "  two", "three"]
+    assert read_prompts(text, 2) == ["one", "  two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("a.txt", b"", "holds no prompt"),
+        ("a.txt", b"\n \n", "holds no prompt"),
+        ("a.txt", b"\xff", "can't be read"),
+        ("a.json", b"[", "not JSON"),
+        ("a.json", b"[" * 100_000, "not JSON"),
+        ("a.json", b"[]", "holds no prompt"),
+        ("a.json", b'{"prompt": "x"}', "not a list of prompts"),
+        ("a.json", b'["x", 1]', "item 1"),
+        ("a.json", b'[{"prompt": "x", "answer": "y"}]', "item 0"),
+        ("a.json", b'[{"kind": "x"}]', "item 0"),
+    ],
+)
+def test_bad_prompt_files(tmp_path: Path, name: str, content: bytes, part: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(PromptError, match=part):
+        read_prompts(path)
+
+
+def test_prompts_of_the_demo_drafter() -> None:
+    folder = ROOT / "examples" / "smollm2-135m-instruct-dflash"
+    assert len(read_prompts(folder / "heldout_prompts.json")) == 32
