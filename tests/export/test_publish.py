@@ -308,3 +308,66 @@ def test_the_manifest_is_written_last(tmp_path: Path, pair: tuple[Path, Path]) -
     written = (bundle.root / MANIFEST_NAME).stat().st_mtime_ns
     assert all((bundle.root / name).stat().st_mtime_ns <= written for name in bundle.manifest.files)
     assert json.loads((bundle.root / MANIFEST_NAME).read_text())["name"] == "bundle"
+
+
+# Where a process that publishes a folder dies, and the function that it dies in.
+DEATHS = {"made": "publish.fcntl.flock", "flushed": "publish._publish", "renamed": "publish.shutil.rmtree"}
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from dflash_export import publish
+def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
+{function} = die
+with publish.new_folder(Path(sys.argv[1]), force=len(sys.argv) > 2) as folder:
+    (folder / "manifest.json").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("moment", DEATHS)
+def test_what_a_kill_leaves_is_removed_by_the_next_export(tmp_path: Path, moment: str, force: bool) -> None:
+    """Also at the moments that hardly any kill hits: before the lock, before the rename, right after it."""
+    output = tmp_path / "bundle"
+    if force:
+        old_bundle(output)
+    script = DYING.format(function=DEATHS[moment])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(output), *(["force"] if force else [])], check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    renamed = moment == "renamed"
+    assert output.exists() == (force or renamed)
+    if output.exists():
+        assert (output / MANIFEST_NAME).read_text() == ("new" if renamed else "old")
+    assert len(os.listdir(tmp_path)) == (2 if force else 1)
+    with new_folder(output, force=output.exists()) as folder:
+        fill(folder, "last")
+    assert (output / MANIFEST_NAME).read_text() == "last"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_a_failed_swap_keeps_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two folders can't be swapped in one step, and the second of two renames fails."""
+    output = old_bundle(tmp_path / "bundle")
+    rename = os.rename
+
+    def fails_for_new_folders(source: Path, destination: Path) -> None:
+        if ".partial-" in str(source):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, destination)
+
+    monkeypatch.setattr(publish, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(publish.os, "rename", fails_for_new_folders)
+    with pytest.raises(OutputError), new_folder(output, force=True) as folder:
+        fill(folder)
+    assert (output / MANIFEST_NAME).read_text() == "old"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_names_that_look_like_patterns(tmp_path: Path) -> None:
+    script = DYING.format(function=DEATHS["flushed"])
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "[v1]*")], check=False)
+    assert len(os.listdir(tmp_path)) == 1
+    with new_folder(tmp_path / "[v1]*", force=False) as folder:
+        fill(folder)
+    assert os.listdir(tmp_path) == ["[v1]*"]
