@@ -178,10 +178,11 @@ class _GenAI:
         self._stops = frozenset(setup.stop_token_ids)
         config = library.Config(str(folder))
         threads = {"intra_op_num_threads": setup.threads, "inter_op_num_threads": 1}
-        # The bundle's stop tokens take the place of the target's own; without any, none may be left.
-        stops = list(setup.stop_token_ids) or [-1]
-        overlay = {"model": {"eos_token_id": stops, "decoder": {"session_options": threads}}}
-        config.overlay(json.dumps(overlay))
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
+        # A single id takes the place of the target's own stop tokens, a list adds to them; none can't be said.
+        first, rest = setup.stop_token_ids[:1], setup.stop_token_ids[1:]
+        for stops in (*first, *([rest] if rest else [])):
+            config.overlay(json.dumps({"model": {"eos_token_id": stops}}))
         try:
             self._model = library.Model(config)
             self.decode([0], 2)  # its kernels refuse some head sizes, and only when they run

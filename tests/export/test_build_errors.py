@@ -1,4 +1,4 @@
-"""Bad input to ``build``: each ends in one of the project's own exceptions, before any long work, and leaves nothing.
+"""Bad input to ``build``: each ends in an exception of the project, before any long work, and leaves nothing.
 
 The cases go through ``build`` itself, so that they also show that every check is wired up, and early enough.
 """

@@ -150,7 +150,7 @@ MIXED = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"], "lay
 DRAFTERS: dict[str, dict[str, Any]] = {
     "three layers": {"layers": 3},
     "mixed": MIXED,
-    "mixed, nothing causal": {**MIXED, "is_causal": False},
+    "windows smaller than a block": {**MIXED, "sliding_window": 3, "is_causal": False},
     "mixed, all causal": {**MIXED, "is_causal": True},
     "bias, one head to a key": {"attention_bias": True, "num_key_value_heads": 4},
     "four heads to a key": {"num_key_value_heads": 1},
