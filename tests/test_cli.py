@@ -130,7 +130,7 @@ def test_wrong_usage(line: str, part: str) -> None:
     ("line", "part"),
     [
         ("dflash-rt generate missing --prompt x", "no bundle at missing"),
-        ("dflash-rt generate missing --prompt x --temperature 0.7", "greedily only"),
+        ("dflash-rt generate missing --prompt x --temperature -1", "temperature is wrong"),
         ("dflash-rt generate missing --prompt-file nothing.txt", "nothing.txt can't be read"),
         ("dflash-export inspect missing", "no bundle at missing"),
         ("dflash-export build --recipe missing.yaml", "missing.yaml can't be read"),
