@@ -15,7 +15,7 @@ import numpy.typing as npt
 from dflash_rt.backends.base import FloatArray, IntArray
 from dflash_rt.sampling import SamplingParams, TokenLogprob
 
-__all__ = ["Distribution", "distribution", "token_logprob"]
+__all__ = ["Distribution", "distribution", "penalised", "token_logprob"]
 
 _BLOCK = 256
 _STEEPEST = 1e38  # 1 / temperature, kept finite in float32: 0 times it is still 0
@@ -49,6 +49,24 @@ class Distribution:
         dense[slice(None) if self.ids is None else self.ids] = self.weights
         dense /= dense.sum()
         return dense
+
+
+def penalised(
+    logits: FloatArray, params: SamplingParams, *, seen: IntArray, output: IntArray, counts: FloatArray
+) -> FloatArray:
+    """A copy of ``logits``, float32 ``[vocab]``, with the three penalties.
+
+    ``seen`` is int64, the distinct tokens of prompt and output; ``output`` those of the output alone, with
+    float32 ``counts`` of the same length that tell how often each came. The repetition penalty is that of
+    transformers (arXiv 1909.05858), the other two are those of OpenAI's API.
+    """
+    scores: FloatArray = logits.copy()
+    if params.repetition_penalty != 1:
+        values = scores[seen]
+        factors = np.where(values < 0, params.repetition_penalty, 1 / params.repetition_penalty)
+        scores[seen] = values * factors.astype(np.float32)
+    scores[output] -= params.presence_penalty + params.frequency_penalty * counts
+    return scores
 
 
 def distribution(logits: FloatArray, params: SamplingParams) -> Distribution:

@@ -22,7 +22,7 @@ import numpy as np
 
 from dflash_rt.accept import accept_in_order
 from dflash_rt.backends.base import FloatArray, IntArray
-from dflash_rt.distribution import distribution, token_logprob
+from dflash_rt.distribution import distribution, penalised, token_logprob
 from dflash_rt.sampling import SamplingParams, TokenLogprob
 
 __all__ = ["Sampler", "Uniforms"]
@@ -94,7 +94,10 @@ class Sampler:
 
     def _choose_one(self, logits: FloatArray) -> int:
         params = self._params
-        scores = self._penalised(logits) if params.has_penalties else logits
+        scores = logits
+        if params.has_penalties:
+            output = self._output
+            scores = penalised(logits, params, seen=self._seen.ids, output=output.ids, counts=output.counts)
         if params.temperature == 0:
             token = int(scores.argmax())
         else:
@@ -106,13 +109,3 @@ class Sampler:
             self._output.add(token)
         self._position += 1
         return token
-
-    def _penalised(self, logits: FloatArray) -> FloatArray:
-        params, seen, output = self._params, self._seen, self._output
-        scores: FloatArray = logits.copy()
-        if params.repetition_penalty != 1:
-            values = scores[seen.ids]
-            factors = np.where(values < 0, params.repetition_penalty, 1 / params.repetition_penalty)
-            scores[seen.ids] = values * factors.astype(np.float32)
-        scores[output.ids] -= params.presence_penalty + params.frequency_penalty * output.counts
-        return scores
