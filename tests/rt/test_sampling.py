@@ -4,8 +4,8 @@ test_sampling_distribution.py."""
 from __future__ import annotations
 
 import json
-import zlib
 import threading
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,18 +103,19 @@ def test_a_manifest_may_say_what_parameters_may() -> None:
 
 # --- one row ----------------------------------------------------------------------------------------------
 
+
+def random_row(seed: int, size: int, spread: float, ties: bool) -> FloatArray:
+    row = np.random.default_rng(seed).normal(0, spread, size)
+    return (np.round(row) if ties else row).astype(np.float32)
+
+
 ROWS = st.builds(
-    lambda seed, size, spread, ties: random_row(seed, size, spread, ties),
+    random_row,
     st.integers(0, 10**6),
     st.sampled_from([1, 2, 5, 100, 256, 257, 1000]),
     st.sampled_from([0.1, 1.0, 4.0, 30.0]),
     st.booleans(),
 )
-
-
-def random_row(seed: int, size: int, spread: float, ties: bool) -> FloatArray:
-    row = np.random.default_rng(seed).normal(0, spread, size)
-    return (np.round(row) if ties else row).astype(np.float32)
 
 
 def by_transformers(logits: FloatArray, params: SamplingParams) -> npt.NDArray[np.float64]:

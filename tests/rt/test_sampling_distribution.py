@@ -1,11 +1,11 @@
 """The proof that sampling is exact: the joint distribution of the first four tokens against PyTorch's logits.
 
-Every setting is counted over 200,000 seeds in two ways that must agree seed by seed: a walk over all prefixes
-with the functions that the sampler uses, and whole requests through Generator, drafted and plain: all seeds of
-one setting, the first ones of each.
+Every setting is counted over 200,000 seeds in two ways that must agree seed by seed: a walk over all
+prefixes with the functions that the sampler uses, and whole requests through Generator, drafted and plain:
+all seeds of one setting, the first ones of each.
 
-A chi-square test fails by chance with probability LEVEL. There are fewer than 40 of them, so a correct sampler
-fails one with probability below 4e-5; seeds are fixed, so that it would then fail always.
+A chi-square test fails by chance with probability LEVEL. There are fewer than 40 of them, so a correct
+sampler fails one with probability below 4e-5; seeds are fixed, so that it would then fail always.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def walk(params: SamplingParams, choose: Choose = coupled, stale: bool = False) 
                 chosen = choose(p, propose(PROMPT + output), numbers[runs, position], more[runs, position])
             tokens[runs, position] = chosen
             for token in np.unique(chosen):
-                longer[*output, int(token)] = runs[chosen == token]
+                longer[(*output, int(token))] = runs[chosen == token]
         groups = longer
     return tokens
 
@@ -350,7 +350,7 @@ def test_the_settings_exercise_what_they_name() -> None:
     for name, params in SETTINGS.items():
         joint = exact(params)
         assert abs(joint.sum() - 1) < 1e-12
-        assert (joint == 0).any() == any(part in name for part in ("top", "min-p"))
+        assert (joint == 0).any() == any(part in name for part in ("top", "min-p", "all"))
         if name != "T=1.0 none":
             assert abs(joint - plain).sum() > 0.05
     with generator(5) as running:  # and drafts are accepted in part
