@@ -81,7 +81,8 @@ class Sampler:
         self._params = params
         self._uniforms = Uniforms(int(params.seed or 0))
         self._position = 0
-        self._seen = _Counts(np.unique(prompt))
+        # What only penalties read isn't kept for others.
+        self._seen = _Counts(np.unique(prompt[: prompt.size if params.has_penalties else 0]))
         self._output = _Counts(np.empty(0, np.int64))
 
     def choose(self, logits: FloatArray, drafted: Sequence[int] = ()) -> list[int]:

@@ -298,6 +298,17 @@ def test_rows_behind_a_rejected_draft_are_not_looked_at() -> None:
     assert sampler.choose(rows, [1, 2, 0]) == [1, 2, 0, 1]
 
 
+def test_each_position_has_its_own_number() -> None:
+    flat = np.zeros((4, 1000), np.float32)
+    expected = [int(Uniforms(3)[position] * 1000) for position in range(8)]
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=3), np.array([0]))
+    found = sampler.choose(flat[:1])
+    found += sampler.choose(flat, expected[1:4])  # all stand, and the bonus
+    found += sampler.choose(flat, [expected[5], -1, -1])
+    found += sampler.choose(flat[:1])
+    assert found == expected
+
+
 def test_greedy_with_penalties_counts_the_block_s_own_tokens() -> None:
     row = [2.0, 1.5, 1.2]
     sampler = Sampler(SamplingParams(presence_penalty=1.0), np.array([0, 1, 2]))
