@@ -199,6 +199,13 @@ def test_pick(weights: list[float], numbers: list[float]) -> None:
         assert before - 1e-4 <= number * total[-1] <= total[token] + 1e-4
 
 
+def test_pick_where_a_block_s_sum_was_rounded_up() -> None:
+    for seed in range(50):
+        weights = np.random.default_rng(seed).random(2 * 256).astype(np.float32)
+        weights[-20:] = 0
+        assert Distribution(weights).pick(1 - 2.0**-53) == weights.size - 21
+
+
 def test_pick_names_tokens_by_id() -> None:
     p = Distribution(np.array([1, 3], np.float32), np.array([4, 9]))
     assert [p.pick(u) for u in (0.0, 0.2499, 0.25, 0.999)] == [4, 4, 9, 9]
