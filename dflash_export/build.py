@@ -44,7 +44,7 @@ from .pairing import require_pair
 from .progress import SILENT, Progress
 from .publish import check_output, new_folder
 from .sources import Source, resolve_drafter, resolve_target
-from .target_config import TargetFacts, load_target_config, stop_token_ids, target_facts
+from .target_config import TargetFacts, load_target_config, sampling_defaults, stop_token_ids, target_facts
 from .tokenizer_files import TokenizerFiles, export_tokenizer
 from .weights import Weights, open_weights
 
@@ -167,6 +167,7 @@ def build(
                     stop_token_ids=stop_ids,
                     draft_width=width,
                     chat_template_kwargs=dict(chat_template_kwargs or {}),
+                    sampling=sampling_defaults(target_source),
                 ),
                 provenance=_provenance(
                     precision=precision,

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from dflash_rt.errors import ManifestError
 
-__all__ = ["Bounds", "Check", "OneOf", "Pattern", "Problems", "child", "parse_json", "read", "shown"]
+__all__ = ["Bounds", "Check", "OneOf", "Pattern", "Problems", "Range", "child", "parse_json", "read", "shown"]
 
 MAX_STRING = 4096
 _MAX_REPORTED = 20
@@ -52,6 +52,21 @@ class Bounds:
         return f"an integer from {self.low} to {self.high}"
 
     def accepts(self, value: int) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A float in ``[low, high]``."""
+
+    low: float
+    high: float
+
+    @property
+    def expected(self) -> str:
+        return f"a number from {self.low:g} to {self.high:g}"
+
+    def accepts(self, value: float) -> bool:
         return self.low <= value <= self.high
 
 
