@@ -36,6 +36,8 @@ def assemble(
     reference: ReferenceDrafting,
     text_of: Callable[[int], str],
     threads: int | None,
+    *,
+    mixture: bool,
 ) -> VerifyReport:
     """Derive the limits, judge every prompt by them, and add what a reader needs to know."""
     manifest = bundle.manifest
@@ -49,6 +51,7 @@ def assemble(
         repeated=repeated,
         noise=repeated if sixteen_bit is None else sixteen_bit,
         precision=manifest.precision,
+        mixture=mixture,
     )
     features = meters.features.result()
     prompts = tuple(judge(index, item, limits, text_of) for index, item in enumerate(evidence))

@@ -105,8 +105,9 @@ def _wrong_logits(errors: Mapping[int, ErrorStats], limits: Limits) -> Iterator[
         if not limits.allow(stats):
             yield (
                 f"logits of {width}-row passes are further from PyTorch's than rounding explains:"
-                f" rms {stats.relative_rms:.1e} of the spread (allowed {limits.relative_rms:.1e}),"
-                f" worst row {stats.relative_worst_row:.1e} (allowed {limits.relative_worst_row:.1e})"
+                f" {stats.relative(stats.typical_row):.1e} of the spread in a typical row (allowed"
+                f" {limits.typical_row:.1e}), {stats.relative(stats.worst_row):.1e} in the worst (allowed"
+                f" {limits.worst_row:.1e}{' in 99 % of the rows' if limits.mixture else ''})"
             )
 
 

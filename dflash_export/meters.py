@@ -32,7 +32,9 @@ class ErrorStats:
         max_abs: largest absolute difference.
         percentile_999: 99.9 % of the absolute differences are at most this (up to 9 % above the exact value).
         rms: root mean square of all differences.
-        worst_row_rms: largest root mean square of one row.
+        typical_row: root mean square of one row, the median of all rows.
+        row_99: the same; 99 % of the rows are at most this.
+        worst_row: the same, the largest.
         spread: standard deviation of the right logits within a row; the unit of the relative errors.
         largest: largest magnitude of a right logit.
     """
@@ -42,19 +44,15 @@ class ErrorStats:
     max_abs: float
     percentile_999: float
     rms: float
-    worst_row_rms: float
+    typical_row: float
+    row_99: float
+    worst_row: float
     spread: float
     largest: float
 
-    @property
-    def relative_rms(self) -> float:
-        """``rms`` in units of ``spread``."""
-        return self.rms / max(self.spread, _TINY)
-
-    @property
-    def relative_worst_row(self) -> float:
-        """``worst_row_rms`` in units of ``spread``."""
-        return self.worst_row_rms / max(self.spread, _TINY)
+    def relative(self, error: float) -> float:
+        """One of the errors above in units of ``spread``."""
+        return error / max(self.spread, _TINY)
 
 
 class ErrorMeter:
@@ -62,9 +60,9 @@ class ErrorMeter:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._rows = self._values = 0
-        self._max = self._worst_row = self._largest = 0.0
-        self._square_sum = self._variance_sum = 0.0
+        self._values = 0
+        self._max = self._largest = self._variance_sum = 0.0
+        self._row_squares: list[float] = []
         self._bins = np.zeros(_OCTAVES * _BINS_PER_OCTAVE, np.int64)
 
     def add(self, found: Array, right: Array) -> None:
@@ -79,13 +77,10 @@ class ErrorMeter:
                 expected="finite logits",
                 todo="build the bundle with precision bf16 or fp32, and check the checkpoint",
             )
-        row_squares = np.square(difference, dtype=np.float64).mean(axis=1)
-        self._rows += difference.shape[0]
+        self._row_squares += np.square(difference, dtype=np.float64).mean(axis=1).tolist()
         self._values += difference.size
         self._max = max(self._max, float(difference.max()))
-        self._worst_row = max(self._worst_row, float(row_squares.max()))
         self._largest = max(self._largest, float(np.abs(right).max()))
-        self._square_sum += float(row_squares.sum())
         self._variance_sum += float(right.var(axis=1, dtype=np.float64).sum())
         with np.errstate(divide="ignore"):
             octaves = np.log2(difference.ravel()) - _LOWEST_OCTAVE  # log2(0) lands in the first bin
@@ -94,15 +89,18 @@ class ErrorMeter:
 
     def result(self) -> ErrorStats:
         """What was gathered so far; all zeros before the first call."""
-        rows = max(self._rows, 1)
+        squares = np.array(self._row_squares or [0.0])
+        typical, row_99, worst = np.sqrt(np.quantile(squares, [0.5, 0.99, 1.0], method="inverted_cdf"))
         return ErrorStats(
-            rows=self._rows,
+            rows=len(self._row_squares),
             values=self._values,
             max_abs=self._max,
             percentile_999=self._percentile(0.999),
-            rms=math.sqrt(self._square_sum / rows),
-            worst_row_rms=math.sqrt(self._worst_row),
-            spread=math.sqrt(self._variance_sum / rows),
+            rms=math.sqrt(squares.mean()),
+            typical_row=float(typical),
+            row_99=float(row_99),
+            worst_row=float(worst),
+            spread=math.sqrt(self._variance_sum / squares.size),
             largest=self._largest,
         )
 

@@ -22,7 +22,7 @@ from dflash_export.replay import Replay
 from dflash_export.sources import Source
 from dflash_export.torch_reference import find_source, load_target, reference_version
 from dflash_export.verify_report import ReferenceDrafting, VerifyReport
-from dflash_rt import Bundle, Generator
+from dflash_rt import Bundle, Generator, SamplingParams
 from dflash_rt.errors import SourceError
 from dflash_rt.manifest import Manifest
 from dflash_rt.prompts import Prompt
@@ -109,7 +109,10 @@ def verify(
     else:
         found = run_reference(model, drafter_source, manifest, evidence, max_new_tokens, progress)
 
-    report = assemble(opened, source, max_new_tokens, evidence, meters, found, text_of, threads)
+    mixture = getattr(model.config, "num_experts", None) is not None
+    report = assemble(
+        opened, source, max_new_tokens, evidence, meters, found, text_of, threads, mixture=mixture
+    )
     if write_report:
         text = json.dumps(report.to_dict(), ensure_ascii=False, allow_nan=False, indent=1)
         write_report_file(opened, REPORT_NAME, text + "\n")
@@ -164,7 +167,10 @@ def _run_ours(
                 for prompt, runs in zip(asked, ours, strict=True):
                     for mode in modes:
                         result = generator.generate(
-                            list(prompt.token_ids), max_new_tokens=max_new_tokens, speculative=mode > 1
+                            list(prompt.token_ids),
+                            max_new_tokens=max_new_tokens,
+                            sampling=SamplingParams(),  # greedy, whatever the bundle's defaults are
+                            speculative=mode > 1,
                         )
                         runs.append(Run.ours(result, mode))
                         stage.advance()

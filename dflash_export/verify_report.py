@@ -205,10 +205,7 @@ class VerifyReport:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as dicts, with the derived error numbers; tuples as lists; keys as text."""
-    if isinstance(value, ErrorStats):
-        derived = {"relative_rms": value.relative_rms, "relative_worst_row": value.relative_worst_row}
-        return {field.name: getattr(value, field.name) for field in fields(value)} | derived
+    """Dataclasses as dicts, tuples as lists, keys as text."""
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
-from dflash_rt._version import __version__
 from dflash_rt.backends import create_backend
 from dflash_rt.bench_contenders import BenchSetup, Contender, OurContender, Outcome, make_contenders
-from dflash_rt.bench_floor import StepFloor, measure_read_bandwidth, physical_cores, step_floor
+from dflash_rt.bench_floor import StepFloor, measure_read_bandwidth, step_floor
+from dflash_rt.bench_machine import cpu_name, load_average, package_versions, physical_cores
 from dflash_rt.bench_report import PLAIN, BenchReport, Conditions
 from dflash_rt.bundle import Bundle
 from dflash_rt.errors import PromptError, RequestError
@@ -45,7 +43,6 @@ _QUESTIONS = (
     "List five things to take on a hike, with a reason for each.",
 )
 _RANDOM_PROMPT_TOKENS = 32
-_PACKAGES = ("dflash", "numpy", "onnxruntime", "onnxruntime-genai", "torch", "transformers")
 
 
 def run_bench(
@@ -123,7 +120,7 @@ def run_bench(
         for other in others:
             stack.callback(other.close)
         contenders: list[Contender] = [*(OurContender(generator) for generator in ours), *others]
-        load_before = _load_average()
+        load_before = load_average()
         bandwidth = measure_read_bandwidth(setup.threads)
         outcomes = measure(contenders, encoded, max_new_tokens=max_new_tokens, repeats=repeats, say=say)
         # Again, since other programs may have been busy the first time: it is a property of the machine.
@@ -138,10 +135,10 @@ def run_bench(
             max_new_tokens=max_new_tokens,
             repeats=repeats,
             created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            cpu=_cpu_name(),
-            packages=_versions(),
+            cpu=cpu_name(),
+            packages=package_versions(),
             load_before=load_before,
-            load_after=_load_average(),
+            load_after=load_average(),
         ),
         outcomes=outcomes,
         widths={c.name: c.width for c in contenders if c.width is not None},
@@ -248,30 +245,3 @@ def _rate(name: str, outcome: Outcome) -> str:
 
 def _silent(line: str) -> None:
     pass
-
-
-def _load_average() -> float | None:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def _cpu_name() -> str:
-    """The processor's name as its maker writes it, where the system tells."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    """Versions of what may have taken part, as far as installed."""
-    found = {"dflash-rt": __version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

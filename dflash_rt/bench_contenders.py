@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from dflash_rt.errors import BackendUnavailableError, DFlashError, RequestError
 from dflash_rt.generator import Generator
+from dflash_rt.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from dflash_rt.bundle import Bundle
@@ -158,7 +159,10 @@ class OurContender:
 
     def decode(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Outcome:
         """See :class:`Contender`."""
-        result = self._generator.generate(list(prompt_ids), max_new_tokens=max_new_tokens)
+        # Greedy, whatever the bundle's own defaults are: every contender has to find the same tokens.
+        result = self._generator.generate(
+            list(prompt_ids), max_new_tokens=max_new_tokens, sampling=SamplingParams()
+        )
         stats = result.stats
         return Outcome(
             token_ids=result.token_ids,

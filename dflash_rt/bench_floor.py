@@ -6,7 +6,6 @@ near it, and the more rows a pass has the more its arithmetic counts.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from dflash_rt.errors import IntegrityError
 if TYPE_CHECKING:
     from dflash_rt.bundle import Bundle
 
-__all__ = ["StepFloor", "measure_read_bandwidth", "physical_cores", "step_floor", "weight_bytes"]
+__all__ = ["StepFloor", "measure_read_bandwidth", "step_floor", "weight_bytes"]
 
 _PROBE_BYTES = 512 * 2**20
 _PROBE_ROUNDS = 8
@@ -45,20 +44,6 @@ class StepFloor:
     def milliseconds(self) -> float:
         """Time in which memory delivers the weights: no step is faster."""
         return 1e3 * self.weight_bytes / self.bytes_per_second
-
-
-def physical_cores() -> int:
-    """Cores that this process may run on; two hardware threads of one core count once (on Linux)."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    siblings = set()
-    for cpu in os.sched_getaffinity(0):
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            siblings.add(path.read_text())
-        except OSError:
-            siblings.add(str(cpu))
-    return len(siblings)
 
 
 def measure_read_bandwidth(threads: int, *, size: int = _PROBE_BYTES, rounds: int = _PROBE_ROUNDS) -> float:

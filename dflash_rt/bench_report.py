@@ -5,7 +5,7 @@ docs/benchmark.md says how each number is measured and has every key of the JSON
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,8 +13,6 @@ from typing import Any
 from dflash_rt.bench_contenders import Outcome
 from dflash_rt.bench_floor import StepFloor
 from dflash_rt.bench_stats import (
-    OUTSIDE,
-    STAGES,
     Agreement,
     Outcomes,
     Ratio,
@@ -139,7 +137,9 @@ class BenchReport:
 
     def table(self) -> str:
         """All of it for people, in plain text."""
-        return "\n\n".join("\n".join(lines) for lines in self._sections())
+        from dflash_rt.bench_table import render
+
+        return render(self)
 
     def _contender(self, name: str) -> dict[str, Any]:
         total, same = self.summaries[name], self.agreements[name]
@@ -173,108 +173,6 @@ class BenchReport:
             "operations_per_second": None if not measured else _rounded(1e3 * floor.operations / measured),
         }
 
-    # The table, section by section. A cell of "-" is what couldn't be measured.
-
-    def _sections(self) -> Iterator[list[str]]:
-        yield self._heading()
-        yield self._speeds()
-        if len(self.outcomes) > len(self.ours):
-            yield self._ratios()
-        if self.drafted:
-            yield self._drafting()
-        yield self._stages()
-        if self.floors:
-            yield self._floors()
-        notes = [f"{name} was skipped: {reason}" for name, reason in self.skipped.items()]
-        notes += [
-            f"{name} gave other tokens than {PLAIN} in {same.answers - same.equal_answers} of "
-            f"{same.answers} answers; its rate is that of its own tokens"
-            for name, same in self.agreements.items()
-            if not same.exact
-        ]
-        if notes:
-            yield notes
-
-    def _heading(self) -> list[str]:
-        c = self.conditions
-        shortest, longest = min(c.prompt_tokens), max(c.prompt_tokens)
-        loads = [f"{load:.1f}" for load in (c.load_before, c.load_after) if load is not None]
-        return [
-            f"{c.bundle} ({c.precision}) on {c.backend}, {c.threads} threads, {c.cpu}",
-            f"{len(c.prompt_tokens)} prompts of {shortest} to {longest} tokens, at most {c.max_new_tokens} "
-            f"new tokens, {c.repeats} repeats" + (f"; load {' before, '.join(loads)} after" if loads else ""),
-        ]
-
-    def _speeds(self) -> list[str]:
-        rows = [["", "tokens/s", "ms/step", "tokens/step", "first token", "outside run", "equal tokens"]]
-        for name, total in self.summaries.items():
-            same = self.agreements[name]
-            rows.append(
-                [
-                    name,
-                    _number(total.tokens_per_second, ".1f"),
-                    _number(total.ms_per_step, ".2f"),
-                    _number(total.tokens_per_step, ".2f"),
-                    _number(1e3 * total.prefill_seconds, ".0f", " ms"),
-                    _number(total.outside_share, ".1%"),
-                    "all" if same.exact else f"{same.equal_tokens} of {same.tokens}",
-                ]
-            )
-        return _aligned(rows)
-
-    def _ratios(self) -> list[str]:
-        others = [name for name in self.summaries if name not in self.drafted]
-        rows = [["tokens/s of … over", *others]]
-        for name in self.ours:
-            ratios = [None if other == name else self.speed_ratio(name, other) for other in others]
-            rows.append([name, *("-" if value is None else str(value) for value in ratios)])
-        return [*_aligned(rows), "(median and quartiles over the pairs of runs)"]
-
-    def _drafting(self) -> list[str]:
-        rows = [["", "width", "step cost", "tokens/step", "expected gain", "measured gain"]]
-        for name in self.drafted:
-            cost, gain = self.step_cost(name), self.speed_ratio(name, PLAIN)
-            rows.append(
-                [
-                    name,
-                    str(self.widths[name]),
-                    "-" if cost is None else str(cost),
-                    _number(self.summaries[name].tokens_per_step, ".2f"),
-                    _number(self.expected_gain(name), ".2f"),
-                    "-" if gain is None else str(gain),
-                ]
-            )
-        return [*_aligned(rows), "(cost of a step and gain are relative to plain decoding)"]
-
-    def _stages(self) -> list[str]:
-        splits = {name: self.summaries[name].stage_ms or {} for name in self.ours}
-        found = {stage for split in splits.values() for stage in split}
-        order = [*(s for s in STAGES if s in found), *sorted(found - {*STAGES, OUTSIDE}), OUTSIDE]
-        rows = [["ms of a step", *order]]
-        rows += [[name, *(_number(split.get(s), ".2f") for s in order)] for name, split in splits.items()]
-        return _aligned(rows)
-
-    def _floors(self) -> list[str]:
-        rows = [["", "weights read", "floor", "measured", "floor/measured", "arithmetic"]]
-        for name, floor in self.floors.items():
-            measured = self.summaries[name].ms_per_step
-            speed = None if not measured else 1e-6 * floor.operations / measured
-            rows.append(
-                [
-                    name,
-                    f"{floor.weight_bytes / 1e6:.0f} MB",
-                    f"{floor.milliseconds:.1f} ms",
-                    _number(measured, ".1f", " ms"),
-                    _number(floor.milliseconds / measured if measured else None, ".0%"),
-                    _number(speed, ".0f", " GFLOP/s"),
-                ]
-            )
-        bandwidth = next(iter(self.floors.values())).bytes_per_second / 1e9
-        return [
-            *_aligned(rows),
-            f"(reading memory at {bandwidth:.1f} GB/s; the more rows, the more arithmetic counts)",
-        ]
-
 
 def _seconds_per_step(outcome: Outcome) -> float:
     return outcome.seconds_per_step
@@ -290,16 +188,3 @@ def _ratio_dict(value: Ratio | None) -> dict[str, float | int] | None:
     return {
         key: item if isinstance(item, int) else float(f"{item:.6g}") for key, item in value.as_dict().items()
     }
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]

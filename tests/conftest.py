@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,12 +24,49 @@ ROOT = Path(__file__).parents[1]
 
 # --- The bundle of the demo pair ---
 
+# Not getrusage(): its peak begins with that of the process that started this one.
+_EXPORT = """
+import re, sys
+from pathlib import Path
+from dflash_export import build
+from dflash_export.recipe import read_recipe
+build(output=sys.argv[2], **read_recipe(sys.argv[1]).build_options())
+print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]))
+"""
+
+
+@dataclass(frozen=True)
+class DemoExport:
+    """Where the demo pair's bundle is, and the most memory that its export had in use."""
+
+    root: Path
+    peak_bytes: int
+
 
 @pytest.fixture(scope="session")
-def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The demo pair, exported once a session (once a worker under xdist)."""
-    from dflash_export import build
-    from dflash_export.recipe import read_recipe
+def smollm2_export(tmp_path_factory: pytest.TempPathFactory) -> DemoExport:
+    """The demo pair, exported in a process of its own, once a session for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    # Under xdist each worker has a folder of its own in that of the session.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    folder.mkdir(exist_ok=True)
+    peak = folder / "peak_bytes"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not peak.exists():
+            recipe = ROOT / "engines" / "smollm2-135m.yaml"
+            done = subprocess.run(
+                [sys.executable, "-c", _EXPORT, recipe, folder / "smollm2-135m"],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            peak.write_text(done.stdout)
+    return DemoExport(folder / "smollm2-135m", int(peak.read_text()))
 
-    recipe = read_recipe(ROOT / "engines" / "smollm2-135m.yaml")
-    return build(output=tmp_path_factory.mktemp("engines") / "smollm2-135m", **recipe.build_options())
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(smollm2_export: DemoExport) -> Bundle:
+    """The demo pair's bundle. Shared: tests that change it take a copy."""
+    return Bundle.open(smollm2_export.root)

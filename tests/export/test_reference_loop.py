@@ -3,10 +3,10 @@
 Random pairs with tiny vocabularies: drafts are confirmed by chance, so that every branch of the loop is
 taken. Tokens and, step by step, the number of confirmed drafts have to be the same.
 
-About ties. Both sides compute the same logits in another order of additions, so where the best two logits of
-a row differ by less than the rounding error (below 2e-6 here) either may win. The seeds were chosen so that no
-two are that close (``LEAST_MARGIN``, which each test checks first): on another machine the rounding differs,
-the logits differ by no more than it, and the outcome is the same.
+About ties. Both sides add up the same products in another order. Where the best two logits of a row are nearer
+to each other than the rounding error (some 1e-6 here), either may win. The seeds were chosen so that no two
+are that near (``LEAST_MARGIN``, which every run checks): on a machine that rounds in another way the logits
+move by no more than that error, and the tokens stay.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+
 from ._pairs import (
     LINEAR_ROPE,
     YARN_ROPE,
@@ -47,7 +48,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 class Pair:
     """One architecture, and its random weights: a seed, the spread of the target's and of the drafter's.
 
-    ``narrower`` are widths below ``block_size`` to be tried as well; ``long_prompt`` a prompt that outgrows the
+    ``narrower`` are widths below ``block_size`` to be tried too; ``long_prompt`` a prompt that outgrows the
     first buffers, for the first weights only.
     """
 
@@ -236,7 +237,7 @@ class Reference:
         return output[0, len(prompt) :].tolist()
 
     def run(self, prompt: list[int], new_tokens: int, width: int) -> Run:
-        """``accepted`` has only the steps at which a whole block still fitted: the reference clips the others."""
+        """``accepted`` has only the steps at which a whole block still fitted; the reference clips others."""
         result = dflash.model.dflash_generate(
             self.drafter,
             self.target,

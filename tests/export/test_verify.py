@@ -221,7 +221,7 @@ def test_report_is_written_into_the_bundle(pair: Pair, report: VerifyReport) -> 
     assert written["bundle"]["manifest_sha256"] == hashlib.sha256(manifest).hexdigest()
     assert str(pair.bundle.root.parent) not in json.dumps(written), "a bundle may be published"
     assert written["environment"]["torch"] == torch.__version__
-    assert written["logit_errors"]["4"]["relative_rms"] == report.logit_errors[4].relative_rms
+    assert written["logit_errors"]["4"]["typical_row"] == report.logit_errors[4].typical_row
     assert [path.name for path in (pair.bundle.root / "reports").iterdir()] == ["verify.json"]
     Bundle.open(pair.bundle.root, verify_files=True)
 
@@ -265,7 +265,8 @@ def test_16_bit_bundle(tmp_path: Path, pair: Pair) -> None:
     assert found.pytorch_16_bit is not None
     # The yardstick stays fp32, and the allowance is what fp16 costs PyTorch itself.
     assert found.pytorch_repeated.max_abs < 1e-4 < found.pytorch_16_bit.max_abs
-    assert found.limits.relative_rms == 4 * found.pytorch_16_bit.relative_rms
+    sixteen_bit = found.pytorch_16_bit
+    assert found.limits.typical_row == 4 * sixteen_bit.relative(sixteen_bit.typical_row)
     assert "PyTorch in fp16" in found.table()
 
 
@@ -496,7 +497,7 @@ def test_report_that_cannot_be_written_fails_before_the_work(tmp_path: Path, pai
 
 # --- Judging ---
 
-LIMITS = Limits(near_tie=0.1, own_tie=0.01, relative_rms=1.0, relative_worst_row=1.0)
+LIMITS = Limits(near_tie=0.1, own_tie=0.01, typical_row=1.0, worst_row=1.0)
 
 
 def evidence(below: list[float], own: list[float], parted: tuple[Measured, ...] = ()) -> Evidence:
