@@ -15,7 +15,7 @@ from .devices import Gpu
 from .header import GraphHeader
 from .monitor import BuildMonitor, make_logger, make_monitor
 from .network import Network, parse
-from .refusals import check_network
+from .refusals import check_network, check_parsed_whole
 from .timing import use_timings
 from .vendor import Vendor
 
@@ -63,12 +63,13 @@ def prepare(vendor: Vendor, job: EngineJob) -> Prepared:
             todo="check the driver with nvidia-smi",
         )
     network, parser = parse(trt, builder, logger, job.header)
+    warnings = [text for is_error, text in logger.messages if not is_error]
+    check_parsed_whole(network, job.graph, warnings)
     network.read_caches_directly()
     network.limit_attention_to_valid_rows()
     if not job.fused:
         network.allow_unfused_attention()
-    warnings = [text for is_error, text in logger.messages if not is_error]
-    check_network(network, job.graph, job.spec, job.header.shapes, fused=job.fused, warnings=warnings)
+    check_network(network, job.graph, job.spec, job.header.shapes, fused=job.fused)
     return Prepared(logger, builder, parser, network)
 
 
@@ -86,10 +87,10 @@ def build_engine(vendor: Vendor, job: EngineJob, progress: Progress) -> Any:
         config.progress_monitor = listener
         with use_timings(config, vendor, job.gpu, job.timing_folder):
             plan = ready.builder.build_serialized_network(ready.network.definition, config)
-    if monitor.cancelled:
-        raise KeyboardInterrupt
-    if plan is None:
-        raise _failed(job, ready.logger.errors)
+        if monitor.cancelled:
+            raise KeyboardInterrupt
+        if plan is None:
+            raise _failed(job, ready.logger.errors)
     return plan
 
 

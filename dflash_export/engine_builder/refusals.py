@@ -10,7 +10,7 @@ from dflash_rt.manifest import GraphSpec, TensorSpec
 
 from .network import Network
 
-__all__ = ["check_network"]
+__all__ = ["check_network", "check_parsed_whole"]
 
 _TODO = "build the bundle again with this version of dflash-export; if it is refused again, report it"
 
@@ -22,17 +22,15 @@ def check_network(
     shapes: dict[str, tuple[str | int, ...]],
     *,
     fused: bool,
-    warnings: Sequence[str] = (),
 ) -> None:
     """Refuse a network that isn't what ``spec`` and ``shapes`` say, or that hides one of TensorRT's traps.
 
-    Call it after every edit. ``fused``: attention must have kernels of its own. ``warnings`` are the parser's.
+    Call it after every edit. ``fused``: attention must have kernels of its own.
 
     Raises:
         EngineBuildError: names the graph and what is wrong with it.
     """
     _check_tensors(network, graph, spec, shapes)
-    _check_parsed_whole(network, graph, warnings)
     _check_caches(network, graph, spec)
     _check_attention(network, graph, fused=fused)
 
@@ -77,14 +75,33 @@ def _check_tensor(
         raise _refuse(graph, f"{tensor.name} has another shape", found, str(fixed))
 
 
-def _check_parsed_whole(network: Network, graph: str, warnings: Sequence[str]) -> None:
-    """Nothing of the graph was ignored: every input reaches an output.
+def check_parsed_whole(network: Network, graph: str, warnings: Sequence[str]) -> None:
+    """Refuse a graph of which the parser ignored a part: every input and every layer must reach an output.
 
-    The parser drops what it doesn't know, such as ``nonpad_kv_seqlen`` of ``Attention``, with a warning.
+    The parser drops what it doesn't know, such as ``nonpad_kv_seqlen`` of ``Attention``, and what computed it is
+    left over. Call it before any edit, since edits leave layers over as well. ``warnings`` are the parser's.
+
+    Raises:
+        EngineBuildError: names what was ignored.
     """
     ignored = [text for text in warnings if "unused input" in text.lower()]
     if ignored:
         raise _refuse(graph, "the parser ignored an input", "; ".join(ignored), "every input to be used")
+    reached = _reached(network)
+    unused = [tensor.name for tensor in network.inputs if tensor.name not in reached]
+    if unused:
+        raise _refuse(graph, "an input is used by no output", ", ".join(unused), "every input to be used")
+    idle = [
+        layer.name
+        for layer in network.layers
+        if not any(layer.get_output(i).name in reached for i in range(layer.num_outputs))
+    ]
+    if idle:
+        raise _refuse(graph, "the parser ignored what a node computes", ", ".join(idle), "all of it to be used")
+
+
+def _reached(network: Network) -> set[str]:
+    """Names of the tensors that an output depends on."""
     reached: set[str] = set()
     waiting = list(network.outputs)
     while waiting:
@@ -96,9 +113,7 @@ def _check_parsed_whole(network: Network, graph: str, warnings: Sequence[str]) -
         if layer is not None:
             inputs = (layer.get_input(i) for i in range(layer.num_inputs))
             waiting.extend(each for each in inputs if each is not None)
-    unused = [tensor.name for tensor in network.inputs if tensor.name not in reached]
-    if unused:
-        raise _refuse(graph, "an input is used by no output", ", ".join(unused), "every input to be used")
+    return reached
 
 
 def _check_caches(network: Network, graph: str, spec: GraphSpec) -> None:
