@@ -1,12 +1,5 @@
 """Builds TensorRT and TensorRT-RTX engines from the graphs of a bundle. See docs/engines.md.
 
-Everything that differs between the two libraries is in :mod:`~dflash_export.engine_builder.vendor`.
+Everything that differs between the two libraries is in :mod:`~dflash_export.engine_builder.vendor`. Nothing is
+imported here: the command line asks ``vendor`` and ``devices`` for names, and must not wait for ONNX.
 """
-
-from __future__ import annotations
-
-from dflash_export.engine_builder.compiler import CompiledEngines, compile_engines
-from dflash_export.engine_builder.devices import DEVICE_CLASSES, DeviceClass
-from dflash_export.engine_builder.vendor import BACKENDS
-
-__all__ = ["BACKENDS", "DEVICE_CLASSES", "CompiledEngines", "DeviceClass", "compile_engines"]

@@ -38,7 +38,7 @@ from .header import data_files, load_header, read_header
 from .profiles import graph_profiles
 from .vendor import Vendor, load_vendor
 
-__all__ = ["CompiledEngines", "compile_engines"]
+__all__ = ["CompiledEngines", "check_options", "compile_engines"]
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _LOCK = ".lock"
@@ -103,7 +103,7 @@ def compile_engines(
     limits = _limits(opened, max_seq_len, max_batch)
     if workspace is not None and (type(workspace) is not int or workspace < 1):
         raise _wrong("workspace", workspace, "a number of bytes, at least 1")
-    gpu, targets = _targets(vendor, opened, device, compute_capabilities)
+    gpu, targets = _check_targets(vendor, opened.manifest.precision, device, compute_capabilities)
     build = BuildKey(
         backend=vendor.backend,  # type: ignore[arg-type]  # load_vendor knows no other
         backend_version=vendor.version,
@@ -124,6 +124,27 @@ def compile_engines(
         timings = None if timing_folder is None else Path(timing_folder)
         work = _Work(vendor, opened, build, limits, specs, gpu, timings)
         return _build_set(work, output, progress)
+
+
+def check_options(
+    backend: str,
+    precision: str,
+    *,
+    device: str | None = None,
+    compute_capabilities: Sequence[int] = (),
+    version_compatible: bool = False,
+    hardware_compatible: bool = False,
+    **_: object,
+) -> None:
+    """What :func:`compile_engines` would refuse on this machine before it has looked at a bundle.
+
+    Raises:
+        BackendUnavailableError: the library isn't installed or doesn't load.
+        EngineBuildError: an option can't be met.
+    """
+    vendor = load_vendor(backend)
+    vendor.check_options(version_compatible=version_compatible, hardware_compatible=hardware_compatible)
+    _check_targets(vendor, precision, device, compute_capabilities)
 
 
 @dataclass(frozen=True)
@@ -153,11 +174,11 @@ def _limits(bundle: Bundle, max_seq_len: int | None, max_batch: int) -> EngineLi
     return EngineLimits(max_seq_len=length, capacity=capacity, max_batch=max_batch)
 
 
-def _targets(
-    vendor: Vendor, bundle: Bundle, device: str | None, compute_capabilities: Sequence[int]
+def _check_targets(
+    vendor: Vendor, precision: str, device: str | None, compute_capabilities: Sequence[int]
 ) -> tuple[Gpu | None, tuple[int, ...]]:
     """The GPU to build on (None: without one), and the compute capabilities to build for."""
-    chosen = None if device is None else check_device(device, vendor.backend, bundle.manifest.precision)
+    chosen = None if device is None else check_device(device, vendor.backend, precision)
     if chosen is not None and compute_capabilities:
         raise EngineBuildError(
             "a device class and compute capabilities say the same thing",

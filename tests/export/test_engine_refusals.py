@@ -188,8 +188,7 @@ def test_a_cache_that_is_not_updated_in_place(vendor: Vendor, tmp_path: Path) ->
     case.constants["two"] = np.array(2, np.float16)
     case.node("value.0.out").input[0] = "changed"
     case.insert("value.0.out", helper.make_node("Mul", ["value.0", "two"], ["changed"]))
-    text = refusal(vendor, case, tmp_path)
-    assert "value.0.out doesn't share the memory of value.0" in text or "can't be parsed" in text
+    assert "value.0.out doesn't share the memory of value.0" in refusal(vendor, case, tmp_path)
 
 
 def test_caches_that_are_swapped(vendor: Vendor, tmp_path: Path) -> None:
