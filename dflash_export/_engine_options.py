@@ -34,8 +34,12 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
 
 
 _OPTIONS = (
-    click.option("--max-batch", type=click.IntRange(min=1), metavar="N", help="Sequences at once, at most [1]."),
-    click.option("--device", type=click.Choice(list(DEVICE_CLASSES)), help="Class of the machine to build for."),
+    click.option(
+        "--max-batch", type=click.IntRange(min=1), metavar="N", help="Sequences at once, at most [1]."
+    ),
+    click.option(
+        "--device", type=click.Choice(list(DEVICE_CLASSES)), help="Class of the machine to build for."
+    ),
     click.option(
         "--sm",
         "compute_capabilities",

@@ -53,13 +53,11 @@ def main() -> None:
 )
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @engine_options(required=False)
-def build(
-    recipe: Path | None, output: Path | None, force: bool, backend: str | None, **options: Any
-) -> None:
+def build(recipe: Path | None, output: Path | None, force: bool, backend: str | None, **options: Any) -> None:
     """Export a pair to a bundle.
 
-    Options win over the recipe's. The bundle appears whole or not at all. With --backend its engines are built
-    afterwards, as `dflash-export compile` does.
+    Options win over the recipe's. The bundle appears whole or not at all. With --backend its engines are
+    built afterwards, as `dflash-export compile` does.
     """
     engines = chosen_options(options, backend)
     # A recipe without a suffix would be its own output folder.
@@ -92,7 +90,9 @@ def build(
 
 @main.command("compile")
 @_BUNDLE
-@click.option("--max-seq-len", type=_COUNT, metavar="N", help="Prompt and output tokens [the bundle's limit].")
+@click.option(
+    "--max-seq-len", type=_COUNT, metavar="N", help="Prompt and output tokens [the bundle's limit]."
+)
 @engine_options(required=True)
 def compile_bundle(bundle: Path, max_seq_len: int | None, backend: str, **options: Any) -> None:
     """Build the engines of a bundle for a GPU, and keep them in the bundle.

@@ -108,7 +108,7 @@ class Problems:
         self._items.append((path, found, expected))
 
     def raise_if_any(self) -> None:
-        """Raises the document's error (by default ManifestError) with every problem (the first 20 of many)."""
+        """Raises the document's error (default: ManifestError) naming every problem (the first 20 of many)."""
         if not self._items:
             return
         if len(self._items) == 1:
@@ -150,8 +150,8 @@ def parse_json(
 ) -> Any:
     """Parse JSON text without the leniencies of :func:`json.loads`.
 
-    Raises the document's error (by default ManifestError) for malformed text, repeated keys, NaN, infinities, and nesting or numbers that are
-    too large to read.
+    Raises the document's error (default: ManifestError) for malformed text, repeated keys, NaN, infinities,
+    and nesting or numbers that are too large to read.
     """
     try:
         return json.loads(

@@ -125,7 +125,7 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """``max_seq_len``: prompt plus output tokens. ``capacity``: rows of every cache. ``max_batch``: sequences."""
+    """``max_seq_len``: prompt and output tokens. ``capacity``: rows of each cache. ``max_batch``: sequences."""
 
     max_seq_len: Count
     capacity: Count
@@ -200,7 +200,9 @@ def _check(engines: EngineSet, problems: Problems) -> None:
         problems.add("build.compute_capabilities", "an empty list", "at least one")
     for graph, spec in engines.engines.items():
         if spec.capacity not in (None, engines.limits.capacity):
-            problems.add(f"engines.{graph}.capacity", str(spec.capacity), f"{engines.limits.capacity} or null")
+            problems.add(
+                f"engines.{graph}.capacity", str(spec.capacity), f"{engines.limits.capacity} or null"
+            )
         if not spec.profiles:
             problems.add(f"engines.{graph}.profiles", "an empty list", "at least one")
         for i, profile in enumerate(spec.profiles):

@@ -159,7 +159,9 @@ class _Work:
 
 
 def _wrong(option: str, found: object, expected: str) -> EngineBuildError:
-    return EngineBuildError(f"{option} is out of range", found=found, expected=expected, todo="mend the option")
+    return EngineBuildError(
+        f"{option} is out of range", found=found, expected=expected, todo="mend the option"
+    )
 
 
 def _limits(bundle: Bundle, max_seq_len: int | None, max_batch: int) -> EngineLimits:
@@ -224,8 +226,8 @@ def _known_targets(vendor: Vendor, wanted: tuple[int, ...]) -> tuple[int, ...]:
             expected=", ".join(f"sm{number}" for number in known),
             todo="use the backend tensorrt on that machine",
         )
-    # TensorRT-RTX has no fp32 products for Turing (sm75), and every bundle has some: the feature projection of
-    # an fp16 bundle runs in fp32.
+    # TensorRT-RTX has no fp32 products for Turing (sm75), and nearly every bundle has some: the feature
+    # projection of an fp16 bundle runs in fp32.
     return wanted or tuple(number for number in known if number > _TURING)
 
 
@@ -233,7 +235,10 @@ def _engine_spec(bundle: Bundle, graph: str, limits: EngineLimits) -> EngineSpec
     manifest = bundle.manifest
     spec = manifest.graphs[graph]
     folder = Path(spec.path).parent
-    names = [spec.path, *((folder / name).as_posix() for name in data_files(read_header(bundle.graph_path(graph))))]
+    names = [
+        spec.path,
+        *((folder / name).as_posix() for name in data_files(read_header(bundle.graph_path(graph)))),
+    ]
     unlisted = [name for name in names if name not in manifest.files]
     if unlisted:
         raise EngineBuildError(
@@ -342,7 +347,7 @@ def _reusable(work: _Work) -> dict[str, tuple[Path, EngineFile]]:
 
 
 def _take_over(source: Path, file: EngineFile, path: Path) -> EngineFile:
-    """The same engine in another set: the same file where the disk can do that, since neither ever changes."""
+    """The same engine in another set; the same file where the disk can do that, as neither ever changes."""
     try:
         os.link(source, path)
     except OSError:

@@ -29,7 +29,11 @@ def graph_profiles(graph: str, manifest: Manifest, max_batch: int) -> tuple[Prof
     block = manifest.drafter.block_size
     # Blocks are embedded with the one profile that `embed` has.
     chunk = max(manifest.limits.prefill_chunk, block) if graph == "embed" else manifest.limits.prefill_chunk
-    rows = {"prefill": AxisRange(1, chunk, chunk), "block": AxisRange(1, block, block), "single": AxisRange(1, 1, 1)}
+    rows = {
+        "prefill": AxisRange(1, chunk, chunk),
+        "block": AxisRange(1, block, block),
+        "single": AxisRange(1, 1, 1),
+    }
     batch = AxisRange(1, max_batch, max_batch)
     return tuple(
         ProfileSpec(name=name, batch=batch, rows=rows[name])  # type: ignore[arg-type]  # names of the table

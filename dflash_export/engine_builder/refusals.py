@@ -78,8 +78,8 @@ def _check_tensor(
 def check_parsed_whole(network: Network, graph: str, warnings: Sequence[str]) -> None:
     """Refuse a graph of which the parser ignored a part: every input and every layer must reach an output.
 
-    The parser drops what it doesn't know, such as ``nonpad_kv_seqlen`` of ``Attention``, and what computed it is
-    left over. Call it before any edit, since edits leave layers over as well. ``warnings`` are the parser's.
+    The parser drops what it doesn't know, such as ``nonpad_kv_seqlen`` of ``Attention``, and what computed it
+    is left over. Call it before any edit, since edits leave layers over as well. ``warnings`` are the parser's.
 
     Raises:
         EngineBuildError: names what was ignored.
@@ -97,7 +97,9 @@ def check_parsed_whole(network: Network, graph: str, warnings: Sequence[str]) ->
         if not any(layer.get_output(i).name in reached for i in range(layer.num_outputs))
     ]
     if idle:
-        raise _refuse(graph, "the parser ignored what a node computes", ", ".join(idle), "all of it to be used")
+        raise _refuse(
+            graph, "the parser ignored what a node computes", ", ".join(idle), "all of it to be used"
+        )
 
 
 def _reached(network: Network) -> set[str]:

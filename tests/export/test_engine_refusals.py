@@ -1,4 +1,4 @@
-"""Graphs that TensorRT builds without a word, or that the parser changes: each is refused for its own reason."""
+"""Graphs that TensorRT builds without a word into something else: each is refused for its own reason."""
 
 from __future__ import annotations
 

@@ -56,7 +56,9 @@ def bundle(tmp_path: Path) -> Bundle:
     return Bundle.open(write_bundle(tmp_path / "bundle"))
 
 
-def engine_set(bundle: Bundle, build: BuildKey = RTX, *, max_seq_len: int = 24, max_batch: int = 1) -> EngineSet:
+def engine_set(
+    bundle: Bundle, build: BuildKey = RTX, *, max_seq_len: int = 24, max_batch: int = 1
+) -> EngineSet:
     """A set as it would be built for ``bundle``, every graph from its ONNX file alone."""
     files = bundle.manifest.files
     block = ProfileSpec(name="block", batch=AxisRange(1, max_batch, max_batch), rows=AxisRange(1, 4, 4))
@@ -218,9 +220,13 @@ def test_each_part_that_differs_is_named(bundle: Bundle) -> None:
     assert parts(rtx, bundle, ADA, max_seq_len=25) == ["max_seq_len"]
     assert parts(rtx, bundle, ADA, batch=2) == ["batch"]
     old = replace(rtx.engines["embed"], sources={"embed.onnx": "1" * 64})
-    assert parts(replace(rtx, engines={**rtx.engines, "embed": old}), bundle, ADA) == ["the bundle's embed.onnx"]
+    assert parts(replace(rtx, engines={**rtx.engines, "embed": old}), bundle, ADA) == [
+        "the bundle's embed.onnx"
+    ]
     gone = replace(old, sources={"gone.data": "1" * 64})
-    assert "no such file" in str(differences(replace(rtx, engines={**rtx.engines, "embed": gone}), bundle, ADA)[0])
+    assert "no such file" in str(
+        differences(replace(rtx, engines={**rtx.engines, "embed": gone}), bundle, ADA)[0]
+    )
     fewer = {graph: spec for graph, spec in rtx.engines.items() if graph != "draft"}
     assert parts(replace(rtx, engines=fewer), bundle, ADA) == ["graphs"]
     half = replace(rtx, build=replace(RTX, precision="fp16"))
@@ -261,7 +267,8 @@ def test_no_engines_at_all(bundle: Bundle) -> None:
         f"the bundle {bundle.root} has no engines for tensorrt-rtx\n"
         "  found: no engine set\n"
         "  expected: engines for tensorrt-rtx 1.7.1 on GeForce RTX 4090\n"
-        f"  what to do: run: dflash-export compile {bundle.root} --backend tensorrt-rtx --max-seq-len 10 --sm 89"
+        f"  what to do: run: dflash-export compile {bundle.root} --backend tensorrt-rtx "
+        "--max-seq-len 10 --sm 89"
     )
 
 
@@ -275,7 +282,8 @@ def test_engines_that_do_not_fit(bundle: Bundle) -> None:
         "  found: tensorrt-rtx version: built for 1.7.1, present is 1.8.0; "
         "GPU: built for sm86, sm89, present is RTX 5090 (sm120)\n"
         "  expected: engines for tensorrt-rtx 1.8.0 on RTX 5090\n"
-        f"  what to do: run: dflash-export compile {bundle.root} --backend tensorrt-rtx --max-seq-len 24 --sm 120"
+        f"  what to do: run: dflash-export compile {bundle.root} --backend tensorrt-rtx "
+        "--max-seq-len 24 --sm 120"
     )
 
 
@@ -290,6 +298,6 @@ def test_the_command_keeps_the_options(bundle: Bundle) -> None:
     build = replace(TRT, version_compatible=True, hardware_compatible=True, workspace=2**30)
     engines = engine_set(bundle, build, max_batch=2)
     assert compile_command(Path("/a b"), HOPPER, engines, batch=3) == (
-        "dflash-export compile '/a b' --backend tensorrt --max-seq-len 24 --max-batch 3 --workspace 1073741824 "
-        "--version-compatible --hardware-compatible"
+        "dflash-export compile '/a b' --backend tensorrt --max-seq-len 24 --max-batch 3 "
+        "--workspace 1073741824 --version-compatible --hardware-compatible"
     )
