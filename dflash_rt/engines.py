@@ -54,7 +54,7 @@ FORMAT_VERSION = 1
 MAX_BYTES = 2**20
 
 EngineBackend: TypeAlias = Literal["tensorrt", "tensorrt-rtx"]
-ProfileName: TypeAlias = Literal["prefill", "block", "single"]
+ProfileName: TypeAlias = Literal["prefill", "block"]
 # Compute capability without its dot: 89 is 8.9, 120 is 12.0.
 SmVersion: TypeAlias = Annotated[int, Bounds(10, 9999)]
 EngineFileName: TypeAlias = Annotated[str, Pattern(r"[a-z_]{1,64}\.engine", "a name like target.engine")]
