@@ -108,7 +108,7 @@ class Problems:
         self._items.append((path, found, expected))
 
     def raise_if_any(self) -> None:
-        """Raises the document's error (default: ManifestError) naming every problem (the first 20 of many)."""
+        """Raises the document's error (default: ManifestError) with every problem (the first 20 of many)."""
         if not self._items:
             return
         if len(self._items) == 1:

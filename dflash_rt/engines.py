@@ -125,7 +125,7 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """``max_seq_len``: prompt and output tokens. ``capacity``: rows of each cache. ``max_batch``: sequences."""
+    """``max_seq_len``: prompt and output tokens. ``capacity``: rows of a cache. ``max_batch``: sequences."""
 
     max_seq_len: Count
     capacity: Count

@@ -250,7 +250,7 @@ def _engine_spec(bundle: Bundle, graph: str, limits: EngineLimits) -> EngineSpec
     return EngineSpec(
         sources={name: manifest.files[name].sha256 for name in sorted(names)},
         capacity=limits.capacity if spec.aliases else None,
-        profiles=graph_profiles(graph, manifest, limits.max_batch),
+        profiles=graph_profiles(graph, manifest, limits),
     )
 
 

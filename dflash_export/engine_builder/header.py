@@ -30,7 +30,7 @@ _ONNX_DTYPES["bfloat16"] = onnx.TensorProto.BFLOAT16
 
 @dataclass(frozen=True)
 class GraphHeader:
-    """``model`` has pointers to weights in files beside ``path``. In ``shapes`` a ``str`` is a symbolic axis."""
+    """``model`` points to weights in files beside ``path``. In ``shapes`` a ``str`` is a symbolic axis."""
 
     path: Path
     model: onnx.ModelProto

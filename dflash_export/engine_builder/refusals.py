@@ -79,7 +79,7 @@ def check_parsed_whole(network: Network, graph: str, warnings: Sequence[str]) ->
     """Refuse a graph of which the parser ignored a part: every input and every layer must reach an output.
 
     The parser drops what it doesn't know, such as ``nonpad_kv_seqlen`` of ``Attention``, and what computed it
-    is left over. Call it before any edit, since edits leave layers over as well. ``warnings`` are the parser's.
+    is left over. Call it before any edit: edits leave layers over as well. ``warnings`` are the parser's.
 
     Raises:
         EngineBuildError: names what was ignored.

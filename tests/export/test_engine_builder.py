@@ -22,6 +22,7 @@ from dflash_export.engine_builder.profiles import graph_profiles
 from dflash_export.engine_builder.timing import default_timing_folder, timing_path, use_timings
 from dflash_export.engine_builder.vendor import BACKENDS, Vendor, load_vendor
 from dflash_rt import Bundle
+from dflash_rt.engines import EngineLimits
 from dflash_rt.errors import BackendUnavailableError, EngineBuildError
 from tests.rt.bundle_maker import write_bundle
 
@@ -126,30 +127,30 @@ def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_precision_without_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     orin = replace(DEVICE_CLASSES["jetson-orin"], precisions=("fp16",))
     monkeypatch.setitem(DEVICE_CLASSES, "jetson-orin", orin)
-    with pytest.raises(EngineBuildError, match="Jetson Orin .* has no hardware for bf16"):
+    with pytest.raises(EngineBuildError, match=r"Jetson Orin .* has no hardware for bf16"):
         check_device("jetson-orin", "tensorrt", "bf16")
 
 
 # --- Profiles ---
 
 
-def test_profiles(bundle: Bundle) -> None:
+@pytest.mark.parametrize(("max_seq_len", "chunk", "embedded"), [(64, 8, 8), (3, 3, 4)])
+def test_profiles(bundle: Bundle, max_seq_len: int, chunk: int, embedded: int) -> None:
     manifest = bundle.manifest
-    block = manifest.drafter.block_size
+    limits = EngineLimits(max_seq_len=max_seq_len, capacity=max_seq_len + 4, max_batch=3)
     found = {
         (graph, profile.name): (profile.rows.min, profile.rows.opt, profile.rows.max, profile.batch.max)
         for graph in manifest.graphs
-        for profile in graph_profiles(graph, manifest, 3)
+        for profile in graph_profiles(graph, manifest, limits)
     }
-    chunk = manifest.limits.prefill_chunk
     assert found == {
-        ("embed", "prefill"): (1, max(chunk, block), max(chunk, block), 3),
+        ("embed", "prefill"): (1, embedded, embedded, 3),
         ("target", "prefill"): (1, chunk, chunk, 3),
-        ("target", "block"): (1, block, block, 3),
-        ("lm_head", "block"): (1, block, block, 3),
+        ("target", "block"): (1, 4, 4, 3),
+        ("lm_head", "block"): (1, 4, 4, 3),
         ("inject", "prefill"): (1, chunk, chunk, 3),
-        ("inject", "block"): (1, block, block, 3),
-        ("draft", "block"): (1, block, block, 3),
+        ("inject", "block"): (1, 4, 4, 3),
+        ("draft", "block"): (1, 4, 4, 3),
     }
 
 

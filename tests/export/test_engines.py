@@ -1,4 +1,4 @@
-"""Engines of whole bundles, built for real. TensorRT-RTX needs no GPU for that; nothing here runs an engine."""
+"""Engines of whole bundles, built for real. TensorRT-RTX needs no GPU for that; no engine is run."""
 
 from __future__ import annotations
 
@@ -288,11 +288,10 @@ def test_compile_prints_the_folder(bundle: Bundle) -> None:
 
 def test_build_compiles_afterwards(bundles: MakeBundle, tmp_path: Path) -> None:
     pair = bundles("qwen3", "fp32").root.parent
-    result = CliRunner().invoke(
-        main,
-        ["build", "--target", str(pair / "qwen3-target"), "--drafter", str(pair / "qwen3-drafter")]
-        + ["-o", str(tmp_path / "out"), "--max-seq-len", "28", "--backend", "tensorrt-rtx", "--sm", "89"],
-    )
+    # max_seq_len is less than the default prefill_chunk.
+    sources = ["--target", str(pair / "qwen3-target"), "--drafter", str(pair / "qwen3-drafter")]
+    engines = ["--max-seq-len", "28", "--backend", "tensorrt-rtx", "--sm", "89"]
+    result = CliRunner().invoke(main, ["build", *sources, "-o", str(tmp_path / "out"), *engines])
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(tmp_path / "out")
     (folder,) = (path for path in (tmp_path / "out" / "engines").iterdir() if path.name != ".lock")
