@@ -63,8 +63,7 @@ def prepare(vendor: Vendor, job: EngineJob) -> Prepared:
             todo="check the driver with nvidia-smi",
         )
     network, parser = parse(trt, builder, logger, job.header)
-    warnings = [text for is_error, text in logger.messages if not is_error]
-    check_parsed_whole(network, job.graph, warnings)
+    check_parsed_whole(network, job.graph)
     network.read_caches_directly()
     network.limit_attention_to_valid_rows()
     if not job.fused:

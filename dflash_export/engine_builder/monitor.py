@@ -10,24 +10,20 @@ from dflash_export.progress import Stage
 
 __all__ = ["BuildMonitor", "make_logger", "make_monitor"]
 
-_KEPT = 50
+_KEPT = 20
 
 
 def make_logger(trt: ModuleType) -> Any:
-    """A ``trt.ILogger`` that keeps warnings and errors in ``.messages`` and prints nothing."""
+    """A ``trt.ILogger`` that keeps the last errors in ``.errors`` and prints nothing."""
 
     class _Logger(trt.ILogger):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
             super().__init__()
-            self.messages: list[tuple[bool, str]] = []
+            self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if int(severity) <= int(trt.ILogger.WARNING):
-                self.messages.append((int(severity) <= int(trt.ILogger.ERROR), message))
-
-        @property
-        def errors(self) -> list[str]:
-            return [text for is_error, text in self.messages if is_error][-_KEPT:]
+            if int(severity) <= int(trt.ILogger.ERROR):
+                self.errors = [*self.errors[1 - _KEPT :], message]
 
     return _Logger()
 

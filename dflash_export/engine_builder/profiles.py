@@ -24,8 +24,8 @@ def graph_profiles(graph: str, manifest: Manifest, limits: EngineLimits) -> tupl
 
     ``prefill`` takes 1 to prefill_chunk rows (fewer where max_seq_len is less), ``block`` 1 to block_size,
     both tuned for their maximum. Plain decoding, one row at a time, uses ``block`` as well: a profile for
-    exactly one row would get a second copy of every weight, in the layout of its own kernels. TensorRT-RTX 1.7
-    made the target of SmolLM2-135M in bf16 445 MB with it and 227 MB without.
+    exactly one row would get a second copy of every weight, in the layout of its own kernels. TensorRT-RTX
+    1.7 made the target of SmolLM2-135M in bf16 445 MB with it and 227 MB without.
     """
     block = manifest.drafter.block_size
     # TensorRT refuses a pass with more rows than the caches have.

@@ -13,6 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dflash_export.engine_builder.builder import EngineJob, Prepared, build_engine, prepare
 from dflash_export.engine_builder.header import load_header
+from dflash_export.engine_builder.monitor import BuildMonitor
+from dflash_export.engine_builder.network import Network
 from dflash_export.engine_builder.vendor import Vendor, load_vendor
 from dflash_export.progress import SILENT
 from dflash_rt.engines import AxisRange, BuildKey, ProfileSpec
@@ -137,6 +139,17 @@ def test_the_unspoilt_graph_builds(vendor: Vendor, tmp_path: Path, precision: st
     assert len(memoryview(build_engine(vendor, Case(precision).job(tmp_path), SILENT))) > 1000
 
 
+def test_an_interrupt_stops_the_build(
+    vendor: Vendor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(monitor: BuildMonitor, name: str, step: int) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BuildMonitor, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(vendor, Case().job(tmp_path), SILENT)
+
+
 # --- What the parser ignores ---
 
 
@@ -251,8 +264,6 @@ def test_a_head_size_without_a_fused_kernel(vendor: Vendor, tmp_path: Path, head
 def test_attention_in_16_bits_that_was_allowed_to_fall_apart(
     vendor: Vendor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dflash_export.engine_builder.network import Network
-
     edit: Callable[[Network], None] = Network.limit_attention_to_valid_rows
 
     def careless(network: Network) -> None:
@@ -266,8 +277,6 @@ def test_attention_in_16_bits_that_was_allowed_to_fall_apart(
 def test_an_attention_without_lengths(
     vendor: Vendor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dflash_export.engine_builder.network import Network
-
     monkeypatch.setattr(Network, "limit_attention_to_valid_rows", lambda network: None)
     assert "an attention reads its whole cache" in refusal(vendor, Case(), tmp_path)
 
