@@ -229,6 +229,15 @@ def test_an_attention_over_a_copy_of_its_cache(vendor: Vendor, tmp_path: Path, c
     assert f"an attention reads a copy of its {cache}s" in refusal(vendor, case, tmp_path)
 
 
+def test_only_a_product_with_one_is_taken_out(vendor: Vendor, tmp_path: Path) -> None:
+    """A scale that is left in the attention becomes products that mean something."""
+    job = Case().job(tmp_path)
+    attention = next(node for node in job.header.model.graph.node if node.op_type == "Attention")
+    next(a for a in attention.attribute if a.name == "scale").f = 0.25
+    with pytest.raises(EngineBuildError, match="an attention reads a copy of its keys"):
+        prepare(vendor, job)
+
+
 # --- Attention ---
 
 
