@@ -60,6 +60,9 @@ def drafter_changes(family: str) -> dict[str, object]:
     if family == "mistral":
         layers = ["sliding_attention", "full_attention"]
         return {"layer_types": layers, "sliding_window": 6, "use_sliding_window": True}
+    if family == "qwen2":
+        dflash = {"final_logit_softcapping": 30.0, "output_multiplier": 0.5, "input_embedding_scale": 2.0}
+        return {"dflash_config": dflash}
     return {}
 
 
@@ -102,7 +105,8 @@ def check_record(engines: EngineSet, bundle: Bundle, folder: Path) -> None:
         for graph, spec in engines.engines.items()
     }
     prefill, block = ("prefill", 1, 16, 16), ("block", 1, 4, 4)
-    assert rows == {
+    logits = {"draft_logits": [block]} if "draft_logits" in bundle.manifest.graphs else {}
+    assert rows == logits | {
         "embed": [prefill],
         "target": [prefill, block],
         "lm_head": [block],

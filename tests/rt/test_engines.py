@@ -194,6 +194,7 @@ def test_the_key_covers_everything(bundle: Bundle) -> None:
         }.items()
     ]
     names = {other.folder for other in others} | {engines.folder}
+    assert embed.digest("embed", RTX) != embed.digest("lm_head", RTX)
     assert len(names) == len(others) + 1
     assert replace(engines, created="2027-01-01T00:00:00Z").folder == engines.folder
 
@@ -261,6 +262,7 @@ def test_the_smallest_that_fits_is_found(bundle: Bundle) -> None:
 
 
 def test_no_engines_at_all(bundle: Bundle) -> None:
+    (bundle.root / "engines" / ".unfinished").mkdir(parents=True)
     with pytest.raises(EngineError) as caught:
         find_engines(bundle, ADA, max_seq_len=10)
     assert str(caught.value) == (
