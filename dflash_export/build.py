@@ -35,6 +35,7 @@ from dflash_rt.manifest import (
     output_name,
 )
 
+from ._options import check_options
 from .drafter_config import DrafterConfig, load_drafter_config
 from .external_data import DataFile, LoadParameter
 from .graph_passes import TracedGraph
@@ -43,7 +44,7 @@ from .pairing import require_pair
 from .progress import SILENT, Progress
 from .publish import check_output, new_folder
 from .sources import Source, resolve_drafter, resolve_target
-from .target_config import TargetFacts, load_target_config, stop_token_ids, target_facts
+from .target_config import TargetFacts, load_target_config, sampling_defaults, stop_token_ids, target_facts
 from .tokenizer_files import TokenizerFiles, export_tokenizer
 from .weights import Weights, open_weights
 
@@ -102,11 +103,20 @@ def build(
         RecipeError: an option is out of range.
     """
     progress = progress or SILENT
+    check_options(
+        target=target,
+        drafter=drafter,
+        output=output,
+        name=name,
+        precision=precision,
+        max_seq_len=max_seq_len,
+        prefill_chunk=prefill_chunk,
+        draft_width=draft_width,
+        target_revision=target_revision,
+        drafter_revision=drafter_revision,
+        chat_template_kwargs=chat_template_kwargs,
+    )
     output = Path(os.path.abspath(output))
-    if precision not in PRECISIONS:
-        raise RecipeError(
-            "unknown precision", found=precision, expected=", ".join(PRECISIONS), todo="choose one of these"
-        )
     check_output(output, force=force)
     with progress.stage("checking the pair"):
         target_source = resolve_target(target, revision=target_revision)
@@ -115,6 +125,7 @@ def build(
         drafter_config = load_drafter_config(drafter_source)
         facts = target_facts(config)
         limits = _limits(facts, drafter_config, config, max_seq_len, prefill_chunk)
+        stop_ids = stop_token_ids(target_source, config)
         width = _draft_width(draft_width, drafter_config.block_size)
     with (
         open_weights(target_source, config) as target_weights,
@@ -129,6 +140,7 @@ def build(
                 target_weights,
                 drafter_config,
                 drafter_weights,
+                tokenizer_size=tokenizer.size if tokenizer else None,
                 chat_template=tokenizer.chat_template if tokenizer else None,
                 chat_template_kwargs=chat_template_kwargs,
                 max_seq_len=limits.max_seq_len,
@@ -152,9 +164,10 @@ def build(
                 graphs={graph_name: _graph_spec(graph_name, graph) for graph_name, graph in graphs.items()},
                 tokenizer=_tokenizer_spec(tokenizer),
                 generation=GenerationDefaults(
-                    stop_token_ids=stop_token_ids(target_source, config),
+                    stop_token_ids=stop_ids,
                     draft_width=width,
                     chat_template_kwargs=dict(chat_template_kwargs or {}),
+                    sampling=sampling_defaults(target_source),
                 ),
                 provenance=_provenance(
                     precision=precision,
@@ -178,7 +191,7 @@ def _limits(
     prefill_chunk: int | None,
 ) -> Limits:
     is_moe = getattr(config, "num_experts", None) is not None
-    limits = Limits(
+    return Limits(
         max_seq_len=min(facts.max_position_embeddings, drafter.max_position_embeddings)
         if max_seq_len is None
         else max_seq_len,
@@ -186,21 +199,12 @@ def _limits(
         if prefill_chunk is None
         else prefill_chunk,
     )
-    for option, value in (("max_seq_len", limits.max_seq_len), ("prefill_chunk", limits.prefill_chunk)):
-        if type(value) is not int or value < 1:
-            raise RecipeError(
-                f"{option} is out of range",
-                found=value,
-                expected="a whole number of at least 1",
-                todo="mend the option",
-            )
-    return limits
 
 
 def _draft_width(draft_width: int | None, block_size: int) -> int:
     if draft_width is None:
         return block_size
-    if type(draft_width) is not int or not 1 <= draft_width <= block_size:
+    if draft_width > block_size:
         raise RecipeError(
             "draft_width is out of range",
             found=draft_width,
@@ -253,7 +257,14 @@ def _write_weights(
         files["vocabulary.data"] = [("embed", embedding), ("lm_head", embedding)]
     else:
         files |= {"embedding.data": [("embed", embedding)], "lm_head.data": [("lm_head", head)]}
-    total = sum(weight.nbytes for graph in graphs.values() for weight in graph.weights.values())
+    # A weight that two graphs share is written once.
+    distinct = {
+        (file_name, weight)
+        for file_name, contents in files.items()
+        for graph, _ in contents
+        for weight in graphs[graph].weights.values()
+    }
+    total = sum(weight.nbytes for _, weight in distinct)
     with progress.stage("writing weights", total=total) as stage:
         for file_name, contents in files.items():
             with DataFile(folder / file_name) as file:

@@ -6,6 +6,7 @@ tensors, not for a model. A tensor that several graphs use is written once: they
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -49,14 +50,16 @@ class DataFile:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            with contextlib.suppress(OSError):  # of the same full disk, and the first error says more
+                self._file.close()
+            return
         try:
-            if kind is None:
+            with self._file:
                 self._file.flush()
                 os.fsync(self._file.fileno())
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        finally:
-            self._file.close()
 
     def fill(self, graph: TracedGraph, load: LoadParameter, advance: Callable[[int], None]) -> None:
         """Write the weights of ``graph`` that aren't here yet, and point its initializers at them.

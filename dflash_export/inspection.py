@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 from dflash_export.progress import SILENT, Progress
-from dflash_rt import Bundle
+from dflash_rt import Bundle, SamplingParams
 from dflash_rt.bundle import hash_file
-from dflash_rt.manifest import GraphSpec, SourceInfo, TensorSpec
+from dflash_rt.manifest import GraphSpec, SamplingDefaults, SourceInfo, TensorSpec
 
 __all__ = ["FileStatus", "Inspection", "inspect_bundle"]
 
@@ -72,6 +72,7 @@ class Inspection:
             ("limits", f"{limits.max_seq_len} tokens, prefill in chunks of {limits.prefill_chunk}"),
             ("takes", text),
             ("defaults", f"draft width {defaults.draft_width}{template}"),
+            ("sampling", _sampling(defaults.sampling)),
             ("stop tokens", ", ".join(map(str, defaults.stop_token_ids)) or "none"),
         ]
         return _aligned(rows)
@@ -146,6 +147,13 @@ def _shape(tensor: TensorSpec) -> str:
 def _source(source: SourceInfo) -> str:
     revision = "" if source.revision is None else f" at {source.revision}"
     return f"{source.kind} {source.id}{revision}, {len(source.files)} files"
+
+
+def _sampling(defaults: SamplingDefaults) -> str:
+    """What differs from plain greedy decoding."""
+    greedy = asdict(SamplingParams())
+    changes = [f"{name} {value:g}" for name, value in asdict(defaults).items() if value != greedy[name]]
+    return ", ".join(["greedy"] * (defaults.temperature == 0) + changes)
 
 
 def _bytes(size: int) -> str:

@@ -82,8 +82,7 @@ class RichProgress:
         self._bars = bars
         # A terminal has room for one live display, so nested stages share it.
         self._open_stages += 1
-        if self._open_stages == 1:
-            bars.start()
+        bars.start()  # does nothing if it runs already
         task = bars.add_task(name, total=total)
         try:
             yield _RichStage(bars, task)

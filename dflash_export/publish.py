@@ -21,8 +21,6 @@ from dflash_rt.manifest import MANIFEST_NAME
 
 __all__ = ["check_output", "new_folder"]
 
-_LOCK = ".lock"
-
 
 def check_output(output: Path, *, force: bool) -> None:
     """Refuse an output that can't become a bundle.
@@ -62,49 +60,88 @@ def new_folder(output: Path, *, force: bool) -> Iterator[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(output.parent, prefix)
-        folder = output.parent / f"{prefix}{uuid.uuid4().hex}"
-        folder.mkdir()
+        folder, lock = _make_locked(output.parent, prefix)
     except OSError as error:
         raise _cannot_write(output, error) from error
     try:
-        with _locked(folder):
-            yield folder
-            (folder / _LOCK).unlink()
+        yield folder
+        for path in folder.rglob("*"):
+            _sync(path)
         _sync(folder)
         _publish(folder, output, force=force)
     except OSError as error:
         raise _cannot_write(output, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock in ``folder`` for as long as this process works on it; a killed one lets go."""
-    with (folder / _LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _make_locked(parent: Path, prefix: str) -> tuple[Path, int]:
+    """A new folder, and a descriptor that locks it until it is closed; a process that is killed lets go.
+
+    The folder itself is locked, not a file in it: there is no moment at which it can be left behind without
+    saying whether anybody works on it.
+    """
+    while True:
+        folder = parent / f"{prefix}{uuid.uuid4().hex}"
+        folder.mkdir()
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another export took it for abandoned before it was locked
+        with contextlib.suppress(OSError):  # a network file system may not lock folders; it removes none then
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir():
+            return folder, lock
+        os.close(lock)
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
-    for folder in parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError), (folder / _LOCK).open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in parent.iterdir():
+        if not folder.name.startswith(prefix):
+            continue
+        with contextlib.suppress(OSError):  # gone already, or locked: somebody works on it
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _publish(folder: Path, output: Path, *, force: bool) -> None:
-    if not os.path.lexists(output):
-        os.rename(folder, output)
-    else:
-        # It may have appeared since the export began.
+    if not _moved(folder, output):
+        # It has been there all along, or appeared since the export began.
         check_output(output, force=force)
         if not _exchange(folder, output):
-            aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-            os.rename(output, aside / "bundle")
-            os.rename(folder, output)
-            shutil.rmtree(aside)
+            _replace(folder, output)
     _sync(output.parent)
+
+
+def _moved(folder: Path, output: Path) -> bool:
+    """Rename ``folder`` to ``output``, unless something is there."""
+    if os.path.lexists(output):
+        return False
+    try:
+        os.rename(folder, output)
+    except OSError:
+        if not os.path.lexists(output):
+            raise
+        return False
+    return True
+
+
+def _replace(folder: Path, output: Path) -> None:
+    """Put ``folder`` in the place of ``output`` in two steps, where there is no way to do it in one."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+    os.rename(output, aside / "bundle")
+    try:
+        os.rename(folder, output)
+    except OSError:
+        os.rename(aside / "bundle", output)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -124,8 +161,9 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(rename(*arguments) == 0)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of files, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

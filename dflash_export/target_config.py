@@ -8,7 +8,7 @@ plain floats.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dflash_export._checkpoint_files import read_json
 from dflash_export._target_checks import (
@@ -19,7 +19,9 @@ from dflash_export._target_checks import (
     sliding_windows,
 )
 from dflash_export.sources import Source
-from dflash_rt.errors import CheckpointError, Problem, UnsupportedModelError
+from dflash_rt.errors import CheckpointError, Problem, SamplingError, UnsupportedModelError
+from dflash_rt.manifest import SamplingDefaults
+from dflash_rt.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,6 +32,7 @@ __all__ = [
     "check_target",
     "load_target_config",
     "require_target",
+    "sampling_defaults",
     "stop_token_ids",
     "target_facts",
 ]
@@ -103,10 +106,7 @@ def stop_token_ids(source: Source, config: PreTrainedConfig) -> tuple[int, ...]:
 
     Raises :class:`~dflash_rt.errors.CheckpointError` when an id isn't an integer inside the vocabulary.
     """
-    path = source.folder / "generation_config.json"
-    # A .gguf file may lie in any folder, so files beside it say nothing about it.
-    generation = read_json(path) if source.kind != "gguf" and path.is_file() else {}
-    eos = generation.get("eos_token_id")
+    eos = _generation_config(source).get("eos_token_id")
     where = "generation_config.json"
     if eos is None:
         eos, where = getattr(config, "eos_token_id", None), "config.json"
@@ -120,6 +120,45 @@ def stop_token_ids(source: Source, config: PreTrainedConfig) -> tuple[int, ...]:
                 todo=f"correct {where}",
             )
     return tuple(dict.fromkeys(ids))
+
+
+def sampling_defaults(source: Source) -> SamplingDefaults:
+    """How generation_config.json wants tokens to be chosen; greedily if there is none.
+
+    As in transformers, temperature and truncation count only with ``do_sample``, and the repetition penalty
+    always. A key that is missing or null changes nothing: ``top_k`` too, where transformers 4 put 50. Other
+    ways of sampling (``typical_p``, ``epsilon_cutoff`` and so on) are not taken over.
+
+    Raises :class:`~dflash_rt.errors.CheckpointError` when a value is out of range.
+    """
+    generation = _generation_config(source)
+    sampled = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    names = ["repetition_penalty", *(sampled if generation.get("do_sample") is True else ())]
+    found = {name: generation[name] for name in names if generation.get(name) is not None}
+    values = {**dict.fromkeys(names[:1], 1.0), **{name: sampled[name] for name in names[1:]}, **found}
+    try:
+        params = SamplingParams(**values)
+    except SamplingError as error:
+        raise CheckpointError(
+            f"generation_config.json: {error.problem.what}",
+            found=error.problem.found,
+            expected=error.problem.expected,
+            todo="correct generation_config.json, or remove it for greedy decoding",
+        ) from error
+    return SamplingDefaults(
+        temperature=float(params.temperature),
+        top_p=float(params.top_p),
+        top_k=params.top_k,
+        min_p=float(params.min_p),
+        repetition_penalty=float(params.repetition_penalty),
+    )
+
+
+def _generation_config(source: Source) -> dict[str, Any]:
+    """generation_config.json, or an empty object."""
+    path = source.folder / "generation_config.json"
+    # A .gguf file may lie in any folder, so files beside it say nothing about it.
+    return read_json(path) if source.kind != "gguf" and path.is_file() else {}
 
 
 def _config_from_gguf(source: Source) -> PreTrainedConfig:

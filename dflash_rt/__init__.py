@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         SamplingError,
     )
     from dflash_rt.generator import Generator
-    from dflash_rt.sampling import SamplingParams
+    from dflash_rt.sampling import SamplingParams, TokenLogprob
     from dflash_rt.stats import GenerationStats
     from dflash_rt.stream import Chunk, GenerationResult, TokenStream
 
@@ -57,6 +57,7 @@ __all__ = [
     "RequestError",
     "SamplingError",
     "SamplingParams",
+    "TokenLogprob",
     "TokenStream",
     "__version__",
 ]
@@ -69,6 +70,7 @@ _HOMES = {
     "GenerationStats": "stats",
     "Generator": "generator",
     "SamplingParams": "sampling",
+    "TokenLogprob": "sampling",
     "TokenStream": "stream",
 }
 

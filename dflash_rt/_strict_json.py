@@ -25,6 +25,7 @@ __all__ = [
     "OneOf",
     "Pattern",
     "Problems",
+    "Range",
     "child",
     "dump_json",
     "parse_json",
@@ -64,6 +65,21 @@ class Bounds:
         return f"an integer from {self.low} to {self.high}"
 
     def accepts(self, value: int) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A float in ``[low, high]``."""
+
+    low: float
+    high: float
+
+    @property
+    def expected(self) -> str:
+        return f"a number from {self.low:g} to {self.high:g}"
+
+    def accepts(self, value: float) -> bool:
         return self.low <= value <= self.high
 
 

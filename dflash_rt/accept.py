@@ -1,12 +1,14 @@
-"""Greedy acceptance: which drafted tokens does the target agree with?"""
+"""Acceptance: which drafted tokens does the target agree with?"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dflash_rt.backends.base import IntArray
 
-__all__ = ["accept_greedy"]
+__all__ = ["accept_greedy", "accept_in_order"]
 
 
 def accept_greedy(drafted: IntArray, verified: IntArray) -> IntArray:
@@ -26,3 +28,20 @@ def accept_greedy(drafted: IntArray, verified: IntArray) -> IntArray:
     # A running AND: one disagreement rejects everything after it, even where the two agree again.
     accepted: IntArray = np.logical_and.accumulate(agrees, axis=1).sum(axis=1, dtype=np.int64)
     return accepted
+
+
+def accept_in_order(drafted: Sequence[int], choose: Callable[[int], int]) -> list[int]:
+    """The tokens of a step whose choices are made one by one: accepted drafts, and the token after them.
+
+    ``choose(j)`` is the target's choice after row j of the block, made on the assumption that the drafts
+    before it were accepted. It is asked for rows in order, and for none behind the first draft that differs::
+
+        drafted   7 8 9        choose(0) = 7, choose(1) = 8, choose(2) = 5; choose(3) is not asked
+        returns   7 8 5        2 accepted, and the bonus
+    """
+    tokens: list[int] = []
+    for row in range(len(drafted) + 1):
+        tokens.append(choose(row))
+        if row < len(drafted) and tokens[row] != drafted[row]:
+            break
+    return tokens

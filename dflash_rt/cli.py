@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,17 @@ _THREADS = click.option("--threads", type=_COUNT, metavar="N", help="CPU threads
 _BACKEND = click.option(
     "--backend", type=click.Choice(BACKEND_NAMES), default="onnxruntime", show_default=True
 )
+_SAMPLING_HELP = {
+    "temperature": (float, "0 is greedy; 1 is the model's own distribution."),
+    "top_p": (float, "Only the most probable tokens that together reach this probability."),
+    "top_k": (int, "Only this many most probable tokens; 0 is all."),
+    "min_p": (float, "Only tokens at least this times as probable as the best."),
+    "repetition_penalty": (float, "Divides logits of tokens that came before, prompt included; 1 is none."),
+    "presence_penalty": (float, "Subtracted from logits of tokens that came in the output."),
+    "frequency_penalty": (float, "Subtracted once for each time that the token came in the output."),
+    "seed": (int, "Same seed, same text. By default drawn; --json tells it."),
+    "logprobs": (int, "With --json: log-probability of each token and of this many best ones."),
+}
 
 
 class _Contenders(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
@@ -45,6 +58,14 @@ class _Contenders(click.ParamType):  # type: ignore[type-arg]  # generic in newe
         except RequestError as error:
             self.fail(str(error), param, ctx)
         return names
+
+
+def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add one option for each field of SamplingParams; what isn't given is ``None``."""
+    for name, (kind, text) in reversed(_SAMPLING_HELP.items()):
+        flag = "--" + name.replace("_", "-")
+        command = click.option(flag, name, type=kind, metavar="X", help=text)(command)
+    return command
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,9 +93,7 @@ def main() -> None:
     "--max-new-tokens", type=_COUNT, metavar="N", help="By default as many as fit the bundle's limit."
 )
 @click.option("--stop", metavar="TEXT", multiple=True, help="Stop before this text. May be repeated.")
-@click.option(
-    "--temperature", type=float, default=0.0, show_default=True, help="0 is greedy: the only value yet."
-)
+@_sampling_options
 @click.option("--no-draft", is_flag=True, help="Plain decoding: the same tokens, one at a time.")
 @click.option("--draft-width", type=_COUNT, metavar="N", help="Rows of a verify pass, anchor included.")
 @_BACKEND
@@ -90,17 +109,18 @@ def generate(
     chat_template_kwargs: tuple[tuple[str, Any], ...],
     max_new_tokens: int | None,
     stop: tuple[str, ...],
-    temperature: float,
     no_draft: bool,
     draft_width: int | None,
     backend: str,
     threads: int | None,
     as_json: bool,
     stats: bool,
+    **sampling: float | int | None,
 ) -> None:
     """Continue a prompt, or answer a chat, and print the text as it comes.
 
-    One newline at the end of a file or of stdin is not part of the prompt.
+    One newline at the end of a file or of stdin is not part of the prompt. What isn't said about sampling is
+    the bundle's default; --temperature 0 is greedy decoding.
     """
     if not chat and (system is not None or chat_template_kwargs):
         raise click.UsageError("--system and --chat-template-kwarg belong to a chat: give --chat as well")
@@ -110,13 +130,14 @@ def generate(
 
     from dflash_rt import Generator, SamplingParams
 
-    sampling = SamplingParams(temperature=temperature)
+    said: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
+    SamplingParams(**said)  # what is wrong by itself needs no bundle to be opened
     with (
         Generator(bundle, backend, threads=threads, draft_width=draft_width) as generator,
         generator.stream(
             _messages(text, system) if chat else text,
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            sampling=replace(generator.limits.sampling, **said),
             stop=stop,
             speculative=not no_draft,
             chat_template_kwargs=dict(chat_template_kwargs) or None,
@@ -211,6 +232,8 @@ def _as_json(result: GenerationResult) -> dict[str, Any]:
         "text": result.text,
         "token_ids": list(result.token_ids),
         "finish_reason": result.finish_reason,
+        "seed": result.seed,
+        "logprobs": None if result.logprobs is None else [asdict(item) for item in result.logprobs],
         "stats": result.stats.as_dict(),
     }
 

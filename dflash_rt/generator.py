@@ -137,10 +137,12 @@ class Generator:
             prompt: text, a list of chat messages, or token ids. Text gets the special tokens that the
                 tokenizer adds by itself; a chat is rendered by the bundle's template.
             max_new_tokens: tokens to generate at most; ``None`` for as many as the bundle's limit allows.
-            sampling: how tokens are chosen; greedily in this version.
+            sampling: how tokens are chosen; ``None`` for the bundle's defaults, which are those of the
+                target's generation config. ``SamplingParams()`` is greedy decoding.
             stop: strings that end the text just before them. One string may be given alone.
             stop_token_ids: ids that end the text; ``None`` for the bundle's, ``[]`` for none.
-            speculative: ``False`` for plain decoding, one token at a time, on the same graphs.
+            speculative: ``False`` for plain decoding, one token at a time, on the same graphs. Neither the
+                tokens of a seed nor those of greedy decoding depend on it.
             chat_template_kwargs: variables of the chat template, over the bundle's defaults.
 
         Raises (now, before any work; never at the first chunk):

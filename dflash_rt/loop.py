@@ -3,6 +3,7 @@
 Who owns which state:
 
 - ``Sequence`` (sequence.py): tokens, committed rows, features not injected yet, counters. One per slot.
+- ``Sampler`` (sampler.py): random numbers, counts of emitted tokens, logprobs. A greedy request has none.
 - ``Backend`` (backends/): caches and all other buffers. It knows neither tokens nor acceptance.
 - ``TokenStream`` (stream.py): text, times, and the generator's lock while it runs.
 - ``decode`` below: nothing that outlives a step.
@@ -25,6 +26,7 @@ from typing import Literal
 
 from dflash_rt.accept import accept_greedy
 from dflash_rt.backends.base import Backend
+from dflash_rt.sampler import Sampler
 from dflash_rt.sequence import Sequence
 
 __all__ = ["Decoded", "decode"]
@@ -51,12 +53,13 @@ def decode(
     width: int,
     prefill_chunk: int,
     stop_token_ids: Set[int] = frozenset(),
+    sampler: Sampler | None = None,
 ) -> Generator[Decoded, None, None]:
-    """Decode greedily; yield what the prefill decided (one token), then what each step decided.
+    """Decode; yield what the prefill decided (one token), then what each step decided.
 
     ``width`` is the rows of a verify pass: the anchor and ``width - 1`` drafts. ``width == 1`` is plain
     decoding, in which the drafter never runs and gets no features. ``max_new_tokens`` and ``prefill_chunk``
-    are at least 1.
+    are at least 1. Without a ``sampler`` tokens are the backend's own greedy choices.
 
     The caller may stop after any item: between steps every cache is whole. If the backend raises, its caches
     are cleared, the error passes on, and the backend can take another sequence.
@@ -69,7 +72,7 @@ def decode(
             backend.reserve(sequence.start + rows.shape[1])
             choice = backend.prefill(rows, sequence.starts, inject=width > 1)
             sequence.commit_prefill(rows.shape[1])
-        tokens = [int(choice[0])]
+        tokens = [int(choice[0])] if sampler is None else sampler.choose(backend.logits()[0])
 
         while True:
             # 2) Stop conditions, on the tokens just decided. All but the last of them were drafted.
@@ -83,13 +86,16 @@ def decode(
             backend.reserve(sequence.start)
             output = backend.step(sequence.anchors, sequence.starts, width=width, inject=sequence.uninjected)
 
-            # 4) Accept the drafts up to the first one that the target would not have chosen.
-            accepted = int(accept_greedy(output.drafted, output.verified)[0])
+            # 4) Accept the drafts up to the first one that the target would not have chosen. Accepted drafts
+            #    equal the target's choices, so those are the tokens; the last is the bonus.
+            if sampler is None:
+                accepted = int(accept_greedy(output.drafted, output.verified)[0])
+                tokens = output.verified[0, : accepted + 1].tolist()
+            else:
+                tokens = sampler.choose(backend.logits()[0], output.drafted[0].tolist())
 
-            # 5) Commit them. Accepted drafts equal the target's choices, so those are the tokens; the last
-            #    is the bonus.
-            sequence.commit_step(accepted, width)
-            tokens = output.verified[0, : accepted + 1].tolist()
+            # 5) Commit them.
+            sequence.commit_step(len(tokens) - 1, width)
     except GeneratorExit:
         raise  # the caller left between two steps: nothing is broken
     except BaseException:

@@ -23,6 +23,7 @@ from dflash_rt._strict_json import (
     OneOf,
     Pattern,
     Problems,
+    Range,
     dump_json,
     parse_json,
     plain,
@@ -47,6 +48,7 @@ __all__ = [
     "Limits",
     "Manifest",
     "Provenance",
+    "SamplingDefaults",
     "SourceInfo",
     "TargetInfo",
     "TensorSpec",
@@ -187,12 +189,24 @@ class TokenizerSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """Fields of :class:`dflash_rt.sampling.SamplingParams` that a target's own generation config can set."""
+
+    temperature: Annotated[float, Range(0.0, 100.0)]
+    top_p: Annotated[float, Range(0.0, 1.0)]
+    top_k: Annotated[int, Bounds(0, 2**31 - 1)]
+    min_p: Annotated[float, Range(0.0, 1.0)]
+    repetition_penalty: Annotated[float, Range(0.01, 100.0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
     """What a request gets unless it says otherwise. ``draft_width`` counts the anchor; 1 is no drafting."""
 
     stop_token_ids: tuple[TokenId, ...]
     draft_width: Count
     chat_template_kwargs: Mapping[Text, JsonScalar]
+    sampling: SamplingDefaults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ class ModelLimits:
         block_size: rows of a draft block at most, the anchor included.
         draft_width: rows of a verify pass in a drafted step; 1 is no drafting.
         stop_token_ids: ids that end a text unless a request says otherwise.
+        sampling: how tokens are chosen unless a request says otherwise.
     """
 
     vocab_size: int
@@ -39,6 +40,7 @@ class ModelLimits:
     block_size: int
     draft_width: int
     stop_token_ids: frozenset[int] = frozenset()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, *, draft_width: int | None = None) -> ModelLimits:
@@ -66,17 +68,23 @@ class ModelLimits:
             block_size=block_size,
             draft_width=width,
             stop_token_ids=frozenset(manifest.generation.stop_token_ids),
+            sampling=SamplingParams(**asdict(manifest.generation.sampling)),
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A request that can be run. ``prompt`` is int64 ``[rows]``; ``width`` is the rows of a verify pass."""
+    """A request that can be run.
+
+    ``prompt`` is int64 ``[rows]``; ``width`` is the rows of a verify pass; ``sampling`` has a seed if it
+    needs one.
+    """
 
     prompt: IntArray
     max_new_tokens: int
     width: int
     stop_token_ids: frozenset[int]
+    sampling: SamplingParams
 
     @classmethod
     def check(
@@ -110,7 +118,7 @@ class Request:
                 "sampling has a wrong type",
                 found=f"{type(sampling).__name__}",
                 expected="dflash_rt.SamplingParams or None",
-                todo="pass sampling=SamplingParams(temperature=0), or leave it out",
+                todo="pass sampling=SamplingParams(temperature=0.7), say, or leave it out",
             )
         if not isinstance(speculative, bool):
             raise _wrong("speculative", speculative, "True or False", "pass False for plain decoding")
@@ -125,6 +133,7 @@ class Request:
             max_new_tokens=_room(limits, len(ids), max_new_tokens),
             width=limits.draft_width if speculative else 1,
             stop_token_ids=stop_ids,
+            sampling=(limits.sampling if sampling is None else sampling).seeded(),
         )
 
 

@@ -13,6 +13,8 @@ from dflash_rt.backends.base import Backend
 from dflash_rt.errors import GeneratorStateError
 from dflash_rt.loop import Decoded, decode
 from dflash_rt.request import Request
+from dflash_rt.sampler import Sampler
+from dflash_rt.sampling import TokenLogprob
 from dflash_rt.sequence import Sequence
 from dflash_rt.stats import GenerationStats
 from dflash_rt.stopping import TextAssembler
@@ -33,12 +35,14 @@ class Chunk:
         token_ids: new tokens, at least one.
         drafted: how many of them, from the first on, were proposed by the drafter.
         finish_reason: set on the last chunk only.
+        logprobs: one for each of ``token_ids``, if the request asked for them.
     """
 
     text: str
     token_ids: tuple[int, ...]
     drafted: int
     finish_reason: Literal["stop", "length"] | None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,17 @@ class GenerationResult:
     ``token_ids`` ends with the stop token, if one ended it, or with the token that completed a stop string;
     ``text`` ends before the stop string, and special tokens give no text. Of a cancelled request it is what
     had been handed out.
+
+    ``logprobs`` has one item for each token, if the request asked for them. ``seed`` is the one that was
+    used, given or drawn; ``None`` if nothing was random.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     stats: GenerationStats
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    seed: int | None = None
 
 
 class TokenStream(Iterator[Chunk]):
@@ -74,6 +83,9 @@ class TokenStream(Iterator[Chunk]):
         self._assembler = text
         self._turns = turns
         self._sequence = Sequence(request.prompt)
+        sampling = request.sampling
+        self._sampler = Sampler(sampling, request.prompt) if sampling.needs_logits else None
+        self._emitted = 0  # tokens in chunks so far
         self._loop = decode(
             backend,
             self._sequence,
@@ -81,6 +93,7 @@ class TokenStream(Iterator[Chunk]):
             width=request.width,
             prefill_chunk=prefill_chunk,
             stop_token_ids=request.stop_token_ids,
+            sampler=self._sampler,
         )
         self._chunks: list[Chunk] = []
         self._prefill_seconds = self._decode_seconds = 0.0
@@ -195,7 +208,12 @@ class TokenStream(Iterator[Chunk]):
             held = self._assembler.flush()
             text, stopped = text + held.text, held.stopped
         reason = "stop" if stopped else decoded.finish_reason
-        return Chunk(text, token_ids, min(decoded.drafted, len(token_ids)), reason)
+        begin, self._emitted = self._emitted, self._emitted + len(token_ids)
+        logprobs = None
+        if self._sampler is not None and self._request.sampling.logprobs is not None:
+            # A stop leaves tokens behind that were chosen, and will not be emitted.
+            logprobs = tuple(self._sampler.logprobs[begin : self._emitted])
+        return Chunk(text, token_ids, min(decoded.drafted, len(token_ids)), reason, logprobs)
 
     def _end(self, reason: FinishReason | None) -> None:
         """Leave the loop and give the turn back; without a reason there is no result."""
@@ -226,7 +244,17 @@ class TokenStream(Iterator[Chunk]):
                 stage: total - before.get(stage, 0.0) for stage, total in self._backend.run_seconds.items()
             },
         )
-        return GenerationResult("".join(chunk.text for chunk in self._chunks), token_ids, reason, stats)
+        sampling = self._request.sampling
+        return GenerationResult(
+            "".join(chunk.text for chunk in self._chunks),
+            token_ids,
+            reason,
+            stats,
+            None
+            if sampling.logprobs is None
+            else tuple(item for chunk in self._chunks for item in chunk.logprobs or ()),
+            None if sampling.temperature == 0 else sampling.seed,
+        )
 
 
 def _misused(found: str) -> GeneratorStateError:

@@ -41,6 +41,7 @@ def test_the_public_names() -> None:
         "GenerationStats",
         "Generator",
         "SamplingParams",
+        "TokenLogprob",
         "TokenStream",
         "__version__",
     }

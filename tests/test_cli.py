@@ -19,7 +19,7 @@ from dflash_rt import Bundle
 from dflash_rt.cli import main as rt_main
 from dflash_rt.console import CommandGroup, read_prompts
 from dflash_rt.errors import PromptError
-from tests.rt.bundle_maker import write_bundle
+from tests.rt.bundle_maker import manifest_document, write_bundle
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,7 +113,6 @@ def test_backends_come_from_the_registry() -> None:
         ("dflash-export build --recipe r.yaml --precision int4", "'fp32', 'fp16', 'bf16'"),
         ("dflash-export inspect", "Missing argument 'BUNDLE'"),
         ("dflash-export verify b --chat", "give --prompts"),
-        ("dflash-export verify b --recipe r.yaml --target a/b", "give one of them"),
     ],
 )
 def test_wrong_usage(line: str, part: str) -> None:
@@ -130,9 +129,15 @@ def test_wrong_usage(line: str, part: str) -> None:
     ("line", "part"),
     [
         ("dflash-rt generate missing --prompt x", "no bundle at missing"),
-        ("dflash-rt generate missing --prompt x --temperature 0.7", "greedily only"),
+        ("dflash-rt generate missing --prompt x --temperature -1", "temperature is wrong"),
+        ("dflash-rt generate missing --prompt x --seed -1", "seed is wrong"),
+        ("dflash-rt generate missing --prompt x --logprobs 21", "logprobs is wrong"),
         ("dflash-rt generate missing --prompt-file nothing.txt", "nothing.txt can't be read"),
         ("dflash-export inspect missing", "no bundle at missing"),
+        ("dflash-export verify missing --recipe missing.yaml", "missing.yaml can't be read"),
+        ("dflash-export verify missing", "no bundle at missing"),
+        ("dflash-rt bench missing", "no bundle at missing"),
+        ("dflash-rt bench missing --prompts missing.txt", "missing.txt can't be read"),
         ("dflash-export build --recipe missing.yaml", "missing.yaml can't be read"),
         ("dflash-export build --target package:x --drafter c/d -o o", "spelled wrongly"),
         ("dflash-export build --target ./no-model --drafter ./no-drafter -o o", "no-model"),
@@ -226,6 +231,7 @@ def test_inspect_shows_a_bundle(tmp_path: Path) -> None:
         "64 tokens, prefill in chunks of 8",
         "text, chats",
         "draft width 3, chat template with enable_thinking=false",
+        "sampling     greedy\n",
         "in   embeddings float32 [batch, rows, 16]",
         "in place  6 caches float32 [batch, 2, capacity, 4]",
         "data/weights.bin",
@@ -234,9 +240,18 @@ def test_inspect_shows_a_bundle(tmp_path: Path) -> None:
         "torch 2.13.0",
     ):
         assert part in result.stdout
+    assert "key.0" not in result.stdout  # caches share one line
     assert result.stdout.count("  ok\n") == 8
     assert "hashing files" in result.stderr
     assert "hashing files" not in result.stdout
+
+
+def test_inspect_shows_how_tokens_are_chosen(tmp_path: Path) -> None:
+    document = manifest_document()
+    document["generation"]["sampling"] |= {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05}
+    bundle = write_bundle(tmp_path, document)
+    result = invoke("dflash-export", "inspect", "--no-verify", bundle)
+    assert "  temperature 0.6, top_k 20, repetition_penalty 1.05\n" in result.stdout
 
 
 def test_inspect_finds_a_changed_file(tmp_path: Path) -> None:
@@ -287,6 +302,29 @@ def test_generate_streams_text(smollm2_bundle: Bundle) -> None:
     assert "prompt: 5 tokens in" in result.stderr
     assert "output: 4 tokens (length)" in result.stderr
     assert "tokens a step at width 4" in result.stderr
+
+
+def test_generate_samples(smollm2_bundle: Bundle) -> None:
+    def answer(*options: str) -> dict[str, Any]:
+        arguments = ("--prompt", "Once upon a time", "--max-new-tokens", "12", "--json", *options)
+        result = invoke("dflash-rt", "generate", smollm2_bundle.root, *arguments)
+        assert result.exit_code == 0, result.stderr
+        parsed: dict[str, Any] = json.loads(result.stdout)
+        return parsed
+
+    greedy = answer()
+    assert (greedy["seed"], greedy["logprobs"]) == (None, None)
+    values = {"temperature": 0.8, "top-p": 0.95, "top-k": 40, "min-p": 0.01, "repetition-penalty": 1.1}
+    values |= {"presence-penalty": 0.1, "frequency-penalty": 0.1, "seed": 7, "logprobs": 2}
+    options = [f"--{name}={value}" for name, value in values.items()]
+    sampled = answer(*options)
+    assert sampled["seed"] == 7
+    assert sampled["token_ids"] != greedy["token_ids"]
+    assert [item["token_id"] for item in sampled["logprobs"]] == sampled["token_ids"]
+    assert {len(item["top"]) for item in sampled["logprobs"]} == {2}
+    assert answer(*options, "--no-draft")["token_ids"] == sampled["token_ids"]
+    drawn = answer("--temperature", "1")
+    assert answer("--temperature", "1", "--seed", str(drawn["seed"]))["token_ids"] == drawn["token_ids"]
 
 
 def test_generate_from_stdin_or_file_drops_one_newline(smollm2_bundle: Bundle, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Backend", "Inject", "IntArray", "StepOutput"]
+__all__ = ["Backend", "FloatArray", "Inject", "IntArray", "StepOutput"]
 
+FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 
@@ -81,6 +82,14 @@ class Backend(Protocol):
         ``start`` ``[batch]`` is where the anchors go. ``inject`` names features of the previous verify pass
         that are to be injected first; ``None`` leaves the drafter's cache as it is. ``width == 1`` is plain
         decoding: no draft. Raises :class:`~dflash_rt.errors.NumericalError` when logits are not finite.
+        """
+
+    def logits(self) -> FloatArray:
+        """The target's logits of the last call, float32 ``[batch, rows, vocab]``, not to be changed.
+
+        After a step: ``width`` rows, those of ``verified``. After a prefill: one row. A view of the backend's
+        own memory or a copy, valid until the next prefill or step. Greedy requests never ask, so a backend
+        that keeps logits on a device copies them here and nowhere else.
         """
 
     def clear(self) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from dflash_rt.backends.base import Inject, IntArray, StepOutput
+from dflash_rt.backends.base import FloatArray, Inject, IntArray, StepOutput
 from dflash_rt.errors import BackendError, NumericalError
 from dflash_rt.manifest import GraphSpec, TensorSpec, output_name
 
@@ -82,6 +82,7 @@ class OnnxRuntimeBackend:
         self._sessions = {name: _load(name, str(bundle.graph_path(name)), threads) for name in self._graphs}
         self._stage_seconds: dict[str, float] = {}
         self._batch = 1
+        self._head_shape = (self._batch, 0)  # batch and rows of what lies in the buffer `logits`
         rows = max(manifest.limits.prefill_chunk, self._block_size)
         self._buffers = self._make_buffers(rows)
         self._starts = {stage: np.zeros(self._batch, np.int64) for stage in ("inject", "draft", "target")}
@@ -144,6 +145,10 @@ class OnnxRuntimeBackend:
         verified = self._head(self._buffers["hidden"].view(batch, width), "target_head")
         return StepOutput(drafted=block[:, 1:], verified=verified)
 
+    def logits(self) -> FloatArray:
+        """A view; see the protocol. The target's head always runs last."""
+        return self._buffers["logits"].view(*self._head_shape)
+
     def clear(self) -> None:
         """Zero caches and buffers."""
         for caches in self._caches.values():
@@ -186,7 +191,7 @@ class OnnxRuntimeBackend:
         self._run("embed", "embed", batch, rows)
 
     def _head(self, hidden: npt.NDArray[Any], stage: str) -> IntArray:
-        batch, rows = hidden.shape[:2]
+        batch, rows = self._head_shape = hidden.shape[:2]
         self._buffers["head_hidden"].view(batch, rows)[:] = hidden
         self._run("lm_head", stage, batch, rows)
         if stage == "draft_head" and "draft_logits" in self._graphs:

@@ -7,6 +7,7 @@ a :class:`~dflash_rt.errors.BackendError` that says how.
 
     >>> backend = ScriptedBackend(target=lambda prefix: (prefix[-1] + 1) % 10, block_size=4)
     >>> backend = ScriptedBackend(target=follow([5, 6, 7, 8, 9]))  # recites, the prompt included
+    >>> backend = ScriptedBackend.with_logits(lambda prefix: [0.0, 1.0, 2.0])  # for sampling
 """
 
 from __future__ import annotations
@@ -16,19 +17,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from dflash_rt.backends.base import Inject, IntArray, StepOutput
+from dflash_rt.backends.base import FloatArray, Inject, IntArray, StepOutput
 from dflash_rt.errors import BackendError
 
-__all__ = ["Drafter", "ScriptedBackend", "Target", "follow"]
+__all__ = ["Drafter", "Logits", "ScriptedBackend", "Target", "follow"]
 
 Target = Callable[[tuple[int, ...]], int]
 """Prefix (every token so far, the prompt included) -> next token."""
 
 Drafter = Callable[[tuple[int, ...], int], Sequence[int]]
 """Prefix that ends with the anchor, and a count n -> n drafted tokens."""
+
+Logits = Callable[[tuple[int, ...]], Sequence[float] | FloatArray]
+"""Prefix -> logits of the next token, one for each id of the vocabulary."""
 
 _EMPTY = -1  # nothing was written here since the caches were cleared
 _BLOCK = -2  # a draft block wrote here: garbage once the block is verified
@@ -63,6 +68,7 @@ class ScriptedBackend:
         raise_at: exceptions by number of the call (prefills and steps count together, from 0, over the
             backend's life). They are raised after the call has written its rows, as a real failure
             would be; the backend then insists on :meth:`clear`.
+        logits: what :meth:`logits` answers from; see :meth:`with_logits`.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class ScriptedBackend:
         prefill_chunk: int | None = None,
         max_rows: int | None = None,
         raise_at: Mapping[int, BaseException] | None = None,
+        logits: Logits | None = None,
     ) -> None:
         self._target = target
         self._drafter = drafter if drafter is not None else self._draft_as_target
@@ -81,6 +88,8 @@ class ScriptedBackend:
         self._prefill_chunk = prefill_chunk
         self._max_rows = max_rows
         self._raise_at = dict(raise_at or {})
+        self._logits = logits
+        self._chosen_outside = False  # logits were asked for since the last call
         self._seconds = 0.0
         self._calls = 0
         self._reserved = 0
@@ -90,6 +99,13 @@ class ScriptedBackend:
         self._rows: list[int] = []  # target cache: the token that was fed in at each row
         self._features: list[int] = []  # drafter cache: the token whose features each row holds
         self._last: _Pass | None = None
+
+    @classmethod
+    def with_logits(cls, logits: Logits, drafter: Drafter | None = None, **options: Any) -> ScriptedBackend:
+        """A target that has a distribution, not a script; its greedy choice is the first largest logit."""
+        return cls(
+            lambda prefix: int(np.argmax(np.asarray(logits(prefix)))), drafter, logits=logits, **options
+        )
 
     @property
     def name(self) -> str:
@@ -143,6 +159,7 @@ class ScriptedBackend:
                 _write(self._features, first, tokens)
             self._finish_call()
             choice = self._target(tuple(self._rows[:end]))
+            self._chosen_outside = False
             self._last = _Pass("prefill", first, tokens, end, choice)
             return np.array([choice], dtype=np.int64)
 
@@ -154,8 +171,7 @@ class ScriptedBackend:
             last = self._last
             if last is None:
                 raise _broken("step", "no prefill since the caches were cleared", "a prefill first")
-            _expect(first == last.next_start, "start of a step", first, last.next_start)
-            _expect(anchor == last.next_anchor, "anchor of a step", anchor, last.next_anchor)
+            self._expect_next(first, anchor, last)
             _expect(1 <= width <= self._block_size, "width of a step", width, f"1 to {self._block_size}")
             _expect(first <= self._reserved, "rows reserved", self._reserved, first)
 
@@ -168,7 +184,22 @@ class ScriptedBackend:
             verified = [self._target(tuple(self._rows[: first + row + 1])) for row in range(width)]
             accepted = next((i for i, token in enumerate(drafted) if token != verified[i]), width - 1)
             self._last = _Pass("verify", first, block, first + accepted + 1, verified[accepted])
+            self._chosen_outside = False
             return StepOutput(np.array([drafted], dtype=np.int64), np.array([verified], dtype=np.int64))
+
+    def logits(self) -> FloatArray:
+        """See :class:`~dflash_rt.backends.base.Backend`. From here on the caller may choose other tokens."""
+        with self._entered("logits"):
+            last = self._last
+            if last is None or self._logits is None:
+                raise _broken(
+                    "logits", "none: no call before, or no logits given", "a prefill or step before"
+                )
+            end = last.start + len(last.tokens)
+            first = end - 1 if last.kind == "prefill" else last.start
+            self._chosen_outside = True
+            rows = [self._logits(tuple(self._rows[: row + 1])) for row in range(first, end)]
+            return np.array([rows], dtype=np.float32)
 
     def clear(self) -> None:
         """See :class:`~dflash_rt.backends.base.Backend`."""
@@ -211,6 +242,21 @@ class ScriptedBackend:
         number, self._calls = self._calls, self._calls + 1
         if number in self._raise_at:
             raise self._raise_at[number]
+
+    def _expect_next(self, first: int, anchor: int, last: _Pass) -> None:
+        if not self._chosen_outside:
+            _expect(first == last.next_start, "start of a step", first, last.next_start)
+            _expect(anchor == last.next_anchor, "anchor of a step", anchor, last.next_anchor)
+            return
+        rows = len(last.tokens)
+        fed = first - last.start  # rows of the last pass that the caller keeps
+        least = rows if last.kind == "prefill" else 1
+        _expect(
+            least <= fed <= rows, "start of a step", first, f"{last.start + least} to {last.start + rows}"
+        )
+        if fed < rows:
+            draft = last.tokens[fed]
+            _expect(anchor != draft, "anchor of a step", anchor, f"not {draft}: that draft was rejected")
 
     def _inject(self, inject: Inject, last: _Pass) -> None:
         first = _integers("start of inject", inject.start, axes=1)[0]

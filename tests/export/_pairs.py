@@ -120,9 +120,15 @@ def make_target(folder: Path, spec: TargetSpec, *, seed: int = 0, spread: float 
     return model
 
 
-def drafter_config(target: TargetSpec, *, layers: int = 2, block_size: int = 4, **changes: Any) -> dict[str, Any]:
+def drafter_config(
+    target: TargetSpec, *, layers: int = 2, block_size: int = 4, **changes: Any
+) -> dict[str, Any]:
     """The object of a config.json as z-lab writes it today. A change to ``None`` removes the key."""
-    dflash = {"block_size": block_size, "mask_token_id": target.vocab - 1, "target_layer_ids": [0, target.layers - 1]}
+    dflash = {
+        "block_size": block_size,
+        "mask_token_id": target.vocab - 1,
+        "target_layer_ids": [0, target.layers - 1],
+    }
     dflash |= changes.pop("dflash_config", {})
     raw: dict[str, Any] = {
         "architectures": ["DFlashDraftModel"],
@@ -160,7 +166,9 @@ def old_schema(raw: Mapping[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def make_drafter(folder: Path, raw: Mapping[str, Any], *, seed: int = 1, spread: float = 0.2) -> DrafterConfig:
+def make_drafter(
+    folder: Path, raw: Mapping[str, Any], *, seed: int = 1, spread: float = 0.2
+) -> DrafterConfig:
     """Write config.json and random weights of a drafter."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
@@ -168,7 +176,8 @@ def make_drafter(folder: Path, raw: Mapping[str, Any], *, seed: int = 1, spread:
     generator = np.random.default_rng(seed)
     shapes = sorted(config.tensor_shapes().items())
     save_file(
-        {name: _random(name, shape, generator, spread) for name, shape in shapes}, folder / "model.safetensors"
+        {name: _random(name, shape, generator, spread) for name, shape in shapes},
+        folder / "model.safetensors",
     )
     return config
 
@@ -184,13 +193,17 @@ class _Traces:
     def __init__(self) -> None:
         self._graphs: dict[tuple[Any, ...], dict[str, TracedGraph]] = {}
 
-    def target(self, config: Any, feature_layers: Sequence[int], precision: str, traced: Any) -> dict[str, TracedGraph]:
+    def target(
+        self, config: Any, feature_layers: Sequence[int], precision: str, traced: Any
+    ) -> dict[str, TracedGraph]:
         key = ("target", config.to_json_string(), tuple(feature_layers), precision)
         if key not in self._graphs:
             self._graphs[key] = trace_target(config, feature_layers, precision, traced)
         return self._graphs[key]
 
-    def drafter(self, config: DrafterConfig, precision: str, vocab: int, traced: Any) -> dict[str, TracedGraph]:
+    def drafter(
+        self, config: DrafterConfig, precision: str, vocab: int, traced: Any
+    ) -> dict[str, TracedGraph]:
         key = ("drafter", repr(config), precision, vocab)
         if key not in self._graphs:
             self._graphs[key] = trace_drafter(config, precision, vocab, traced)
@@ -198,9 +211,7 @@ class _Traces:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        with mock.patch.multiple(
-            "dflash_export.build", trace_target=self.target, trace_drafter=self.drafter
-        ):
+        with mock.patch.multiple("dflash_export.build", trace_target=self.target, trace_drafter=self.drafter):
             yield
 
 
@@ -223,7 +234,9 @@ class Run:
     accepted: list[int]
 
 
-def run_loop(backend: OnnxRuntimeBackend, bundle: Bundle, prompt: Sequence[int], new_tokens: int, width: int) -> Run:
+def run_loop(
+    backend: OnnxRuntimeBackend, bundle: Bundle, prompt: Sequence[int], new_tokens: int, width: int
+) -> Run:
     """Our own loop, without stop tokens."""
     tokens = Tokens(np.array(prompt, np.int64))
     chunk = bundle.manifest.limits.prefill_chunk
@@ -249,9 +262,9 @@ class Graphs:
         generator = np.random.default_rng(capacity)
         sizes = {"batch": batch, "capacity": capacity}
         return {
-            tensor.name: generator.normal(0, 30, [d if isinstance(d, int) else sizes[d] for d in tensor.shape]).astype(
-                np.dtype(tensor.dtype)
-            )
+            tensor.name: generator.normal(
+                0, 30, [d if isinstance(d, int) else sizes[d] for d in tensor.shape]
+            ).astype(np.dtype(tensor.dtype))
             for tensor in self.manifest.graphs[graph].inputs
             if "capacity" in tensor.shape
         }

@@ -202,7 +202,7 @@ def test_package_is_found_but_not_imported(tmp_path: Path, monkeypatch: pytest.M
         ("package:click/../torch/version.py", "spelled wrongly"),
         ("package:os.path/a", "spelled wrongly"),
         ("package:click/model.gguf", "without that file"),
-        ("package:click/testing", "without that file"),
+        ("package:numpy/testing", "without that file"),
         ("package:no_such_package_/a.gguf", "no package no_such_package_"),
         ("package:bisect/a.gguf", "no package bisect"),
     ],

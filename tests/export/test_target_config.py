@@ -21,11 +21,13 @@ from dflash_export.target_config import (
     check_target,
     load_target_config,
     require_target,
+    sampling_defaults,
     stop_token_ids,
     target_facts,
 )
 from dflash_export.tokenizer_files import export_tokenizer
 from dflash_rt.errors import CheckpointError, DFlashError, SourceError, UnsupportedModelError
+from dflash_rt.manifest import SamplingDefaults
 from tests.export.pair_maker import (
     FAMILIES,
     byte_tokenizer,
@@ -149,6 +151,43 @@ def test_wrong_stop_token_ids(tmp_path: Path, eos: object) -> None:
     with pytest.raises(CheckpointError, match=r"eos_token_id in generation_config\.json is wrong") as caught:
         stop_token_ids(source, load_target_config(source))
     check_message(caught, repr(eos), "[0, 300)")
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        (None, (0.0, 1.0, 0, 0.0, 1.0)),
+        ({}, (0.0, 1.0, 0, 0.0, 1.0)),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, (0.0, 1.0, 0, 0.0, 1.0)),
+        ({"temperature": 0.6, "top_p": 0.9}, (0.0, 1.0, 0, 0.0, 1.0)),
+        ({"do_sample": True}, (1.0, 1.0, 0, 0.0, 1.0)),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}, (0.6, 0.95, 20, 0.0, 1.0)),
+        ({"do_sample": True, "temperature": 1, "min_p": 0.1, "top_k": None}, (1.0, 1.0, 0, 0.1, 1.0)),
+        ({"repetition_penalty": 1.05}, (0.0, 1.0, 0, 0.0, 1.05)),  # transformers applies it to greedy too
+    ],
+)
+def test_sampling_defaults(
+    tmp_path: Path, generation: dict[str, Any] | None, expected: tuple[float, ...]
+) -> None:
+    save_target(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    if generation is not None:
+        edit_json(tmp_path / "generation_config.json", **generation)
+    defaults = sampling_defaults(resolve_target(tmp_path))
+    found = tuple(getattr(defaults, name) for name in SamplingDefaults.__annotations__)
+    assert found == expected
+    assert [type(value) for value in found] == [float, float, int, float, float]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("temperature", -1), ("top_p", 1.5), ("top_k", 2.5), ("repetition_penalty", "1.1")]
+)
+def test_wrong_sampling_defaults(tmp_path: Path, key: str, value: object) -> None:
+    save_target(tmp_path)
+    edit_json(tmp_path / "generation_config.json", do_sample=True, **{key: value})
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json: {key} is wrong") as caught:
+        sampling_defaults(resolve_target(tmp_path))
+    check_message(caught, repr(value))
 
 
 # --- Targets that are refused ---

@@ -285,6 +285,7 @@ def entry(dtype: str = "F32", shape: tuple[int, ...] = (2,), offsets: tuple[int,
         (header(entry(), b"1234567890"), "8 bytes, by its own header"),
         (b"version https://git-lfs.example/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
     ],
+    ids=range(17),
 )
 def test_damaged_safetensors(tmp_path: Path, content: bytes, fragment: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
@@ -423,7 +424,7 @@ def test_rows_outside(tmp_path: Path) -> None:
         weights.rows("x", 3, 5)
 
 
-def test_close_twice_and_read_after(tmp_path: Path, smollm2: Weights) -> None:
+def test_close_twice_and_read_after(tmp_path: Path) -> None:
     gguf_weights = open_weights(resolve_target(write_gguf(tmp_path / "t.gguf")))
     for weights, name in (
         (open_folder(folder_of(tmp_path, {"x": torch.ones(4)})), "x"),

@@ -106,6 +106,13 @@ def manifest_document() -> dict[str, Any]:
             "stop_token_ids": [2],
             "draft_width": 3,
             "chat_template_kwargs": {"enable_thinking": False},
+            "sampling": {
+                "temperature": 0.0,
+                "top_p": 1.0,
+                "top_k": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+            },
         },
         "provenance": {
             "created": "2026-11-23T12:00:00Z",

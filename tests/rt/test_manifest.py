@@ -312,6 +312,16 @@ def test_a_wrong_manifest_is_refused_with_its_path(case: str) -> None:
     assert re.search("[\x00-\x09\x0b-\x1f\x7f]", message) is None, "a message must not control a terminal"
 
 
+@pytest.mark.parametrize("value", [1, -0.1, 100.1, True, None, "1.0"])
+def test_sampling_defaults_are_numbers_in_their_range(value: object) -> None:
+    document = manifest_document()
+    document["generation"]["sampling"]["temperature"] = value
+    with pytest.raises(ManifestError) as caught:
+        read(document)
+    assert "generation.sampling.temperature" in str(caught.value)
+    assert "a number from 0 to 100" in str(caught.value)
+
+
 def test_all_problems_are_reported_at_once() -> None:
     document = manifest_document()
     document["name"] = 7

@@ -1,0 +1,104 @@
+"""From what was measured to the report."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from dflash_export._verify_drafting import drafting_at
+from dflash_export._verify_judge import find_problems, find_warnings, judge
+from dflash_export._verify_measure import Evidence, Meters
+from dflash_export.parity import make_limits
+from dflash_export.sources import Source
+from dflash_export.verify_report import ReferenceDrafting, VerifyReport
+from dflash_rt import Bundle
+from dflash_rt._version import __version__
+from dflash_rt.manifest import MANIFEST_NAME
+
+__all__ = ["assemble"]
+
+_PACKAGES = ("dflash", "numpy", "onnxruntime", "tokenizers", "torch", "transformers")
+
+
+def assemble(
+    bundle: Bundle,
+    source: Source,
+    max_new_tokens: int,
+    evidence: Sequence[Evidence],
+    meters: Meters,
+    reference: ReferenceDrafting,
+    text_of: Callable[[int], str],
+    threads: int | None,
+) -> VerifyReport:
+    """Derive the limits, judge every prompt by them, and add what a reader needs to know."""
+    manifest = bundle.manifest
+    errors = {width: meter.result() for width, meter in meters.by_width.items()}
+    shapes = {width: meter.result() for width, meter in meters.shapes.items()}
+    repeated = meters.repeated.result()
+    sixteen_bit = None if manifest.precision == "fp32" else meters.sixteen_bit.result()
+    limits = make_limits(
+        errors=errors.values(),
+        shapes=shapes.values(),
+        repeated=repeated,
+        noise=repeated if sixteen_bit is None else sixteen_bit,
+        precision=manifest.precision,
+    )
+    features = meters.features.result()
+    prompts = tuple(judge(index, item, limits, text_of) for index, item in enumerate(evidence))
+    text = (bundle.root / MANIFEST_NAME).read_bytes()
+    return VerifyReport(
+        bundle={
+            "name": manifest.name,
+            "precision": manifest.precision,
+            "manifest_sha256": hashlib.sha256(text).hexdigest(),
+        },
+        target={"kind": source.kind, "id": source.id, "revision": source.revision},
+        max_new_tokens=max_new_tokens,
+        created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        environment=_environment(threads),
+        prompts=prompts,
+        logit_errors=errors,
+        shape_errors=shapes,
+        pytorch_repeated=repeated,
+        pytorch_16_bit=sixteen_bit,
+        limits=limits,
+        features=features,
+        drafting=tuple(drafting_at(evidence, width) for width in errors if width > 1),
+        reference=reference,
+        problems=find_problems(prompts, errors, limits),
+        warnings=tuple(find_warnings(features, reference, manifest.precision)),
+    )
+
+
+def _environment(threads: int | None) -> dict[str, str | int | None]:
+    versions: dict[str, str | int | None] = {
+        "dflash-export": __version__,
+        "python": platform.python_version(),
+    }
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions | {
+        "processor": _processor(),
+        "processors": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "onnxruntime_threads": threads,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

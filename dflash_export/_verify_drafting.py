@@ -1,0 +1,85 @@
+"""What drafting gained, ours and in the reference's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dflash_export._verify_measure import Evidence, drafted_name
+from dflash_export.parity import compare_steps
+from dflash_export.progress import Progress
+from dflash_export.sources import Source
+from dflash_export.torch_reference import generate_reference, load_drafter, reference_version
+from dflash_export.verify_report import Drafting, ReferenceDrafting
+from dflash_rt.manifest import Manifest
+
+__all__ = ["drafting_at", "run_reference"]
+
+
+def run_reference(
+    model: Any,
+    drafter: Source,
+    manifest: Manifest,
+    evidence: Sequence[Evidence],
+    max_new_tokens: int,
+    progress: Progress,
+) -> ReferenceDrafting:
+    """The reference's loop at the full block size, beside our run of that width."""
+    width = manifest.drafter.block_size
+    reference = load_drafter(drafter)
+    same = compared = steps = tokens = our_steps = our_tokens = 0
+    with progress.stage("running the reference's loop", total=len(evidence)) as stage:
+        for item in evidence:
+            ours = item.runs[drafted_name(width)]
+            gained = [count + 1 for count in ours.accepted_per_step]
+            # It clips blocks near the end, which changes the drafts in them; so its end is further off.
+            run = generate_reference(
+                reference,
+                model,
+                item.prompt.token_ids,
+                max_new_tokens=max_new_tokens + width,
+                stop_token_ids=manifest.generation.stop_token_ids,
+            )
+            theirs = run.token_ids[:max_new_tokens]
+            agreement = compare_steps(ours.token_ids, gained, theirs, run.tokens_by_step)
+            compared, same = compared + agreement.compared, same + agreement.same
+            steps += _steps_until(len(theirs), run.tokens_by_step)
+            tokens += len(theirs) - 1
+            our_steps, our_tokens = our_steps + len(gained), our_tokens + len(ours.token_ids) - 1
+            stage.advance()
+    return ReferenceDrafting(
+        skipped=None,
+        version=reference_version(),
+        width=width,
+        tokens_per_step=_ratio(tokens, steps),
+        our_tokens_per_step=_ratio(our_tokens, our_steps),
+        compared=compared,
+        same=same,
+    )
+
+
+def _steps_until(tokens: int, gained: Sequence[int]) -> int:
+    """How many steps it took to have ``tokens`` tokens, the first of which came from the prefill."""
+    steps, have = 0, 1
+    for count in gained:
+        if have >= tokens:
+            break
+        steps, have = steps + 1, have + count
+    return steps
+
+
+def _ratio(tokens: int, steps: int) -> float:
+    return tokens / steps if steps else 0.0
+
+
+def drafting_at(evidence: Sequence[Evidence], width: int) -> Drafting:
+    runs = [item.runs[drafted_name(width)] for item in evidence]
+    counts = [count for run in runs for count in run.accepted_per_step]
+    return Drafting(
+        width=width,
+        steps=len(counts),
+        tokens_per_step=_ratio(sum(len(run.token_ids) - 1 for run in runs), len(counts)),
+        accepted_by_position=tuple(
+            _ratio(sum(count > position for count in counts), len(counts)) for position in range(width - 1)
+        ),
+    )

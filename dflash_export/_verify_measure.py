@@ -1,0 +1,205 @@
+"""Everything that a parity run measures, prompt by prompt; nothing is judged here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dflash_export._verify_prompts import PromptInput
+from dflash_export.meters import ErrorMeter, FeatureMeter
+from dflash_export.parity import first_difference, shortfalls
+from dflash_export.replay import Replay
+from dflash_export.torch_reference import TeacherForced, generate_greedy, teacher_forced
+from dflash_rt import GenerationResult
+
+__all__ = ["PLAIN", "PYTORCH", "Evidence", "Measured", "Meters", "Run", "drafted_name", "measure"]
+
+Floats = npt.NDArray[np.float64]
+TokenIds = tuple[int, ...]
+
+PLAIN = "plain"
+PYTORCH = "PyTorch"
+# Memory for logits that `generate` shows on its way.
+_RECORDED_VALUES = 2**27
+
+
+def drafted_name(width: int) -> str:
+    """The name of a drafted run in reports."""
+    return f"width {width}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation: ours at a draft width, ours in plain decoding (width 1), or PyTorch's (width 0)."""
+
+    name: str
+    width: int
+    token_ids: TokenIds
+    finish_reason: Literal["stop", "length", "cancelled"] | None = None
+    accepted_per_step: TokenIds = ()
+
+    @classmethod
+    def ours(cls, result: GenerationResult, width: int) -> Run:
+        """A run of the bundle."""
+        name = PLAIN if width == 1 else drafted_name(width)
+        return cls(name, width, result.token_ids, result.finish_reason, result.stats.accepted_per_step)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Where two runs part, seen by PyTorch in fp32 with the tokens before it.
+
+    ``token_ids`` has None for a run that had ended. ``top_two`` is PyTorch's best and second best token with
+    their logits; ``shortfalls`` says how far each run's token is below the best.
+    """
+
+    runs: tuple[str, str]
+    index: int
+    token_ids: tuple[int | None, int | None]
+    top_two: tuple[tuple[int, float], tuple[int, float]]
+    shortfalls: tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """One prompt.
+
+    Attributes:
+        runs: by name; drafted runs from the widest to the narrowest, plain, PyTorch.
+        shortfalls: for each run, per token, how far PyTorch's logit of it is below PyTorch's best.
+        own_shortfalls: for each of our runs the same with the bundle's own logits, one row at a time.
+        margins: PyTorch's best minus second best logit at each token of the plain run.
+        parted: first differences of the pairs of runs that differ.
+    """
+
+    prompt: PromptInput
+    runs: Mapping[str, Run]
+    shortfalls: Mapping[str, Floats]
+    own_shortfalls: Mapping[str, Floats]
+    margins: Floats
+    parted: tuple[Measured, ...]
+
+
+class Meters:
+    """Error meters of a whole parity run."""
+
+    def __init__(self, widths: Sequence[int], feature_layers: Sequence[int]) -> None:
+        self.by_width = {width: ErrorMeter(f"the bundle, {width} rows a pass") for width in widths}
+        self.shapes = {width: ErrorMeter(f"the bundle, {width} rows a pass") for width in widths if width > 1}
+        self.repeated = ErrorMeter("PyTorch in fp32")
+        self.sixteen_bit = ErrorMeter("PyTorch in 16 bits")
+        self.features = FeatureMeter(feature_layers)
+
+
+def measure(
+    prompt: PromptInput,
+    ours: Sequence[Run],
+    *,
+    model: Any,
+    sixteen_bit_model: Any | None,
+    replay: Replay,
+    feature_layers: Sequence[int],
+    stop_token_ids: Sequence[int],
+    max_new_tokens: int,
+    meters: Meters,
+) -> Evidence:
+    """Run PyTorch and the replays for one prompt. Holds the logits of one sequence at a time, twice."""
+    greedy = generate_greedy(
+        model,
+        prompt.token_ids,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stop_token_ids,
+        record_rows=_RECORDED_VALUES // model.config.vocab_size,
+    )
+    runs = {run.name: run for run in (*ours, Run(PYTORCH, 0, greedy.token_ids))}
+    sequences: dict[TokenIds, list[Run]] = {}
+    for run in runs.values():
+        sequences.setdefault(run.token_ids, []).append(run)
+    pairs = _differing_pairs(runs)
+    found: dict[str, Floats] = {}
+    own: dict[str, Floats] = {}
+    margins = np.zeros(0)
+    rows: dict[tuple[TokenIds, int], npt.NDArray[Any]] = {}
+    for token_ids, same in sequences.items():
+        names = [run.name for run in same]
+        forced = teacher_forced(model, prompt.token_ids, token_ids, feature_layers)
+        found |= dict.fromkeys(names, shortfalls(forced.logits, token_ids))
+        rows |= {(token_ids, i): forced.logits[i].copy() for i in _wanted_rows(pairs, token_ids)}
+        if PYTORCH in names:
+            meters.repeated.add(greedy.logits, forced.logits[: greedy.logits.shape[0]])
+        if PLAIN in names:
+            margins = _margins(forced.logits)
+            if sixteen_bit_model is not None:
+                lower = teacher_forced(sixteen_bit_model, prompt.token_ids, token_ids)
+                meters.sixteen_bit.add(lower.logits, forced.logits)
+        if names != [PYTORCH]:
+            own_shortfalls = _replay(replay, prompt, token_ids, forced, meters)
+            own |= dict.fromkeys((name for name in names if name != PYTORCH), own_shortfalls)
+    parted = tuple(_parted(first, second, index, rows) for first, second, index in pairs)
+    return Evidence(prompt, runs, found, own, margins, parted)
+
+
+def _replay(
+    replay: Replay, prompt: PromptInput, token_ids: TokenIds, forced: TeacherForced, meters: Meters
+) -> Floats:
+    """The bundle's graphs over one sequence in every pass shape; returns the shortfalls one row at a time."""
+    one_row = np.zeros_like(forced.logits)
+    for width in sorted(meters.by_width):
+        for item in replay.passes(prompt.token_ids, token_ids, width):
+            at = slice(item.first_token, item.first_token + item.logits.shape[0])
+            meters.by_width[width].add(item.logits, forced.logits[at])
+            if width == 1:
+                one_row[at] = item.logits
+            else:
+                meters.shapes[width].add(item.logits, one_row[at])
+            if width == max(meters.by_width):
+                right = forced.features[item.first_row : item.first_row + item.features.shape[0]]
+                meters.features.add(item.features.reshape(right.shape), right)
+    return shortfalls(one_row, token_ids)
+
+
+def _differing_pairs(runs: Mapping[str, Run]) -> list[tuple[Run, Run, int]]:
+    """Pairs of runs with other tokens and where they part. Two drafted widths are compared through plain."""
+    pairs = []
+    for first, second in combinations(runs.values(), 2):
+        index = first_difference(first.token_ids, second.token_ids)
+        if index is not None and second.width < 2:
+            pairs.append((first, second, index))
+    return pairs
+
+
+def _wanted_rows(pairs: Sequence[tuple[Run, Run, int]], token_ids: TokenIds) -> list[int]:
+    """Where this sequence parts from another while it goes on itself."""
+    return [
+        index
+        for first, second, index in pairs
+        if token_ids in (first.token_ids, second.token_ids) and index < len(token_ids)
+    ]
+
+
+def _parted(
+    first: Run, second: Run, index: int, rows: Mapping[tuple[TokenIds, int], npt.NDArray[Any]]
+) -> Measured:
+    # Both have the same tokens before `index`; the one that goes on has logits there.
+    longer = first if index < len(first.token_ids) else second
+    logits = rows[longer.token_ids, index]
+    best, second_best = np.argsort(-logits, kind="stable")[:2].tolist()
+    tokens = [run.token_ids[index] if index < len(run.token_ids) else None for run in (first, second)]
+    below = [0.0 if token is None else float(logits[best] - logits[token]) for token in tokens]
+    return Measured(
+        runs=(first.name, second.name),
+        index=index,
+        token_ids=(tokens[0], tokens[1]),
+        top_two=((best, float(logits[best])), (second_best, float(logits[second_best]))),
+        shortfalls=(below[0], below[1]),
+    )
+
+
+def _margins(logits: npt.NDArray[Any]) -> Floats:
+    top = np.partition(logits, -2, axis=1)[:, -2:].astype(np.float64)
+    return np.asarray(top[:, 1] - top[:, 0])

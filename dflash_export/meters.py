@@ -1,0 +1,153 @@
+"""How far logits and features are apart, gathered over many passes without keeping them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from dflash_rt.errors import NumericalError
+
+__all__ = ["ErrorMeter", "ErrorStats", "FeatureError", "FeatureMeter"]
+
+Array: TypeAlias = npt.NDArray[Any]
+
+_TINY = 1e-30  # logits that are all alike have no spread
+# Absolute errors are counted in bins of an eighth of an octave, so a percentile is exact to 9 %.
+_BINS_PER_OCTAVE = 8
+_LOWEST_OCTAVE, _OCTAVES = -100, 160
+
+
+@dataclass(frozen=True)
+class ErrorStats:
+    """How far logits are from the ones they should be.
+
+    Attributes:
+        rows: positions compared.
+        values: single logits compared.
+        max_abs: largest absolute difference.
+        percentile_999: 99.9 % of the absolute differences are at most this (up to 9 % above the exact value).
+        rms: root mean square of all differences.
+        worst_row_rms: largest root mean square of one row.
+        spread: standard deviation of the right logits within a row; the unit of the relative errors.
+        largest: largest magnitude of a right logit.
+    """
+
+    rows: int
+    values: int
+    max_abs: float
+    percentile_999: float
+    rms: float
+    worst_row_rms: float
+    spread: float
+    largest: float
+
+    @property
+    def relative_rms(self) -> float:
+        """``rms`` in units of ``spread``."""
+        return self.rms / max(self.spread, _TINY)
+
+    @property
+    def relative_worst_row(self) -> float:
+        """``worst_row_rms`` in units of ``spread``."""
+        return self.worst_row_rms / max(self.spread, _TINY)
+
+
+class ErrorMeter:
+    """Gathers :class:`ErrorStats` over many calls, without keeping logits."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._rows = self._values = 0
+        self._max = self._worst_row = self._largest = 0.0
+        self._square_sum = self._variance_sum = 0.0
+        self._bins = np.zeros(_OCTAVES * _BINS_PER_OCTAVE, np.int64)
+
+    def add(self, found: Array, right: Array) -> None:
+        """Compare float32 ``[rows, vocab]`` each. Raises NumericalError for what isn't finite."""
+        if not found.size:
+            return
+        difference = np.abs(found - right)
+        if not np.isfinite(difference).all():
+            raise NumericalError(
+                f"logits of {self._name} are not finite",
+                found=f"{int((~np.isfinite(difference)).sum())} of {difference.size} values",
+                expected="finite logits",
+                todo="build the bundle with precision bf16 or fp32, and check the checkpoint",
+            )
+        row_squares = np.square(difference, dtype=np.float64).mean(axis=1)
+        self._rows += difference.shape[0]
+        self._values += difference.size
+        self._max = max(self._max, float(difference.max()))
+        self._worst_row = max(self._worst_row, float(row_squares.max()))
+        self._largest = max(self._largest, float(np.abs(right).max()))
+        self._square_sum += float(row_squares.sum())
+        self._variance_sum += float(right.var(axis=1, dtype=np.float64).sum())
+        with np.errstate(divide="ignore"):
+            octaves = np.log2(difference.ravel()) - _LOWEST_OCTAVE  # log2(0) lands in the first bin
+        index = np.clip(octaves * _BINS_PER_OCTAVE, 0, self._bins.size - 1).astype(np.int64)
+        self._bins += np.bincount(index, minlength=self._bins.size)
+
+    def result(self) -> ErrorStats:
+        """What was gathered so far; all zeros before the first call."""
+        rows = max(self._rows, 1)
+        return ErrorStats(
+            rows=self._rows,
+            values=self._values,
+            max_abs=self._max,
+            percentile_999=self._percentile(0.999),
+            rms=math.sqrt(self._square_sum / rows),
+            worst_row_rms=math.sqrt(self._worst_row),
+            spread=math.sqrt(self._variance_sum / rows),
+            largest=self._largest,
+        )
+
+    def _percentile(self, share: float) -> float:
+        if not self._values:
+            return 0.0
+        reached = int(np.searchsorted(np.cumsum(self._bins), math.ceil(share * self._values)))
+        upper_edge = 2.0 ** ((reached + 1) / _BINS_PER_OCTAVE + _LOWEST_OCTAVE)
+        return 0.0 if reached == 0 else min(upper_edge, self._max)
+
+
+@dataclass(frozen=True)
+class FeatureError:
+    """Error of one tapped layer, as a share of each row's norm: root mean square and worst over rows."""
+
+    layer: int
+    rms: float
+    worst: float
+
+
+class FeatureMeter:
+    """Gathers :class:`FeatureError` for each tap."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self._layers = tuple(layers)
+        self._squares = np.zeros(len(layers))
+        self._worst = np.zeros(len(layers))
+        self._rows = 0
+
+    def add(self, found: Array, right: Array) -> None:
+        """Compare features, float32 ``[rows, taps, hidden]``.
+
+        Row by row, because the first row of real models is a thousand times larger than the others and would
+        be all that a common norm sees.
+        """
+        norm = np.maximum(np.linalg.norm(right, axis=-1), np.finfo(np.float32).tiny)
+        relative = np.linalg.norm(found - right, axis=-1) / norm
+        self._squares += np.square(relative, dtype=np.float64).sum(axis=0)
+        self._worst = np.maximum(self._worst, relative.max(axis=0))
+        self._rows += found.shape[0]
+
+    def result(self) -> tuple[FeatureError, ...]:
+        """One entry per tap, in order."""
+        rms = np.sqrt(self._squares / max(self._rows, 1))
+        return tuple(
+            FeatureError(layer, float(r), float(w))
+            for layer, r, w in zip(self._layers, rms, self._worst, strict=True)
+        )

@@ -1,0 +1,166 @@
+"""Pure decisions of a parity run: what an error of logits says about tokens.
+
+docs/verify.md explains why it is done this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from dflash_export.meters import ErrorStats
+
+__all__ = [
+    "Limits",
+    "StepAgreement",
+    "Verdict",
+    "classify",
+    "compare_steps",
+    "equal_prefix",
+    "first_difference",
+    "make_limits",
+    "shortfalls",
+]
+
+Array: TypeAlias = npt.NDArray[Any]
+Verdict: TypeAlias = Literal["equal", "near tie", "bug"]
+
+# How much larger than PyTorch's own noise our error may be. Two right implementations came out at 0.8 to 1.2
+# times in rms; a worst row is one sample of a long tail (a mixture's router may choose another expert).
+_RMS_FACTOR = 4.0
+_WORST_ROW_FACTOR = 10.0
+# Below these nothing is called wrong: PyTorch's noise may be zero on a short run. In units of the roundoff of
+# fp32; real models came out at 15 to 70 (rms) and 40 to 220 (worst row).
+_FP32_ROUNDOFF = 2.0**-24
+_RMS_FLOOR = 100 * _FP32_ROUNDOFF
+_WORST_ROW_FLOOR = 1000 * _FP32_ROUNDOFF
+# Spacing of floats of a precision in units of fp32's: logits are computed in it and then widened.
+_SPACING = {"fp32": 1.0, "fp16": 2.0**13, "bf16": 2.0**16}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be called a near tie, and how wrong logits may be.
+
+    Attributes:
+        near_tie: a token whose logit in PyTorch is at most this far below PyTorch's best.
+        own_tie: the same for the bundle's own logits, one row at a time.
+        relative_rms: largest allowed :attr:`ErrorStats.relative_rms`.
+        relative_worst_row: largest allowed :attr:`ErrorStats.relative_worst_row`.
+    """
+
+    near_tie: float
+    own_tie: float
+    relative_rms: float
+    relative_worst_row: float
+
+    def allow(self, stats: ErrorStats) -> bool:
+        """Whether logits are as right as those of PyTorch."""
+        within = stats.relative_rms <= self.relative_rms
+        return within and stats.relative_worst_row <= self.relative_worst_row
+
+
+def make_limits(
+    *,
+    errors: Iterable[ErrorStats],
+    shapes: Iterable[ErrorStats],
+    repeated: ErrorStats,
+    noise: ErrorStats,
+    precision: str,
+) -> Limits:
+    """The limits of one parity run, from what was measured in it.
+
+    Args:
+        errors: our logits against PyTorch's, one for each pass shape.
+        shapes: our logits against our own in another pass shape.
+        repeated: PyTorch against itself: ``generate`` with a cache against one pass without.
+        noise: what this precision costs PyTorch itself: ``repeated`` in fp32; in 16 bits, PyTorch in 16 bits
+            against PyTorch in fp32.
+        precision: of the bundle.
+
+    Two logits that are each off by at most e can change places only if they are at most 2e apart. That alone
+    would let broken graphs excuse themselves with their own error, so the error itself has a limit, which
+    comes from PyTorch's noise and never from ours; above it, our error doesn't count for the bound either.
+    """
+    errors, shapes = tuple(errors), tuple(shapes)
+    limits = Limits(
+        near_tie=2 * max([repeated.max_abs, *(stats.max_abs for stats in errors)]),
+        own_tie=2 * max([0.0, *(stats.max_abs for stats in shapes)]),
+        relative_rms=max(_RMS_FACTOR * noise.relative_rms, _RMS_FLOOR),
+        relative_worst_row=max(_WORST_ROW_FACTOR * noise.relative_worst_row, _WORST_ROW_FLOOR),
+    )
+    if not all(limits.allow(stats) for stats in errors):
+        limits = replace(limits, near_tie=2 * max(repeated.max_abs, noise.max_abs))
+    # Logits can't be told apart below the spacing of floats, however equal two pass shapes came out.
+    largest = max((stats.largest for stats in errors), default=0.0)
+    spacing = float(np.spacing(np.float32(largest))) * _SPACING[precision]
+    return replace(limits, own_tie=max(limits.own_tie, 2 * spacing))
+
+
+def classify(shortfall: float, bound: float, *, same: bool = False) -> Verdict:
+    """Sort one token: ``same`` as the expected one, excused by a near tie, or a bug.
+
+    ``shortfall`` is how far its logit is below the best one. What isn't a number is a bug.
+    """
+    if same:
+        return "equal"
+    return "near tie" if shortfall <= bound else "bug"
+
+
+def shortfalls(logits: Array, token_ids: Sequence[int]) -> npt.NDArray[np.float64]:
+    """How far each token's logit is below the best of its row: ``logits [tokens, vocab]`` to ``[tokens]``."""
+    chosen = logits[np.arange(len(token_ids)), np.asarray(token_ids, np.int64)]
+    below: npt.NDArray[np.float64] = (logits.max(axis=1) - chosen).astype(np.float64)
+    return below
+
+
+def equal_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many leading tokens two sequences share."""
+    shared = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        shared += 1
+    return shared
+
+
+def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+    """Index of the first difference, None for equal sequences. One that ends early differs where it ends."""
+    shared = equal_prefix(first, second)
+    return None if shared == len(first) == len(second) else shared
+
+
+@dataclass(frozen=True)
+class StepAgreement:
+    """Steps that began at the same token in two runs, and in how many of them both gained as many tokens."""
+
+    compared: int
+    same: int
+
+
+def compare_steps(
+    tokens: Sequence[int], gained: Sequence[int], other_tokens: Sequence[int], other_gained: Sequence[int]
+) -> StepAgreement:
+    """Compare two drafted runs step by step, for as long as their tokens agree.
+
+    ``gained`` is tokens per step, bonus included; the first token comes from the prefill. A step that reaches
+    the end counts only as far as the end: one loop cuts it there, the other doesn't.
+    """
+    shared = equal_prefix(tokens, other_tokens)
+    ours, theirs = _by_start(gained, shared), _by_start(other_gained, shared)
+    common = ours.keys() & theirs.keys()
+    return StepAgreement(len(common), sum(ours[start] == theirs[start] for start in common))
+
+
+def _by_start(gained: Sequence[int], end: int) -> dict[int, int]:
+    steps, start = {}, 1
+    for count in gained:
+        if start >= end:
+            break
+        steps[start] = min(count, end - start)
+        start += count
+    return steps

@@ -1,0 +1,155 @@
+"""A bundle's graphs over a given sequence: the logits behind every token, in any pass shape.
+
+This is not the decoding loop: nothing is drafted, accepted or rolled back, and every row is fed once and in
+order, so that what comes out is the graphs' own numerical error and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from dflash_rt import Bundle
+from dflash_rt.errors import BackendError
+from dflash_rt.manifest import GraphSpec
+
+__all__ = ["Pass", "Replay"]
+
+Array = npt.NDArray[Any]
+
+# bfloat16 has no numpy type; its bits travel as uint16 under the number that onnx.TensorProto gives it.
+_STORAGE: Mapping[str, tuple[type[np.generic], int]] = {
+    "float32": (np.float32, 1),
+    "int64": (np.int64, 7),
+    "float16": (np.float16, 10),
+    "bfloat16": (np.uint16, 16),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One pass of the target.
+
+    Attributes:
+        first_row: position of its first row.
+        features: float32 ``[rows, taps * hidden]``.
+        first_token: the new token that ``logits[0]`` chooses.
+        logits: float32 ``[tokens, vocab]``: of the pass's rows that choose a new token; none in most of the
+            prompt.
+    """
+
+    first_row: int
+    features: Array
+    first_token: int
+    logits: Array
+
+
+class Replay:
+    """Graphs ``embed``, ``target`` and ``lm_head`` of a bundle, loaded apart from any backend.
+
+    ``threads`` as for the backend ``onnxruntime``. Raises BackendError when ONNX Runtime can't load a graph.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        self._chunk = bundle.manifest.limits.prefill_chunk
+        self._specs = {name: bundle.manifest.graphs[name] for name in ("embed", "target", "lm_head")}
+        self._none = np.zeros((0, bundle.manifest.target.vocab_size), np.float32)
+        self._sessions = {name: _load(bundle, name, threads) for name in self._specs}
+
+    def passes(self, prompt: Sequence[int], new_tokens: Sequence[int], width: int) -> Iterator[Pass]:
+        """Feed the prompt in prefill chunks, then all new tokens but the last, ``width`` rows at a time.
+
+        With ``width`` the rows of a verify pass these are the shapes in which drafted decoding runs the
+        target, and with 1 those of plain decoding.
+        """
+        fed = np.array([[*prompt, *new_tokens[:-1]]], np.int64)
+        prompt_rows, rows = len(prompt), fed.shape[1]
+        caches = _caches(self._specs["target"], rows)
+        starts = [*range(0, prompt_rows, self._chunk), *range(prompt_rows, rows, width)]
+        for start, stop in zip(starts, [*starts[1:], rows], strict=True):
+            (embeddings,) = self._run("embed", {"input_ids": fed[:, start:stop]}, {})
+            inputs = {"embeddings": embeddings, "start": np.array([start], np.int64)}
+            hidden, features = self._run("target", inputs, caches)
+            skipped = max(0, prompt_rows - 1 - start)
+            chosen = hidden[:, skipped:]
+            # The last row of a prompt chunk chooses a token only if it is the prompt's last.
+            logits = self._run("lm_head", {"hidden": chosen}, {})[0][0] if chosen.shape[1] else self._none
+            yield Pass(
+                first_row=start,
+                features=_as_float32(features[0], self._specs["target"], "features"),
+                first_token=start + skipped - (prompt_rows - 1),
+                logits=logits,
+            )
+
+    def _run(self, graph: str, inputs: Mapping[str, Array], caches: Mapping[str, Array]) -> list[Array]:
+        """Run one graph; caches are updated in place. Returns the other outputs, in order."""
+        spec, session = self._specs[graph], self._sessions[graph]
+        binding = session.io_binding()
+        rows = next(array.shape[1] for array in inputs.values() if array.ndim > 1)
+        outputs = []
+        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        for tensor in spec.inputs:
+            array = caches[tensor.name] if tensor.name in caches else arrays[tensor.name]
+            binding.bind_input(
+                tensor.name, "cpu", 0, _STORAGE[tensor.dtype][1], array.shape, array.ctypes.data
+            )
+        for tensor in spec.outputs:
+            if tensor.name in spec.aliases:
+                array = caches[spec.aliases[tensor.name]]
+            else:
+                tail = [axis for axis in tensor.shape[2:] if isinstance(axis, int)]
+                array = np.zeros((1, rows, *tail), _STORAGE[tensor.dtype][0])
+                outputs.append(array)
+            binding.bind_output(
+                tensor.name, "cpu", 0, _STORAGE[tensor.dtype][1], array.shape, array.ctypes.data
+            )
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's own classes share no public base
+            raise BackendError(
+                f"ONNX Runtime failed in graph {graph}",
+                found=error,
+                expected=f"a run of {rows} rows",
+                todo="check the bundle with `dflash-export inspect`; if it is whole, report this",
+            ) from error
+        return outputs
+
+
+def _caches(target: GraphSpec, capacity: int) -> dict[str, Array]:
+    """Zeros ``[1, kv_heads, capacity, head_dim]`` for every cache input of the target."""
+    caches = {}
+    for tensor in target.inputs:
+        if "capacity" in tensor.shape:
+            axes = {"batch": 1, "capacity": capacity}
+            shape = [axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
+            caches[tensor.name] = np.zeros(shape, _STORAGE[tensor.dtype][0])
+    return caches
+
+
+def _as_float32(values: Array, spec: GraphSpec, name: str) -> Array:
+    (dtype,) = (tensor.dtype for tensor in spec.outputs if tensor.name == name)
+    if dtype == "bfloat16":  # the upper half of a float32
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def _load(bundle: Bundle, graph: str, threads: int | None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return ort.InferenceSession(
+            str(bundle.graph_path(graph)), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # ONNX Runtime's own classes share no public base
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} can't load graph {graph}",
+            found=error,
+            expected="a graph of opset 24 whose operators have CPU kernels of its precision",
+            todo="use onnxruntime 1.32 or newer; on a CPU, build the bundle with --precision fp32",
+        ) from error

@@ -1,0 +1,250 @@
+"""Accept-and-sample as an ONNX graph: what ``dflash_rt.sampler`` does for a step, for all rows at once.
+
+For a step that stays on a device, as inside a captured CUDA graph: the host sends random numbers and gets
+token ids. Opset 24, default operator domain only. There is no sort, so no limit on the vocabulary either
+(TensorRT's TopK ends at 3840): a threshold is found by bisection, which only counts and sums.
+
+Names and shapes; b is ``batch``, r is ``rows``, V is ``vocab``:
+
+=====================  =====================  ===================================================
+input                  type                   meaning
+=====================  =====================  ===================================================
+``logits``             float32 ``[b, r, V]``  the target's own, finite
+``drafted``            int64 ``[b, r - 1]``   the block behind the anchor
+``uniforms``           float32 ``[b, r]``     of each row's position, cut to multiples of 2^-24
+``temperature``        float32 ``[b]``        0 is greedy
+``top_k``              int64 ``[b]``          0 is all
+``top_p``, ``min_p``   float32 ``[b]``        1 and 0 are all
+``repetition``         float32 ``[b]``        repetition penalty, 1 is none
+``presence``           float32 ``[b]``        presence penalty
+``frequency``          float32 ``[b]``        frequency penalty
+``prompt_mask``        float32 ``[b, V]``     1 where a token is in the prompt
+``counts``             float32 ``[b, V]``     how often each token came in the output, anchor included
+=====================  =====================  ===================================================
+
+Outputs: ``accepted`` int64 ``[b]``; ``token_ids`` int64 ``[b, r]``, of which the first ``accepted + 1``
+count; ``counts.out`` float32 ``[b, V]``, ``counts`` with those added.
+
+It works in float32 throughout, as TensorRT has no float64. So a token may differ from that of
+``dflash_rt.sampler`` where the random number lies within rounding of a boundary between two tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from dflash_rt._version import __version__
+
+__all__ = ["OPSET", "sampling_graph"]
+
+OPSET = 24
+
+_FLOAT, _INT = TensorProto.FLOAT, TensorProto.INT64
+_INPUTS: dict[str, tuple[int, list[str]]] = {
+    "logits": (_FLOAT, ["batch", "rows", "vocab"]),
+    "drafted": (_INT, ["batch", "drafts"]),
+    "uniforms": (_FLOAT, ["batch", "rows"]),
+    "temperature": (_FLOAT, ["batch"]),
+    "top_k": (_INT, ["batch"]),
+    "top_p": (_FLOAT, ["batch"]),
+    "min_p": (_FLOAT, ["batch"]),
+    "repetition": (_FLOAT, ["batch"]),
+    "presence": (_FLOAT, ["batch"]),
+    "frequency": (_FLOAT, ["batch"]),
+    "prompt_mask": (_FLOAT, ["batch", "vocab"]),
+    "counts": (_FLOAT, ["batch", "vocab"]),
+}
+_OUTPUTS: dict[str, tuple[int, list[str]]] = {
+    "accepted": (_INT, ["batch"]),
+    "token_ids": (_INT, ["batch", "rows"]),
+    "counts.out": (_FLOAT, ["batch", "vocab"]),
+}
+
+# exp(-104) is 0 in float32: what lies below has no weight. Halved so often, the interval is 2.4e-8 wide:
+# tokens whose logits, divided by the temperature, are closer than that count as equally probable.
+_LOWEST, _HALVINGS = -104.0, 32
+_STEEPEST = 1e38
+
+
+def sampling_graph() -> onnx.ModelProto:
+    """The graph, checked, with symbolic axes ``batch``, ``rows``, ``drafts`` (``rows - 1``) and ``vocab``."""
+    graph = _Nodes()
+    scores = _penalised(graph)
+    scaled = _scaled(graph, scores)
+    weights = _truncated(graph, scaled)
+    chosen = _picked(graph, scores, weights)
+    _accept(graph, chosen)
+    model = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            "accept_and_sample",
+            [helper.make_tensor_value_info(name, *spec) for name, spec in _INPUTS.items()],
+            [helper.make_tensor_value_info(name, *spec) for name, spec in _OUTPUTS.items()],
+            graph.constants,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=11,
+        producer_name="dflash-export",
+        producer_version=__version__,
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+class _Nodes:
+    """Nodes and constants as they are added; every value gets a name of its own."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def op(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        output = output or f"{kind.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+    def constant(self, value: Any, dtype: type[np.generic] = np.float32) -> str:
+        name = f"constant_{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.array(value, dtype), name))
+        return name
+
+    def axis(self, *axes: int) -> str:
+        return self.constant(axes, np.int64)
+
+    def per_row(self, name: str) -> str:
+        """``[b]`` as ``[b, 1, 1]``, to go with ``[b, r, V]``."""
+        return self.op("Unsqueeze", name, self.axis(1, 2))
+
+    def sum(self, value: str, axis: int, *, keep: bool = True) -> str:
+        return self.op("ReduceSum", value, self.axis(axis), keepdims=int(keep))
+
+    def floats(self, value: str) -> str:
+        return self.op("Cast", value, to=_FLOAT)
+
+    def one_hot(self, ids: str) -> str:
+        """int64 ``[b, n]`` -> float32 ``[b, n, V]``."""
+        numbers = self.op("Unsqueeze", self._vocabulary(), self.axis(0, 1))
+        return self.floats(self.op("Equal", self.op("Unsqueeze", ids, self.axis(2)), numbers))
+
+    def _vocabulary(self) -> str:
+        size = self.op("Squeeze", self.op("Shape", "logits", start=2, end=3), self.axis(0))
+        return self.op("Range", self.constant(0, np.int64), size, self.constant(1, np.int64))
+
+
+def _penalised(graph: _Nodes) -> str:
+    """``[b, r, V]``: row j counts the drafts before it, which were accepted whenever row j matters."""
+    drafts = graph.op("CumSum", graph.one_hot("drafted"), graph.constant(1, np.int64))
+    # A row of zeros for the anchor: the counts hold its token already.
+    in_block = graph.op("Pad", drafts, graph.constant([0, 1, 0, 0, 0, 0], np.int64))
+    output = graph.op("Add", graph.op("Unsqueeze", "counts", graph.axis(1)), in_block)
+    zero, one = graph.constant(0), graph.constant(1)
+
+    seen = graph.op(
+        "Greater", graph.op("Add", graph.op("Unsqueeze", "prompt_mask", graph.axis(1)), output), zero
+    )
+    repetition = graph.per_row("repetition")
+    factor = graph.op("Where", graph.op("Less", "logits", zero), repetition, graph.op("Div", one, repetition))
+    repeated = graph.op("Where", seen, graph.op("Mul", "logits", factor), "logits")
+
+    present = graph.floats(graph.op("Greater", output, zero))
+    presence = graph.op("Mul", present, graph.per_row("presence"))
+    frequency = graph.op("Mul", output, graph.per_row("frequency"))
+    return graph.op("Sub", repeated, graph.op("Add", presence, frequency))
+
+
+def _scaled(graph: _Nodes, scores: str) -> str:
+    """Logarithms of weights, at most 0, and at least what a float32 weight can tell from 0."""
+    peak = graph.op("ReduceMax", scores, graph.axis(2))
+    steepness = graph.op(
+        "Min", graph.op("Div", graph.constant(1), graph.per_row("temperature")), graph.constant(_STEEPEST)
+    )
+    steep = graph.op("Mul", graph.op("Sub", scores, peak), steepness)
+    return graph.op("Max", steep, graph.constant(_LOWEST))
+
+
+def _truncated(graph: _Nodes, scaled: str) -> str:
+    """Weights, 0 where ``top_k``, ``top_p`` or ``min_p`` cut."""
+    zero, one = graph.constant(0), graph.constant(1)
+    visible = graph.op("Greater", scaled, graph.constant(_LOWEST))
+    weights = graph.op("Where", visible, graph.op("Exp", scaled), zero)
+
+    # The k-th most probable, and all that are as probable. Where k is 0 nothing is below the threshold.
+    limit = graph.per_row(graph.floats("top_k"))
+    unlimited = graph.op("Equal", limit, zero)
+    threshold, _ = _bisected(graph, scaled, graph.floats(visible), limit)
+    kept = graph.op("Or", unlimited, graph.op("GreaterOrEqual", scaled, threshold))
+    weights = graph.op("Where", kept, weights, zero)
+
+    # The fewest that reach top_p: those above the edge, and of those at the edge the first ones by id.
+    top_p = graph.per_row("top_p")
+    wanted = graph.op("Mul", top_p, graph.sum(weights, 2))
+    low, high = _bisected(graph, scaled, weights, wanted)
+    above = graph.op("GreaterOrEqual", scaled, high)
+    at_edge = graph.op("And", graph.op("GreaterOrEqual", scaled, low), graph.op("Less", scaled, high))
+    edge = graph.op("Where", at_edge, weights, zero)
+    before = graph.op("CumSum", edge, graph.constant(2, np.int64), exclusive=1)
+    mass = graph.op("Add", graph.sum(graph.op("Where", above, weights, zero), 2), before)
+    fits = graph.op("And", at_edge, graph.op("Less", mass, wanted))
+    best = graph.op("Equal", scaled, zero)  # top_p of 0 still keeps a token
+    first = graph.op("Equal", graph.op("CumSum", graph.floats(best), graph.constant(2, np.int64)), one)
+    nucleus = graph.op("Or", graph.op("Or", above, fits), graph.op("And", best, first))
+    everything = graph.op("GreaterOrEqual", top_p, one)
+    weights = graph.op("Where", graph.op("Or", everything, nucleus), weights, zero)
+
+    enough = graph.op("GreaterOrEqual", weights, graph.per_row("min_p"))
+    return graph.op("Where", enough, weights, zero)
+
+
+def _bisected(graph: _Nodes, values: str, amounts: str, wanted: str) -> tuple[str, str]:
+    """``low`` and ``high``, ``[b, r, 1]``, next to each other: amounts at or above ``low`` reach ``wanted``.
+
+    Those at or above ``high`` don't. Values are from _LOWEST to 0; where all of them together don't reach
+    ``wanted``, ``low`` stays _LOWEST.
+    """
+    shape = graph.op("Mul", graph.op("ReduceMax", values, graph.axis(2)), graph.constant(0))
+    low = graph.op("Add", shape, graph.constant(_LOWEST))
+    high = graph.op("Add", shape, graph.constant(1e-6))
+    for _ in range(_HALVINGS):
+        middle = graph.op("Mul", graph.op("Add", low, high), graph.constant(0.5))
+        counted = graph.op("Where", graph.op("GreaterOrEqual", values, middle), amounts, graph.constant(0))
+        reached = graph.op("GreaterOrEqual", graph.sum(counted, 2), wanted)
+        low = graph.op("Where", reached, middle, low)
+        high = graph.op("Where", reached, high, middle)
+    return low, high
+
+
+def _picked(graph: _Nodes, scores: str, weights: str) -> str:
+    """int64 ``[b, r]``: the first token whose running sum is above its row's number times the sum."""
+    sums = graph.op("CumSum", weights, graph.constant(2, np.int64))
+    total = graph.op("ReduceMax", sums, graph.axis(2))
+    target = graph.op("Mul", graph.op("Unsqueeze", "uniforms", graph.axis(2)), total)
+    passed = graph.op(
+        "And", graph.op("Greater", sums, target), graph.op("Greater", weights, graph.constant(0))
+    )
+    sampled = graph.op("ArgMax", graph.floats(passed), axis=2, keepdims=0)
+    best = graph.op("ArgMax", scores, axis=2, keepdims=0)
+    greedy = graph.op("Equal", graph.op("Unsqueeze", "temperature", graph.axis(1)), graph.constant(0))
+    return graph.op("Where", greedy, best, sampled, output="token_ids")
+
+
+def _accept(graph: _Nodes, chosen: str) -> None:
+    """Count the drafts before the first that isn't the token, and count the tokens that stand."""
+    before_last = graph.op(
+        "Slice", chosen, graph.constant([0], np.int64), graph.constant([-1], np.int64), graph.axis(1)
+    )
+    differs = graph.op("Cast", graph.op("Not", graph.op("Equal", "drafted", before_last)), to=_INT)
+    # Differences in the rows before each row: 0 as long as every draft stood.
+    misses = graph.op(
+        "Pad",
+        graph.op("CumSum", differs, graph.constant(1, np.int64)),
+        graph.constant([0, 1, 0, 0], np.int64),
+    )
+    stands = graph.op("Equal", misses, graph.constant(0, np.int64))
+    tokens = graph.sum(graph.op("Cast", stands, to=_INT), 1, keep=False)
+    graph.op("Sub", tokens, graph.constant(1, np.int64), output="accepted")
+    added = graph.op("Mul", graph.one_hot(chosen), graph.op("Unsqueeze", graph.floats(stands), graph.axis(2)))
+    graph.op("Add", "counts", graph.sum(added, 1, keep=False), output="counts.out")

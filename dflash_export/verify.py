@@ -1,0 +1,190 @@
+"""Proof of parity: a bundle's tokens against PyTorch's, with every difference explained.
+
+docs/verify.md describes the method for a sceptical reader.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from dflash_export._report_file import require_writable
+from dflash_export._report_file import write_report as write_report_file
+from dflash_export._verify_assemble import assemble
+from dflash_export._verify_drafting import run_reference
+from dflash_export._verify_measure import Evidence, Meters, Run, drafted_name, measure
+from dflash_export._verify_prompts import PromptInput, default_prompts, encode_prompts
+from dflash_export.progress import SILENT, Progress
+from dflash_export.replay import Replay
+from dflash_export.sources import Source
+from dflash_export.torch_reference import find_source, load_target, reference_version
+from dflash_export.verify_report import ReferenceDrafting, VerifyReport
+from dflash_rt import Bundle, Generator
+from dflash_rt.errors import SourceError
+from dflash_rt.manifest import Manifest
+from dflash_rt.prompts import Prompt
+from dflash_rt.request import check_count
+
+__all__ = ["REPORT_NAME", "verify"]
+
+REPORT_NAME = "verify.json"
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def verify(
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    prompts: Sequence[Prompt] | None = None,
+    max_new_tokens: int = 128,
+    target: str | os.PathLike[str] | None = None,
+    drafter: str | os.PathLike[str] | None = None,
+    reference: bool = True,
+    threads: int | None = None,
+    write_report: bool = True,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Compare drafted, plain and PyTorch's greedy tokens of a bundle, and sort every difference.
+
+    PyTorch runs in fp32 whatever the bundle's precision. Loads the target in fp32 once, and for a 16-bit
+    bundle once more in 16 bits.
+
+    Args:
+        bundle: a bundle's folder, or an open bundle. All of its files are hashed.
+        prompts: texts, chats or lists of token ids; ``None`` for built-in ones.
+        max_new_tokens: tokens for each prompt at most; the bundle's stop tokens end one earlier.
+        target: path or hub id of the target; needed unless the bundle records a hub id.
+        drafter: the same for the drafter, which only the reference's loop needs.
+        reference: also run the loop of PyPI ``dflash``, if it is installed and the drafter is at hand.
+        threads: CPU threads of ONNX Runtime; ``None`` for its default.
+        write_report: write ``reports/verify.json`` into the bundle.
+        progress: where stages are reported; default: nowhere.
+
+    Raises:
+        VerifyError: no prompts, sources that aren't those the bundle records, or PyTorch can't load them.
+        OutputError: the report can't be written.
+        BundleError, RequestError, SourceError, BackendError: as elsewhere. A bf16 bundle can't run on a CPU.
+    """
+    progress = progress or SILENT
+    check_count("max_new_tokens", max_new_tokens)
+    with progress.stage("checking files"):
+        opened = _open_checked(bundle)
+        manifest = opened.manifest
+        source = find_source("target", manifest.target.source, target)
+        drafter_source, skipped = _find_drafter(manifest, drafter, wanted=reference)
+    if write_report:
+        require_writable(opened)
+    widths = sorted({1, manifest.generation.draft_width, manifest.drafter.block_size}, reverse=True)
+    asked, ours, text_of = _run_ours(opened, widths, prompts, max_new_tokens, threads, progress)
+
+    with progress.stage("loading PyTorch"):
+        model = load_target(source)
+        dtype = _DTYPES.get(manifest.precision)
+        sixteen_bit = None if dtype is None else load_target(source, dtype)
+    meters = Meters(widths, manifest.drafter.feature_layers)
+    replay = Replay(opened, threads=threads)
+    evidence: list[Evidence] = []
+    with progress.stage("comparing with PyTorch", total=len(asked)) as stage:
+        for prompt, runs in zip(asked, ours, strict=True):
+            evidence.append(
+                measure(
+                    prompt,
+                    runs,
+                    model=model,
+                    sixteen_bit_model=sixteen_bit,
+                    replay=replay,
+                    feature_layers=manifest.drafter.feature_layers,
+                    stop_token_ids=manifest.generation.stop_token_ids,
+                    max_new_tokens=max_new_tokens,
+                    meters=meters,
+                )
+            )
+            stage.advance()
+    del replay, sixteen_bit
+    if drafter_source is None:
+        found = ReferenceDrafting(skipped)
+    else:
+        found = run_reference(model, drafter_source, manifest, evidence, max_new_tokens, progress)
+
+    report = assemble(opened, source, max_new_tokens, evidence, meters, found, text_of, threads)
+    if write_report:
+        text = json.dumps(report.to_dict(), ensure_ascii=False, allow_nan=False, indent=1)
+        write_report_file(opened, REPORT_NAME, text + "\n")
+    return report
+
+
+def _open_checked(bundle: str | os.PathLike[str] | Bundle) -> Bundle:
+    if not isinstance(bundle, Bundle):
+        return Bundle.open(bundle, verify_files=True)
+    bundle.verify_files()
+    return bundle
+
+
+def _find_drafter(
+    manifest: Manifest, drafter: str | os.PathLike[str] | None, *, wanted: bool
+) -> tuple[Source | None, str | None]:
+    """The drafter's checkpoint, or why the reference's loop is skipped. One that is named has to be right."""
+    info = manifest.drafter.source
+    if drafter is not None:
+        return find_source("drafter", info, drafter), None
+    if not wanted:
+        return None, "not asked for"
+    if reference_version() is None:
+        return None, "PyPI dflash is not installed"
+    if info.kind != "hub":
+        return None, f"the bundle doesn't record where {info.id} lies; name it with --drafter"
+    try:
+        return find_source("drafter", info), None
+    except SourceError as error:
+        return None, f"{error.problem.what}: {error.problem.found}"
+
+
+def _run_ours(
+    bundle: Bundle,
+    widths: Sequence[int],
+    prompts: Sequence[Prompt] | None,
+    max_new_tokens: int,
+    threads: int | None,
+    progress: Progress,
+) -> tuple[list[PromptInput], list[list[Run]], Callable[[int], str]]:
+    """Our own tokens through the public generator, one request after another on the same caches."""
+    asked: list[PromptInput] = []
+    ours: list[list[Run]] = []
+    for width in (width for width in widths if width > 1):
+        with Generator(bundle, draft_width=width, threads=threads) as generator:
+            if not asked:
+                asked = _prompts(generator, bundle.manifest, prompts, max_new_tokens)
+                ours = [[] for _ in asked]
+            last = width == min(width for width in widths if width > 1)
+            modes = (width, 1) if last else (width,)
+            with progress.stage(f"decoding, {drafted_name(width)}", total=len(asked) * len(modes)) as stage:
+                for prompt, runs in zip(asked, ours, strict=True):
+                    for mode in modes:
+                        result = generator.generate(
+                            list(prompt.token_ids), max_new_tokens=max_new_tokens, speculative=mode > 1
+                        )
+                        runs.append(Run.ours(result, mode))
+                        stage.advance()
+    return asked, ours, _token_text(bundle)
+
+
+def _prompts(
+    generator: Generator, manifest: Manifest, prompts: Sequence[Prompt] | None, max_new_tokens: int
+) -> list[PromptInput]:
+    if prompts is None:
+        return default_prompts(generator, manifest, max_new_tokens)
+    return encode_prompts(generator, prompts, max_new_tokens)
+
+
+def _token_text(bundle: Bundle) -> Callable[[int], str]:
+    """Text of a single token, special ones written out; "" where there is no tokenizer."""
+    path = bundle.tokenizer_path()
+    if path is None:
+        return lambda _: ""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    return lambda token_id: str(tokenizer.decode([token_id], skip_special_tokens=False))

@@ -1,0 +1,218 @@
+"""What a parity run found, and the verdict on it. The numbers are explained in docs/verify.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from dflash_export.meters import ErrorStats, FeatureError
+from dflash_export.parity import Limits, Verdict
+
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "Difference",
+    "Drafting",
+    "PromptReport",
+    "ReferenceDrafting",
+    "RunReport",
+    "Token",
+    "VerifyReport",
+    "worst",
+]
+
+FORMAT = "dflash-verify-report"
+FORMAT_VERSION = 1
+
+_RANK: Mapping[Verdict, int] = {"equal": 0, "near tie": 1, "bug": 2}
+
+
+def worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """The gravest of ``verdicts``; ``"equal"`` for none."""
+    return max(verdicts, key=_RANK.__getitem__, default="equal")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token as people read it. ``logit`` is PyTorch's, in fp32, where it is known."""
+
+    id: int
+    text: str
+    logit: float | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two runs part for the first time. Later tokens have other tokens before them and say nothing.
+
+    Attributes:
+        between: the two runs.
+        token: 0-based index among the new tokens.
+        position: the same, counted from the start of the prompt.
+        tokens: what each run has there; None where it had ended.
+        top_two: PyTorch's best and second best.
+        margin: PyTorch's best minus second best logit.
+        shortfall: PyTorch's best logit minus that of the worse of the two tokens; what the verdict is about.
+    """
+
+    between: tuple[str, str]
+    token: int
+    position: int
+    tokens: tuple[Token | None, Token | None]
+    top_two: tuple[Token, Token]
+    margin: float
+    shortfall: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """One run, every token accounted for, also after a difference.
+
+    Attributes:
+        equal_to_pytorch: leading tokens that are those of PyTorch's run.
+        near_ties: tokens that aren't the best of PyTorch's or of our own logits, within the bounds.
+        faults: indices of tokens beyond a bound.
+        worst_shortfall: largest distance of a token's logit below PyTorch's best.
+        worst_own_shortfall: the same in the bundle's own logits, one row at a time; None for PyTorch's run.
+    """
+
+    name: str
+    width: int
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    accepted_per_step: tuple[int, ...]
+    equal_to_pytorch: int
+    near_ties: int
+    faults: tuple[int, ...]
+    worst_shortfall: float
+    worst_own_shortfall: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """One prompt. ``smallest_margin`` and ``close_calls`` are about PyTorch's own choice along the plain run.
+
+    ``close_calls`` counts tokens whose margin is within the bound: only these may differ without a bug.
+    """
+
+    index: int
+    text: str
+    prompt_token_ids: tuple[int, ...]
+    runs: tuple[RunReport, ...]
+    differences: tuple[Difference, ...]
+    smallest_margin: float
+    close_calls: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What drafting gained at one width, over all prompts.
+
+    ``tokens_per_step`` counts the bonus; ``accepted_by_position`` is the share of steps in which the draft at
+    each position was accepted.
+    """
+
+    width: int
+    steps: int
+    tokens_per_step: float
+    accepted_by_position: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ReferenceDrafting:
+    """The reference's loop in fp32 beside ours at the same width; or why it didn't run.
+
+    ``compared`` steps began at the same token in both; in ``same`` of them both gained as many tokens.
+    """
+
+    skipped: str | None
+    version: str | None = None
+    width: int | None = None
+    tokens_per_step: float | None = None
+    our_tokens_per_step: float | None = None
+    compared: int | None = None
+    same: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """A whole parity run. ``str()`` and :meth:`table` are for people, :meth:`to_dict` for programs.
+
+    Attributes:
+        bundle: name, precision and SHA-256 of the manifest, which pins every file of the bundle.
+        target: id, revision and kind of the checkpoint, whose files are those that the bundle records.
+        max_new_tokens: tokens asked for at most.
+        created: UTC time.
+        environment: package versions, processor, threads.
+        prompts: one entry per prompt.
+        logit_errors: our logits against PyTorch's, by rows of a pass.
+        shape_errors: our logits in passes of several rows against one row at a time.
+        pytorch_repeated: PyTorch's ``generate`` against its one pass: its own noise.
+        pytorch_16_bit: PyTorch in the bundle's precision against fp32; None for an fp32 bundle.
+        limits: the bounds that follow from these.
+        features: error of the tapped layers.
+        drafting: by width.
+        reference: the reference's loop.
+        problems: why the verdict is "bug".
+        warnings: what costs speed but can't change a token.
+    """
+
+    bundle: Mapping[str, str]
+    target: Mapping[str, str | None]
+    max_new_tokens: int
+    created: str
+    environment: Mapping[str, str | int | None]
+    prompts: tuple[PromptReport, ...]
+    logit_errors: Mapping[int, ErrorStats]
+    shape_errors: Mapping[int, ErrorStats]
+    pytorch_repeated: ErrorStats
+    pytorch_16_bit: ErrorStats | None
+    limits: Limits
+    features: tuple[FeatureError, ...]
+    drafting: tuple[Drafting, ...]
+    reference: ReferenceDrafting
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """``"equal"``: every token is PyTorch's; ``"near tie"``: or excused by one; ``"bug"``: neither."""
+        return "bug" if self.problems else worst([prompt.verdict for prompt in self.prompts])
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no bug."""
+        return self.verdict != "bug"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "ok": self.ok, "verdict": self.verdict}
+        body: dict[str, Any] = _plain(self)
+        return head | body
+
+    def table(self) -> str:
+        """Text for people."""
+        from dflash_export._verify_table import render
+
+        return render(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts, with the derived error numbers; tuples as lists; keys as text."""
+    if isinstance(value, ErrorStats):
+        derived = {"relative_rms": value.relative_rms, "relative_worst_row": value.relative_worst_row}
+        return {field.name: getattr(value, field.name) for field in fields(value)} | derived
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

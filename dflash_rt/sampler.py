@@ -1,0 +1,112 @@
+"""Chooses the tokens of one request from the target's logits, drafted or not.
+
+The rule. Every output position t has one random number u(t), a function of the seed and of t alone. The token
+at t is y = F(p, u(t)): the inverse of the cumulative distribution p, which is the target's distribution after
+every processor of the request. A draft x stands if and only if x == y.
+
+Why that is the accept-or-resample rule of speculative sampling. The drafter proposes x by argmax, without
+looking at u(t). So a draft is accepted with probability P(y == x) = p(x), and after a rejection y has the
+distribution P(y | y != x) = p(y) / (1 - p(x)): p without x, renormalised. After the last accepted draft the
+next row's y is the bonus, from p itself. Nothing depends on whether there was a draft at all, so a seed
+gives the same text at every draft width and without drafting, as far as the logits are the same.
+
+This holds for proposals that don't depend on u(t). A drafter that samples its proposals from a distribution
+q would still be exact under this rule, but would have fewer of them accepted than q allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dflash_rt.accept import accept_in_order
+from dflash_rt.backends.base import FloatArray, IntArray
+from dflash_rt.distribution import distribution, penalised, token_logprob
+from dflash_rt.sampling import SamplingParams, TokenLogprob
+
+__all__ = ["Sampler", "Uniforms"]
+
+_DRAWN_AT_ONCE = 64
+
+
+class Uniforms:
+    """Numbers in ``[0, 1)``, multiples of 2^-53: the one at a position depends on the seed and on it alone.
+
+    They are the upper 53 bits of Philox-4x64's output, word by word, with the seed as key and the counter
+    from 1 on: numpy promises that this stream stays as it is. (J. Salmon et al., Parallel random numbers: as
+    easy as 1, 2, 3, SC 2011.)
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._bits = np.random.Philox(key=seed)
+        self._drawn: list[float] = []
+
+    def __getitem__(self, position: int) -> float:
+        while position >= len(self._drawn):
+            words = self._bits.random_raw(_DRAWN_AT_ONCE)
+            self._drawn += ((words >> np.uint64(11)) * 2.0**-53).tolist()
+        return self._drawn[position]
+
+
+class _Counts:
+    """Distinct token ids in order of appearance, and how often each came."""
+
+    def __init__(self, ids: IntArray) -> None:
+        self.ids = ids
+        self.counts = np.ones(ids.size, np.float32)
+        self._slots = {int(token): slot for slot, token in enumerate(ids)}
+
+    def add(self, token: int) -> None:
+        slot = self._slots.setdefault(token, self.ids.size)
+        if slot == self.ids.size:
+            self.ids = np.append(self.ids, token)
+            self.counts = np.append(self.counts, np.float32(0))
+        self.counts[slot] += 1
+
+
+class Sampler:
+    """The choices of one request: its random numbers, the tokens that penalties count, its logprobs.
+
+    ``params`` has a seed if its temperature is above 0 (:meth:`SamplingParams.seeded`). ``prompt`` is int64
+    ``[rows]``. Every token that is chosen counts as emitted, so a row is only ever asked for once the drafts
+    before it were accepted.
+
+    Attributes:
+        logprobs: one item for each token chosen so far, if the parameters ask for them.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: IntArray) -> None:
+        self.logprobs: list[TokenLogprob] = []
+        self._params = params
+        self._uniforms = Uniforms(int(params.seed or 0))
+        self._position = 0
+        # What only penalties read isn't kept for others.
+        self._seen = _Counts(np.unique(prompt[: prompt.size if params.has_penalties else 0]))
+        self._output = _Counts(np.empty(0, np.int64))
+
+    def choose(self, logits: FloatArray, drafted: Sequence[int] = ()) -> list[int]:
+        """The tokens that a pass decides: the accepted drafts, and one after them.
+
+        ``logits`` is float32 ``[rows, vocab]``, the target's own after each row, with one row more than
+        ``drafted`` has tokens. Not changed. Rows behind the first rejected draft aren't looked at.
+        """
+        return accept_in_order(drafted, lambda row: self._choose_one(logits[row]))
+
+    def _choose_one(self, logits: FloatArray) -> int:
+        params = self._params
+        scores = logits
+        if params.has_penalties:
+            output = self._output
+            scores = penalised(logits, params, seen=self._seen.ids, output=output.ids, counts=output.counts)
+        if params.temperature == 0:
+            token = int(scores.argmax())
+        else:
+            token = distribution(scores, params).pick(self._uniforms[self._position])
+        if params.logprobs is not None:
+            self.logprobs.append(token_logprob(logits, token, params.logprobs))
+        if params.has_penalties:
+            self._seen.add(token)
+            self._output.add(token)
+        self._position += 1
+        return token

