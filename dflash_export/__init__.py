@@ -18,15 +18,16 @@ from dflash_rt._version import __version__
 
 if TYPE_CHECKING:
     from dflash_export.build import build
+    from dflash_export.engine_builder.compiler import compile_engines
     from dflash_export.verify import verify
 
-__all__ = ["__version__", "build", "verify"]
+__all__ = ["__version__", "build", "compile_engines", "verify"]
 
 
 class _Package(ModuleType):
-    """This package. ``build`` and ``verify`` are imported when they are asked for.
+    """This package. Its functions are imported when they are asked for.
 
-    They bring torch, which takes seconds and is not needed for ``dflash-export --help``. They have the names
+    They bring torch, which takes seconds and is not needed for ``dflash-export --help``. Two have the names
     of their modules, and Python makes a submodule an attribute of its package when it is imported; the
     setters keep that from hiding the functions.
     """
@@ -40,6 +41,12 @@ class _Package(ModuleType):
     @build.setter
     def build(self, module: ModuleType) -> None:
         pass
+
+    @property
+    def compile_engines(self) -> Any:
+        from dflash_export.engine_builder.compiler import compile_engines
+
+        return compile_engines
 
     @property
     def verify(self) -> Any:

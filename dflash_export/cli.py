@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from dflash_export._engine_options import chosen_options, engine_options
 from dflash_rt._version import __version__
 from dflash_rt.console import CommandGroup, JsonPair, as_chats, echo_json, fail, read_prompts
 
@@ -51,11 +52,14 @@ def main() -> None:
     help="Variable for the chat template, like enable_thinking=false. May be repeated.",
 )
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
-def build(recipe: Path | None, output: Path | None, force: bool, **options: Any) -> None:
+@engine_options(required=False)
+def build(recipe: Path | None, output: Path | None, force: bool, backend: str | None, **options: Any) -> None:
     """Export a pair to a bundle.
 
-    Options win over the recipe's. The bundle appears whole or not at all.
+    Options win over the recipe's. The bundle appears whole or not at all. With --backend its engines are
+    built afterwards, as `dflash-export compile` does.
     """
+    engines = chosen_options(options, backend)
     # A recipe without a suffix would be its own output folder.
     destination = output if output or not recipe or not recipe.suffix else recipe.with_suffix("")
     missing = [] if recipe else [f"--{key}" for key in ("target", "drafter") if not options[key]]
@@ -69,10 +73,41 @@ def build(recipe: Path | None, output: Path | None, force: bool, **options: Any)
     options["chat_template_kwargs"] = dict(options["chat_template_kwargs"]) or None
     chosen = Recipe(**options) if recipe is None else read_recipe(recipe).overridden(**options)
 
+    if backend is not None:
+        from dflash_export.engine_builder.compiler import check_options, compile_engines
+
+        # Now, and not after an export that takes minutes.
+        check_options(backend, chosen.precision or "fp32", **engines)
+
     from dflash_export.build import build as build_bundle
 
-    bundle = build_bundle(output=destination, force=force, progress=make_progress(), **chosen.build_options())
+    progress = make_progress()
+    bundle = build_bundle(output=destination, force=force, progress=progress, **chosen.build_options())
+    if backend is not None:
+        compile_engines(bundle, backend=backend, progress=progress, **engines)
     click.echo(bundle.root)
+
+
+@main.command("compile")
+@_BUNDLE
+@click.option(
+    "--max-seq-len", type=_COUNT, metavar="N", help="Prompt and output tokens [the bundle's limit]."
+)
+@engine_options(required=True)
+def compile_bundle(bundle: Path, max_seq_len: int | None, backend: str, **options: Any) -> None:
+    """Build the engines of a bundle for a GPU, and keep them in the bundle.
+
+    Prints their folder. Engines that are there already are not built again.
+    """
+    engines = chosen_options(options, backend)
+    from dflash_export.engine_builder.compiler import compile_engines
+    from dflash_export.progress import make_progress
+
+    result = compile_engines(
+        bundle, backend=backend, max_seq_len=max_seq_len, progress=make_progress(), **engines
+    )
+    click.echo(f"built {len(result.built)}, reused {len(result.reused)}", err=True)
+    click.echo(result.folder)
 
 
 @main.command()

@@ -7,7 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from dflash_rt._contract import LINKS, REQUIRED_GRAPHS, Tensors, expected_tensors, output_name
 from dflash_rt._strict_json import Problems, child, shown
-from dflash_rt.manifest import MANIFEST_NAME, REPORTS_FOLDER, GraphSpec, Manifest, TensorSpec
+from dflash_rt.manifest import (
+    ENGINES_FOLDER,
+    MANIFEST_NAME,
+    REPORTS_FOLDER,
+    GraphSpec,
+    Manifest,
+    TensorSpec,
+)
 
 __all__ = ["check_manifest"]
 
@@ -80,8 +87,11 @@ def _check_provenance(manifest: Manifest, problems: Problems) -> None:
 
 def _check_files(manifest: Manifest, problems: Problems) -> None:
     for path in manifest.files:
-        if path == MANIFEST_NAME or path.split("/")[0] == REPORTS_FOLDER:
-            expected = f"neither {MANIFEST_NAME} nor {REPORTS_FOLDER}/, which change after the build"
+        if path == MANIFEST_NAME or path.split("/")[0] in (ENGINES_FOLDER, REPORTS_FOLDER):
+            expected = (
+                f"neither {MANIFEST_NAME} nor anything in {REPORTS_FOLDER}/ or {ENGINES_FOLDER}/, "
+                "which change after the build"
+            )
             problems.add(child("files", path), "a listed file", expected)
     graph_paths = [graph.path for graph in manifest.graphs.values()]
     _check_unique("the paths of graphs", graph_paths, problems)

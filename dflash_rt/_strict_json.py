@@ -17,9 +17,22 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from dflash_rt.errors import ManifestError
+from dflash_rt.errors import DFlashError, ManifestError
 
-__all__ = ["Bounds", "Check", "OneOf", "Pattern", "Problems", "Range", "child", "parse_json", "read", "shown"]
+__all__ = [
+    "Bounds",
+    "Check",
+    "OneOf",
+    "Pattern",
+    "Problems",
+    "Range",
+    "child",
+    "dump_json",
+    "parse_json",
+    "plain",
+    "read",
+    "shown",
+]
 
 MAX_STRING = 4096
 _MAX_REPORTED = 20
@@ -98,8 +111,11 @@ class OneOf:
 class Problems:
     """Collects what is wrong, so that one error can report it all."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, document: str = "manifest.json", todo: str = _TODO, error: type[DFlashError] = ManifestError
+    ) -> None:
         self._items: list[tuple[str, str, str]] = []
+        self._document, self._todo, self._error = document, todo, error
 
     def __len__(self) -> int:
         return len(self._items)
@@ -108,16 +124,18 @@ class Problems:
         self._items.append((path, found, expected))
 
     def raise_if_any(self) -> None:
-        """Raises ManifestError naming every problem (the first 20 of many)."""
+        """Raises the document's error (default: ManifestError) with every problem (the first 20 of many)."""
         if not self._items:
             return
         if len(self._items) == 1:
             path, found, expected = self._items[0]
-            raise ManifestError(f"manifest.json: {path} is wrong", found=found, expected=expected, todo=_TODO)
+            what = f"{self._document}: {path} is wrong"
+            raise self._error(what, found=found, expected=expected, todo=self._todo)
         lines = [f"  {path}: found {found}, expected {wanted}" for path, found, wanted in self._items]
         if len(lines) > _MAX_REPORTED:
             lines[_MAX_REPORTED:] = [f"  and {len(lines) - _MAX_REPORTED} more"]
-        raise ManifestError("\n".join([f"manifest.json has {len(self)} problems", *lines]), todo=_TODO)
+        what = "\n".join([f"{self._document} has {len(self)} problems", *lines])
+        raise self._error(what, todo=self._todo)
 
 
 def shown(value: object) -> str:
@@ -140,11 +158,16 @@ def child(path: str, key: str | int) -> str:
     return f"{path}[{shown(key)}]"
 
 
-def parse_json(text: str) -> Any:
+def parse_json(
+    text: str,
+    document: str = "manifest.json",
+    todo: str = _TODO,
+    error: type[DFlashError] = ManifestError,
+) -> Any:
     """Parse JSON text without the leniencies of :func:`json.loads`.
 
-    Raises ManifestError for malformed text, repeated keys, NaN, infinities, and nesting or numbers that are
-    too large to read.
+    Raises the document's error (default: ManifestError) for malformed text, repeated keys, NaN, infinities,
+    and nesting or numbers that are too large to read.
     """
     try:
         return json.loads(
@@ -156,11 +179,9 @@ def parse_json(text: str) -> Any:
         )
     except RecursionError:
         found = "lists or objects nested too deeply"
-    except ValueError as error:  # includes JSONDecodeError
-        found = str(error)
-    raise ManifestError(
-        "manifest.json is not valid JSON", found=found, expected="one JSON object", todo=_TODO
-    )
+    except ValueError as reason:  # includes JSONDecodeError
+        found = str(reason)
+    raise error(f"{document} is not valid JSON", found=found, expected="one JSON object", todo=todo)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -293,3 +314,27 @@ def _described(member: Any) -> str:
         return str(typing.get_args(member)[1].expected)
     names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
     return names[member]
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dicts in field order, mappings sorted by key, tuples as lists."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(value[key]) for key in sorted(value)}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def dump_json(value: Any, indent: str = "") -> str:
+    """JSON in which whatever fits stays on one line: a tensor is a line, not seven."""
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if not isinstance(value, dict | list) or len(indent) + len(line) <= 110:
+        return line
+    deeper = indent + "  "
+    if isinstance(value, dict):
+        names = {key: json.dumps(key, ensure_ascii=False) for key in value}
+        parts = [f"{names[key]}: {dump_json(item, deeper)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(deeper + part for part in parts) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(deeper + dump_json(item, deeper) for item in value) + f"\n{indent}]"

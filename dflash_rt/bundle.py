@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dflash_rt.errors import BundleError, IntegrityError, ManifestError
 from dflash_rt.manifest import (
+    ENGINES_FOLDER,
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     REPORTS_FOLDER,
@@ -119,14 +120,14 @@ class Bundle:
     def unlisted_files(self) -> tuple[str, ...]:
         """Names of what lies in the folder without being listed, sorted.
 
-        manifest.json and reports/ don't count. Linked folders are named and not entered.
+        manifest.json, reports/ and engines/ don't count. Linked folders are named and not entered.
         """
         known = {MANIFEST_NAME, *self.manifest.files}
         found: list[str] = []
         for folder, folders, names in os.walk(self.root):
             here = Path(folder).relative_to(self.root)
             if here == Path():
-                folders[:] = [name for name in folders if name != REPORTS_FOLDER]
+                folders[:] = [name for name in folders if name not in (ENGINES_FOLDER, REPORTS_FOLDER)]
             links = [name for name in folders if (self.root / here / name).is_symlink()]
             found.extend((here / name).as_posix() for name in [*names, *links])
         listed_parents = {parent.as_posix() for name in known for parent in Path(name).parents}

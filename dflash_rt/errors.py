@@ -8,6 +8,7 @@
     │   └── IntegrityError          a file is missing, truncated or not the one that was recorded
     ├── BackendError                a backend can't be loaded or failed while running
     │   ├── BackendUnavailableError the vendor library or device isn't there
+    │   ├── EngineError             no built engine fits this machine, or its record can't be read
     │   └── NumericalError          a step gave logits that are not finite
     ├── RequestError                a request is refused before any work (also a ValueError)
     │   ├── PromptError             empty prompt, ids outside the vocabulary, text without a tokenizer
@@ -20,6 +21,7 @@
         │   └── CheckpointError     its files are truncated, malformed, pickled or incomplete
         ├── UnsupportedModelError   a model that would not be exported faithfully
         ├── PairError               target and drafter don't belong together (lists every problem)
+        ├── EngineBuildError        an engine can't be built, or would be wrong
         ├── OutputError             the output exists, or can't be written
         ├── RecipeError             a recipe file or a build option is wrong
         └── VerifyError             a parity run can't be done
@@ -38,6 +40,8 @@ __all__ = [
     "CheckpointError",
     "ContextLengthError",
     "DFlashError",
+    "EngineBuildError",
+    "EngineError",
     "ExportError",
     "GeneratorStateError",
     "IntegrityError",
@@ -114,6 +118,10 @@ class BackendUnavailableError(BackendError):
     """The vendor library or the device that a backend needs isn't there."""
 
 
+class EngineError(BackendError):
+    """No built engine of a bundle fits this machine, or the record of built engines can't be read."""
+
+
 class NumericalError(BackendError):
     """A step gave logits that are not finite; no token of that step was emitted."""
 
@@ -164,6 +172,10 @@ class PairError(ExportError):
     def __init__(self, what: str, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join([what, *(f"{i}. {p}" for i, p in enumerate(self.problems, 1))]))
+
+
+class EngineBuildError(ExportError):
+    """An engine can't be built from a bundle, or would compute something else than its graph."""
 
 
 class OutputError(ExportError):

@@ -6,9 +6,8 @@ layer indices are 0-based, and layer i means the OUTPUT of decoder layer i.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
 from dflash_rt._contract import (
@@ -19,10 +18,22 @@ from dflash_rt._contract import (
     output_name,
     value_name,
 )
-from dflash_rt._strict_json import Bounds, OneOf, Pattern, Problems, Range, parse_json, read, shown
+from dflash_rt._strict_json import (
+    Bounds,
+    OneOf,
+    Pattern,
+    Problems,
+    Range,
+    dump_json,
+    parse_json,
+    plain,
+    read,
+    shown,
+)
 from dflash_rt.errors import ManifestError
 
 __all__ = [
+    "ENGINES_FOLDER",
     "FORMAT",
     "FORMAT_VERSION",
     "GRAPH_NAMES",
@@ -52,6 +63,7 @@ FORMAT = "dflash-bundle"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 REPORTS_FOLDER = "reports"
+ENGINES_FOLDER = "engines"
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 DType: TypeAlias = Literal["int64", "float32", "float16", "bfloat16", "bool"]
@@ -256,7 +268,7 @@ class Manifest:
         Raises ManifestError if it couldn't be read back: such a manifest is never written.
         """
         try:
-            text = _dump(_plain(self)) + "\n"
+            text = dump_json(plain(self)) + "\n"
         except (TypeError, ValueError) as error:
             raise ManifestError(
                 "the manifest can't be written as JSON",
@@ -288,27 +300,3 @@ def _check_format(document: Any) -> None:
         expected=f"format_version {FORMAT_VERSION}",
         todo="upgrade dflash_rt" if newer else "build the bundle again with `dflash-export build`",
     )
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses as dicts in field order, mappings sorted by key, tuples as lists."""
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(value[key]) for key in sorted(value)}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _dump(value: Any, indent: str = "") -> str:
-    """JSON in which whatever fits stays on one line: a tensor is a line, not seven."""
-    line = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    if not isinstance(value, dict | list) or len(indent) + len(line) <= 110:
-        return line
-    deeper = indent + "  "
-    if isinstance(value, dict):
-        names = {key: json.dumps(key, ensure_ascii=False) for key in value}
-        parts = [f"{names[key]}: {_dump(item, deeper)}" for key, item in value.items()]
-        return "{\n" + ",\n".join(deeper + part for part in parts) + f"\n{indent}}}"
-    return "[\n" + ",\n".join(deeper + _dump(item, deeper) for item in value) + f"\n{indent}]"

@@ -64,7 +64,7 @@ def test_help_lists_every_option_and_loads_nothing_heavy(program: str, command: 
 
 
 def test_commands_of_the_issue_exist() -> None:
-    assert set(export_main.commands) == {"build", "inspect", "verify"}
+    assert set(export_main.commands) == {"build", "compile", "inspect", "verify"}
     assert set(rt_main.commands) == {"generate", "bench"}
 
 

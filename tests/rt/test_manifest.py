@@ -234,6 +234,7 @@ CASES: dict[str, tuple[Callable[[Document], None], list[str]]] = {
     "source path": (put("target", "source", "files", "../x", value=None), ["target.source.files", "../x"]),
     "manifest lists itself": (rename("embed.onnx", "manifest.json"), ["manifest.json", "neither"]),
     "lists a report": (rename("embed.onnx", "reports/a.json"), ["reports/a.json", "neither"]),
+    "lists an engine": (rename("embed.onnx", "engines/a/b"), ["engines/a/b", "neither"]),
     "graph not listed": (put("files", "draft.onnx", value=DELETE), ["graphs.draft.path", "listed in files"]),
     "tokenizer not listed": (put("tokenizer", "path", value="t.json"), ["tokenizer.path", "listed"]),
     "template not listed": (put("tokenizer", "chat_template", value="t"), ["chat_template", "listed"]),

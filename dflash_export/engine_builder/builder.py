@@ -1,0 +1,143 @@
+"""From one graph to one engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dflash_export.progress import Progress
+from dflash_rt.engines import BuildKey, ProfileSpec
+from dflash_rt.errors import EngineBuildError
+from dflash_rt.manifest import GraphSpec
+
+from .devices import Gpu
+from .header import GraphHeader
+from .monitor import BuildMonitor, make_logger, make_monitor
+from .network import Network, parse
+from .refusals import check_network, check_parsed_whole
+from .timing import use_timings
+from .vendor import Vendor
+
+__all__ = ["EngineJob", "build_engine", "prepare"]
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """One engine to build. ``gpu`` is where TensorRT times its kernels; None for TensorRT-RTX."""
+
+    graph: str
+    spec: GraphSpec
+    header: GraphHeader
+    profiles: tuple[ProfileSpec, ...]
+    build: BuildKey
+    gpu: Gpu | None = None
+    timing_folder: Path | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Fused attention exists in 16 bits only, and is required there."""
+        return self.build.precision != "fp32"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked network with all that has to live until it is built."""
+
+    logger: Any
+    builder: Any
+    parser: Any
+    network: Network
+
+
+def prepare(vendor: Vendor, job: EngineJob) -> Prepared:
+    """Parse, edit and check. Raises EngineBuildError for what must not become an engine."""
+    trt = vendor.trt
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    if builder is None:
+        raise EngineBuildError(
+            f"{vendor.backend} can't start",
+            found="; ".join(logger.errors) or "no message",
+            expected="a working GPU and driver" if vendor.needs_gpu else "a working library",
+            todo="check the driver with nvidia-smi",
+        )
+    network, parser = parse(trt, builder, logger, job.header)
+    check_parsed_whole(network, job.graph)
+    network.read_caches_directly()
+    network.limit_attention_to_valid_rows()
+    if not job.fused:
+        network.allow_unfused_attention()
+    check_network(network, job.graph, job.spec, job.header.shapes, fused=job.fused)
+    return Prepared(logger, builder, parser, network)
+
+
+def build_engine(vendor: Vendor, job: EngineJob, progress: Progress) -> Any:
+    """The serialized engine, as a buffer.
+
+    Raises:
+        EngineBuildError: the network is refused, or the library can't build it.
+    """
+    ready = prepare(vendor, job)
+    config = _configure(vendor, job, ready)
+    with progress.stage(f"building {job.graph}", total=1.0) as stage:
+        monitor = BuildMonitor(stage)
+        listener = make_monitor(vendor.trt, monitor)
+        config.progress_monitor = listener
+        with use_timings(config, vendor, job.gpu, job.timing_folder):
+            plan = ready.builder.build_serialized_network(ready.network.definition, config)
+        if monitor.cancelled:
+            raise KeyboardInterrupt
+        if plan is None:
+            raise _failed(job, ready.logger.errors)
+    return plan
+
+
+def _configure(vendor: Vendor, job: EngineJob, ready: Prepared) -> Any:
+    trt, build = vendor.trt, job.build
+    config = ready.builder.create_builder_config()
+    # fp32 means fp32: parity with PyTorch is promised for it.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if build.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, build.workspace)
+    if build.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if build.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if vendor.compute_capabilities:
+        config.num_compute_capabilities = len(build.compute_capabilities)
+        for index, number in enumerate(build.compute_capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)
+    for profile in job.profiles:
+        config.add_optimization_profile(_profile(ready, job, profile))
+    return config
+
+
+def _profile(ready: Prepared, job: EngineJob, profile: ProfileSpec) -> Any:
+    made = ready.builder.create_optimization_profile()
+    for tensor in ready.network.inputs:
+        axes = job.header.shapes[tensor.name]
+        if any(isinstance(axis, str) for axis in axes):
+            sizes = [
+                [getattr(getattr(profile, axis), bound) if isinstance(axis, str) else axis for axis in axes]
+                for bound in ("min", "opt", "max")
+            ]
+            made.set_shape(tensor.name, *sizes)
+    return made
+
+
+def _failed(job: EngineJob, errors: list[str]) -> EngineBuildError:
+    text = "; ".join(errors) or "no message"
+    if "is_decomposable" in text:
+        return EngineBuildError(
+            f"no engine for {job.graph}: its attention has no fused kernel in {job.build.precision}",
+            found=text,
+            expected="a head size that is fused, such as 64, 128 or 256",
+            todo="build the bundle in fp32, or use another backend",
+        )
+    return EngineBuildError(
+        f"the engine for {job.graph} can't be built",
+        found=text,
+        expected="a network that this version of the library compiles",
+        todo="try a newer version of the library, more --workspace, or report this graph",
+    )

@@ -1,0 +1,371 @@
+"""From a bundle to an engine set in its ``engines/`` folder."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dflash_export.progress import SILENT, Progress
+from dflash_export.publish import new_folder
+from dflash_rt import Bundle
+from dflash_rt._version import __version__
+from dflash_rt.bundle import hash_file
+from dflash_rt.engines import (
+    ENGINES_NAME,
+    FORMAT_VERSION,
+    BuildKey,
+    EngineFile,
+    EngineLimits,
+    EngineSet,
+    EngineSpec,
+    engine_folders,
+    folder_name,
+    read_engines,
+)
+from dflash_rt.errors import EngineBuildError, EngineError, OutputError
+from dflash_rt.manifest import ENGINES_FOLDER
+
+from .builder import EngineJob, build_engine
+from .devices import Gpu, check_device, present_gpu
+from .header import data_files, load_header, read_header
+from .profiles import graph_profiles
+from .vendor import Vendor, load_vendor
+
+__all__ = ["CompiledEngines", "check_options", "compile_engines"]
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_LOCK = ".lock"
+_TURING = 75
+
+
+@dataclass(frozen=True)
+class CompiledEngines:
+    """What :func:`compile_engines` did. ``built`` and ``reused`` are names of graphs, in order."""
+
+    folder: Path
+    engines: EngineSet
+    built: tuple[str, ...]
+    reused: tuple[str, ...]
+
+
+def compile_engines(
+    bundle: Bundle | str | os.PathLike[str],
+    *,
+    backend: str,
+    max_seq_len: int | None = None,
+    max_batch: int = 1,
+    device: str | None = None,
+    compute_capabilities: Sequence[int] = (),
+    workspace: int | None = None,
+    version_compatible: bool = False,
+    hardware_compatible: bool = False,
+    timing_folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> CompiledEngines:
+    """Build the engines of a bundle, and keep them in the bundle.
+
+    Engines whose key is unchanged are not built again: a whole set is left as it is, a single engine is taken
+    over from another set. The set appears when all of it is on disk, or not at all.
+
+    Args:
+        bundle: a bundle or its folder; must be writable.
+        backend: ``"tensorrt"``, which builds on the GPU that will run the engines, or ``"tensorrt-rtx"``,
+            which needs no GPU.
+        max_seq_len: prompt and output tokens together at most; default: the bundle's limit. Sizes the caches.
+        max_batch: sequences at once at most.
+        device: name of a device class (``rtx-4090``, ``h100``, ``jetson-thor``, ``jetson-orin``). Picks the
+            GPU for TensorRT-RTX, and is compared with the GPU that is present for TensorRT.
+        compute_capabilities: GPUs for TensorRT-RTX, such as ``(89, 120)``; default: all that it
+            knows from Ampere (80) on.
+        workspace: scratch memory in bytes that kernels may use; default: the library's.
+        version_compatible: TensorRT only: newer versions of the same major version can load the engines.
+        hardware_compatible: TensorRT only: every GPU since Ampere can, with slower kernels.
+        timing_folder: where TensorRT's kernel timings are kept; default: the user's cache folder.
+        progress: where stages are reported; default: nowhere.
+
+    Raises:
+        BackendUnavailableError: the library isn't installed or doesn't load.
+        EngineBuildError: an option is wrong, a graph would become a wrong engine, or it can't be built.
+        OutputError: the bundle's folder can't be written.
+        BundleError: ``bundle`` can't be used, or a file isn't the one that was recorded.
+    """
+    progress = progress or SILENT
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    vendor = load_vendor(backend)
+    vendor.check_options(version_compatible=version_compatible, hardware_compatible=hardware_compatible)
+    limits = _limits(opened, max_seq_len, max_batch)
+    if workspace is not None and (type(workspace) is not int or workspace < 1):
+        raise _wrong("workspace", workspace, "a number of bytes, at least 1")
+    gpu, targets = _check_targets(vendor, opened.manifest.precision, device, compute_capabilities)
+    build = BuildKey(
+        backend=vendor.backend,  # type: ignore[arg-type]  # load_vendor knows no other
+        backend_version=vendor.version,
+        gpu=None if gpu is None or hardware_compatible else gpu.name,
+        compute_capabilities=targets,
+        precision=opened.manifest.precision,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        workspace=workspace,
+        tool=f"dflash-export {__version__}",
+    )
+    specs = {graph: _engine_spec(opened, graph, limits) for graph in opened.manifest.graphs}
+    output = opened.root / ENGINES_FOLDER / folder_name(build, specs)
+    with _only_builder(output.parent, progress):
+        present = _present(output)
+        if present is not None:
+            return CompiledEngines(output, present, (), tuple(specs))
+        timings = None if timing_folder is None else Path(timing_folder)
+        work = _Work(vendor, opened, build, limits, specs, gpu, timings)
+        return _build_set(work, output, progress)
+
+
+def check_options(
+    backend: str,
+    precision: str,
+    *,
+    device: str | None = None,
+    compute_capabilities: Sequence[int] = (),
+    version_compatible: bool = False,
+    hardware_compatible: bool = False,
+    **_: object,
+) -> None:
+    """What :func:`compile_engines` would refuse on this machine before it has looked at a bundle.
+
+    Raises:
+        BackendUnavailableError: the library isn't installed or doesn't load.
+        EngineBuildError: an option can't be met.
+    """
+    vendor = load_vendor(backend)
+    vendor.check_options(version_compatible=version_compatible, hardware_compatible=hardware_compatible)
+    _check_targets(vendor, precision, device, compute_capabilities)
+
+
+@dataclass(frozen=True)
+class _Work:
+    vendor: Vendor
+    bundle: Bundle
+    build: BuildKey
+    limits: EngineLimits
+    specs: Mapping[str, EngineSpec]
+    gpu: Gpu | None
+    timing_folder: Path | None
+
+
+def _wrong(option: str, found: object, expected: str) -> EngineBuildError:
+    return EngineBuildError(
+        f"{option} is out of range", found=found, expected=expected, todo="mend the option"
+    )
+
+
+def _limits(bundle: Bundle, max_seq_len: int | None, max_batch: int) -> EngineLimits:
+    longest = bundle.manifest.limits.max_seq_len
+    length = longest if max_seq_len is None else max_seq_len
+    if type(length) is not int or not 1 <= length <= longest:
+        raise _wrong("max_seq_len", length, f"from 1 to {longest}, the bundle's own limit")
+    if type(max_batch) is not int or max_batch < 1:
+        raise _wrong("max_batch", max_batch, "a whole number of at least 1")
+    # A block is written whole, beyond the last row that a request may commit.
+    capacity = length + bundle.manifest.drafter.block_size
+    return EngineLimits(max_seq_len=length, capacity=capacity, max_batch=max_batch)
+
+
+def _check_targets(
+    vendor: Vendor, precision: str, device: str | None, compute_capabilities: Sequence[int]
+) -> tuple[Gpu | None, tuple[int, ...]]:
+    """The GPU to build on (None: without one), and the compute capabilities to build for."""
+    chosen = None if device is None else check_device(device, vendor.backend, precision)
+    if chosen is not None and compute_capabilities:
+        raise EngineBuildError(
+            "a device class and compute capabilities say the same thing",
+            found=f"{chosen.name} and {', '.join(map(str, compute_capabilities))}",
+            expected="one of them",
+            todo="leave one out",
+        )
+    if not vendor.needs_gpu:
+        wanted = (chosen.compute_capability,) if chosen else tuple(sorted(set(compute_capabilities)))
+        return None, _known_targets(vendor, wanted)
+    if compute_capabilities:
+        raise EngineBuildError(
+            f"{vendor.backend} builds for the GPU that it runs on",
+            found=f"compute capabilities {', '.join(map(str, compute_capabilities))}",
+            expected="no choice",
+            todo="leave it out, or use the backend tensorrt-rtx",
+        )
+    gpu = present_gpu()
+    if gpu is None:
+        raise EngineBuildError(
+            f"{vendor.backend} builds engines on the GPU that will run them",
+            found="no GPU",
+            expected="a CUDA device and its driver",
+            todo="run `dflash-export compile` on the machine that will run the engines, or use tensorrt-rtx",
+        )
+    if chosen is not None and chosen.compute_capability != gpu.compute_capability:
+        raise EngineBuildError(
+            f"this machine is not a {chosen.title}",
+            found=f"{gpu.name} (sm{gpu.compute_capability})",
+            expected=f"sm{chosen.compute_capability}",
+            todo="build on that machine; TensorRT can't build for another GPU",
+        )
+    return gpu, (gpu.compute_capability,)
+
+
+def _known_targets(vendor: Vendor, wanted: tuple[int, ...]) -> tuple[int, ...]:
+    known = vendor.compute_capabilities
+    unknown = [str(number) for number in wanted if number not in known]
+    if unknown:
+        raise EngineBuildError(
+            f"{vendor.backend} {vendor.version} can't build for this GPU",
+            found=", ".join(f"sm{number}" for number in unknown),
+            expected=", ".join(f"sm{number}" for number in known),
+            todo="use the backend tensorrt on that machine",
+        )
+    # TensorRT-RTX has no fp32 products for Turing (sm75), and nearly every bundle has some: the feature
+    # projection of an fp16 bundle runs in fp32.
+    return wanted or tuple(number for number in known if number > _TURING)
+
+
+def _engine_spec(bundle: Bundle, graph: str, limits: EngineLimits) -> EngineSpec:
+    manifest = bundle.manifest
+    spec = manifest.graphs[graph]
+    folder = Path(spec.path).parent
+    names = [
+        spec.path,
+        *((folder / name).as_posix() for name in data_files(read_header(bundle.graph_path(graph)))),
+    ]
+    unlisted = [name for name in names if name not in manifest.files]
+    if unlisted:
+        raise EngineBuildError(
+            f"{spec.path} reads files that the bundle doesn't list",
+            found=", ".join(unlisted),
+            expected="files of the bundle",
+            todo="copy the bundle again, or build it again with `dflash-export build --force`",
+        )
+    return EngineSpec(
+        sources={name: manifest.files[name].sha256 for name in sorted(names)},
+        capacity=limits.capacity if spec.aliases else None,
+        profiles=graph_profiles(graph, manifest, limits),
+    )
+
+
+@contextlib.contextmanager
+def _only_builder(parent: Path, progress: Progress) -> Iterator[None]:
+    """One build at a time in a bundle: the second of two equal ones then finds everything done.
+
+    Different ones wait as well: TensorRT times kernels, and two builds would disturb each other.
+    """
+    try:
+        parent.mkdir(exist_ok=True)
+        lock = (parent / _LOCK).open("w")
+    except OSError as error:
+        raise OutputError(
+            f"can't write to {parent}",
+            found=error.strerror or error,
+            expected="a writable bundle: its engines are kept in it",
+            todo="mend the permissions, or copy the bundle to where it can be written",
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with progress.stage("waiting for another build in this bundle"):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _present(output: Path) -> EngineSet | None:
+    """The set if it is there and whole. One that is damaged is removed, to be built again."""
+    if not os.path.lexists(output):
+        return None
+    try:
+        engines = read_engines(output)
+        if engines.folder == output.name:
+            return engines
+    except EngineError:
+        pass
+    try:
+        shutil.rmtree(output)
+    except OSError as error:
+        raise OutputError(
+            f"the damaged engines in {output} can't be removed",
+            found=error.strerror or error,
+            expected="a writable bundle",
+            todo="remove that folder",
+        ) from error
+    return None
+
+
+def _build_set(work: _Work, output: Path, progress: Progress) -> CompiledEngines:
+    others = _reusable(work)
+    missing = [graph for graph in work.specs if graph not in others]
+    if missing:
+        with progress.stage("checking the bundle's files", total=work.bundle.total_bytes) as stage:
+            work.bundle.verify_files(lambda _, amount: stage.advance(amount))
+    files: dict[str, EngineFile] = {}
+    with new_folder(output, force=False) as folder:
+        for graph in work.specs:
+            path = folder / f"{graph}.engine"
+            if graph in others:
+                files[graph] = _take_over(*others[graph], path)
+            else:
+                _write(path, _build(work, graph, progress))
+                record = hash_file(path)
+                files[graph] = EngineFile(path.name, record.size, record.sha256)
+        engines = EngineSet(
+            format="dflash-engines",
+            format_version=FORMAT_VERSION,
+            created=dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            build=work.build,
+            limits=work.limits,
+            engines=dict(work.specs),
+            files=files,
+        )
+        _write(folder / ENGINES_NAME, engines.to_json().encode())
+    reused = tuple(graph for graph in work.specs if graph in others)
+    return CompiledEngines(output, engines, tuple(missing), reused)
+
+
+def _reusable(work: _Work) -> dict[str, tuple[Path, EngineFile]]:
+    """Engines of other sets of this bundle that have the keys that are wanted."""
+    wanted = {spec.digest(graph, work.build): graph for graph, spec in work.specs.items()}
+    found: dict[str, tuple[Path, EngineFile]] = {}
+    for folder in engine_folders(work.bundle):
+        try:
+            engines = read_engines(folder)
+        except EngineError:
+            continue
+        for graph, spec in engines.engines.items():
+            if wanted.get(spec.digest(graph, engines.build)) == graph:
+                found[graph] = (folder / engines.files[graph].name, engines.files[graph])
+    return found
+
+
+def _take_over(source: Path, file: EngineFile, path: Path) -> EngineFile:
+    """The same engine in another set; the same file where the disk can do that, as neither ever changes."""
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
+    return EngineFile(path.name, file.size, file.sha256)
+
+
+def _build(work: _Work, graph: str, progress: Progress) -> Any:
+    bundle, spec = work.bundle, work.bundle.manifest.graphs[graph]
+    dtype = _DTYPES[work.build.precision]
+    header = load_header(bundle.graph_path(graph), capacity=work.limits.capacity, cache_dtype=dtype)
+    profiles = work.specs[graph].profiles
+    job = EngineJob(graph, spec, header, profiles, work.build, work.gpu, work.timing_folder)
+    return build_engine(work.vendor, job, progress)
+
+
+def _write(path: Path, data: Any) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,102 @@
+"""The two libraries behind one builder: their modules, versions, and what only one of them can do."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+from dflash_rt.errors import BackendUnavailableError, EngineBuildError
+
+__all__ = ["BACKENDS", "Vendor", "load_vendor"]
+
+# Backend, and the module of the same Python API.
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+BACKENDS = tuple(_MODULES)
+
+# The first version with IKVCacheUpdateLayer and IAttention.
+_OLDEST = {"tensorrt": (10, 15), "tensorrt-rtx": (1, 7)}
+
+
+@dataclass(frozen=True)
+class Vendor:
+    """A loaded library. ``trt`` is ``tensorrt`` or ``tensorrt_rtx``."""
+
+    backend: str
+    trt: ModuleType
+
+    @property
+    def version(self) -> str:
+        """Like ``1.7.1.116``."""
+        return str(self.trt.__version__)
+
+    @property
+    def needs_gpu(self) -> bool:
+        """TensorRT times kernels on the GPU that it builds for; TensorRT-RTX compiles without one."""
+        return self.backend == "tensorrt"
+
+    @property
+    def keeps_timings(self) -> bool:
+        """The timing cache of TensorRT-RTX is a deprecated no-op."""
+        return self.needs_gpu
+
+    @property
+    def compute_capabilities(self) -> tuple[int, ...]:
+        """GPUs that TensorRT-RTX can build for, without any being there: 89 is 8.9. Empty for TensorRT."""
+        known = getattr(self.trt, "ComputeCapability", None)
+        if self.needs_gpu or known is None:
+            return ()
+        names = known.__members__
+        return tuple(sorted(int(name[2:]) for name in names if name.startswith("SM") and name[2:].isdigit()))
+
+    def check_options(self, *, version_compatible: bool, hardware_compatible: bool) -> None:
+        """Refuse what this library can't build. TensorRT-RTX ignores or fails on both options.
+
+        Raises:
+            EngineBuildError: an option is not for this backend.
+        """
+        if self.needs_gpu:
+            return
+        for name, is_set in (
+            ("--version-compatible", version_compatible),
+            ("--hardware-compatible", hardware_compatible),
+        ):
+            if is_set:
+                raise EngineBuildError(
+                    f"{name} is not for {self.backend}",
+                    found="an option of TensorRT",
+                    expected="engines for the listed GPUs and for this version of TensorRT-RTX",
+                    todo="leave it out; without --sm the engines are for every GPU that TensorRT-RTX knows",
+                )
+
+
+def load_vendor(backend: str) -> Vendor:
+    """Import the library of ``backend``.
+
+    Raises:
+        EngineBuildError: no such backend.
+        BackendUnavailableError: its package isn't installed, doesn't load, or is too old.
+    """
+    if backend not in _MODULES:
+        raise EngineBuildError(
+            "unknown engine backend", found=backend, expected=", ".join(BACKENDS), todo="choose one of these"
+        )
+    oldest = ".".join(map(str, _OLDEST[backend]))
+    try:
+        module = importlib.import_module(_MODULES[backend])
+    except (ImportError, OSError) as error:
+        raise BackendUnavailableError(
+            f"the {backend} library can't be imported",
+            found=error,
+            expected=f"the package {_MODULES[backend]}, version {oldest} or newer",
+            todo=f"pip install 'dflash-export[{backend}]'",
+        ) from error
+    vendor = Vendor(backend, module)
+    if tuple(int(part) for part in vendor.version.split(".")[:2] if part.isdigit()) < _OLDEST[backend]:
+        raise BackendUnavailableError(
+            f"{backend} is too old",
+            found=vendor.version,
+            expected=f"{oldest} or newer: the first with caches that are updated in place",
+            todo=f"pip install --upgrade 'dflash-export[{backend}]'",
+        )
+    return vendor

@@ -1,0 +1,441 @@
+"""Built engines of a bundle: ``engines/<backend>-<key>/engines.json``. The specification is docs/engines.md.
+
+A bundle's own files never change after its build, so engines are recorded beside manifest.json and not in
+it. One folder is one engine set: every graph of the bundle, built by one backend with one set of options. Its
+:class:`BuildKey` and each engine's :class:`EngineSpec` say everything that a build depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, cast
+
+from dflash_rt._strict_json import Bounds, Pattern, Problems, dump_json, parse_json, plain, read, shown
+from dflash_rt.bundle import Bundle
+from dflash_rt.errors import EngineError
+from dflash_rt.manifest import (
+    ENGINES_FOLDER,
+    Bytes,
+    Count,
+    FilePath,
+    GraphName,
+    Precision,
+    Sha256,
+    Text,
+    UtcTime,
+)
+
+__all__ = [
+    "ENGINES_NAME",
+    "AxisRange",
+    "BuildKey",
+    "Difference",
+    "EngineFile",
+    "EngineLimits",
+    "EngineSet",
+    "EngineSpec",
+    "Machine",
+    "ProfileSpec",
+    "compile_command",
+    "differences",
+    "find_engines",
+    "read_engines",
+]
+
+ENGINES_NAME = "engines.json"
+FORMAT = "dflash-engines"
+FORMAT_VERSION = 1
+MAX_BYTES = 2**20
+
+EngineBackend: TypeAlias = Literal["tensorrt", "tensorrt-rtx"]
+ProfileName: TypeAlias = Literal["prefill", "block"]
+# Compute capability without its dot: 89 is 8.9, 120 is 12.0.
+SmVersion: TypeAlias = Annotated[int, Bounds(10, 9999)]
+EngineFileName: TypeAlias = Annotated[str, Pattern(r"[a-z_]{1,64}\.engine", "a name like target.engine")]
+
+_AMPERE = 80  # the oldest GPU of engines that are built hardware compatible
+_TODO = "build the engines again with `dflash-export compile`; engines.json isn't meant to be edited"
+
+
+@dataclass(frozen=True, slots=True)
+class AxisRange:
+    """Sizes of one axis that a profile takes, and the one that it is tuned for."""
+
+    min: Count
+    opt: Count
+    max: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileSpec:
+    """One optimization profile. Its index in the engine is its place in the list."""
+
+    name: ProfileName
+    batch: AxisRange
+    rows: AxisRange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildKey:
+    """What all engines of a set share.
+
+    ``gpu`` is the GPU that they were built on and for; null where an engine is built for every GPU of its
+    ``compute_capabilities`` (89 means 8.9). ``workspace`` is the builder's limit in bytes, null for its own.
+    """
+
+    backend: EngineBackend
+    backend_version: Text
+    gpu: Text | None
+    compute_capabilities: tuple[SmVersion, ...]
+    precision: Precision
+    version_compatible: bool
+    hardware_compatible: bool
+    workspace: Bytes | None
+    tool: Text
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFile:
+    """An engine's file in its set's folder."""
+
+    name: EngineFileName
+    size: Bytes
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What one engine was built from: files of the bundle by SHA-256, rows of its caches, profiles."""
+
+    sources: Mapping[FilePath, Sha256]
+    capacity: Count | None
+    profiles: tuple[ProfileSpec, ...]
+
+    def digest(self, graph: str, build: BuildKey) -> str:
+        """SHA-256 of everything that this engine depends on: its key."""
+        text = json.dumps([graph, plain(build), plain(self)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """``max_seq_len``: prompt and output tokens. ``capacity``: rows of a cache. ``max_batch``: sequences."""
+
+    max_seq_len: Count
+    capacity: Count
+    max_batch: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSet:
+    """A whole engines.json."""
+
+    format: Literal["dflash-engines"]
+    format_version: Annotated[int, Bounds(FORMAT_VERSION, FORMAT_VERSION)]
+    created: UtcTime
+    build: BuildKey
+    limits: EngineLimits
+    engines: Mapping[GraphName, EngineSpec]
+    files: Mapping[GraphName, EngineFile]
+
+    @classmethod
+    def from_json(cls, text: str) -> EngineSet:
+        """Read and check a record. Raises EngineError naming every problem."""
+        if len(text) > MAX_BYTES:
+            raise EngineError(
+                f"{ENGINES_NAME} is too large",
+                found=f"{len(text)} characters",
+                expected=f"at most {MAX_BYTES} bytes",
+                todo=_TODO,
+            )
+        document = parse_json(text, ENGINES_NAME, _TODO, EngineError)
+        _check_version(document)
+        problems = Problems(ENGINES_NAME, _TODO, EngineError)
+        engines = cast(EngineSet, read(cls, document, "", problems))
+        problems.raise_if_any()
+        _check(engines, problems)
+        problems.raise_if_any()
+        return engines
+
+    def to_json(self) -> str:
+        """JSON text that :meth:`from_json` reads back as an equal record, or EngineError."""
+        text = dump_json(plain(self)) + "\n"
+        EngineSet.from_json(text)
+        return text
+
+    @property
+    def folder(self) -> str:
+        """Name of this set's folder in the bundle: the backend and the start of a hash over all keys."""
+        return folder_name(self.build, self.engines)
+
+
+def folder_name(build: BuildKey, engines: Mapping[str, EngineSpec]) -> str:
+    """See :attr:`EngineSet.folder`; known before anything is built."""
+    digests = sorted(spec.digest(graph, build) for graph, spec in engines.items())
+    return f"{build.backend}-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:16]}"
+
+
+def _check_version(document: Any) -> None:
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if type(version) is int and version > FORMAT_VERSION:
+        raise EngineError(
+            f"{ENGINES_NAME} has a format version that this package can't read",
+            found=f"format_version {shown(version)}, which is newer",
+            expected=f"format_version {FORMAT_VERSION}",
+            todo="upgrade dflash_rt, or build the engines again with `dflash-export compile`",
+        )
+
+
+def _check(engines: EngineSet, problems: Problems) -> None:
+    """Rules between fields."""
+    if engines.files.keys() != engines.engines.keys():
+        problems.add("files", ", ".join(engines.files), "one file for each of engines")
+    if not engines.build.compute_capabilities:
+        problems.add("build.compute_capabilities", "an empty list", "at least one")
+    for graph, spec in engines.engines.items():
+        if spec.capacity not in (None, engines.limits.capacity):
+            problems.add(
+                f"engines.{graph}.capacity", str(spec.capacity), f"{engines.limits.capacity} or null"
+            )
+        if not spec.profiles:
+            problems.add(f"engines.{graph}.profiles", "an empty list", "at least one")
+        for i, profile in enumerate(spec.profiles):
+            for axis in ("batch", "rows"):
+                sizes: AxisRange = getattr(profile, axis)
+                if not sizes.min <= sizes.opt <= sizes.max:
+                    where = f"engines.{graph}.profiles[{i}].{axis}"
+                    problems.add(where, f"{sizes.min}, {sizes.opt}, {sizes.max}", "min <= opt <= max")
+
+
+# --- Does a set fit? ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where engines are to run. ``compute_capability``: 89 is 8.9. ``None``: no GPU was found."""
+
+    backend: str
+    backend_version: str
+    gpu: str | None
+    compute_capability: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One reason why an engine set can't be used: the part, what it was built with, what is present."""
+
+    part: str
+    built: str
+    present: str
+
+    def __str__(self) -> str:
+        return f"{self.part}: built for {self.built}, present is {self.present}"
+
+
+def differences(
+    engines: EngineSet,
+    bundle: Bundle,
+    machine: Machine,
+    *,
+    max_seq_len: int | None = None,
+    batch: int = 1,
+) -> tuple[Difference, ...]:
+    """Every reason why ``engines`` can't serve ``bundle`` on ``machine``; empty if they fit.
+
+    ``max_seq_len`` and ``batch`` are what the caller needs. Nothing is loaded and no device is asked.
+    """
+    found = [*_bundle_differences(engines, bundle), *_machine_differences(engines.build, machine)]
+    if max_seq_len is not None and engines.limits.max_seq_len < max_seq_len:
+        found.append(Difference("max_seq_len", str(engines.limits.max_seq_len), str(max_seq_len)))
+    if engines.limits.max_batch < batch:
+        found.append(Difference("batch", f"at most {engines.limits.max_batch}", str(batch)))
+    return tuple(found)
+
+
+def _bundle_differences(engines: EngineSet, bundle: Bundle) -> Iterator[Difference]:
+    manifest = bundle.manifest
+    if engines.build.precision != manifest.precision:
+        yield Difference("precision", engines.build.precision, manifest.precision)
+    missing = [graph for graph in manifest.graphs if graph not in engines.engines]
+    if missing:
+        yield Difference("graphs", ", ".join(engines.engines), f"also {', '.join(missing)}")
+    sources = {path: sha for spec in engines.engines.values() for path, sha in spec.sources.items()}
+    for path, sha in sorted(sources.items()):
+        record = manifest.files.get(path)
+        if record is None or record.sha256 != sha:
+            present = "no such file" if record is None else f"sha256 {record.sha256[:12]}…"
+            yield Difference(f"the bundle's {path}", f"sha256 {sha[:12]}…", present)
+
+
+def _machine_differences(build: BuildKey, machine: Machine) -> Iterator[Difference]:
+    if build.backend != machine.backend:
+        yield Difference("backend", build.backend, machine.backend)
+        return
+    if not _version_fits(build, machine.backend_version):
+        built = build.backend_version + (" or newer of its major version" if build.version_compatible else "")
+        yield Difference(f"{build.backend} version", built, machine.backend_version)
+    if machine.gpu is None or machine.compute_capability is None:
+        yield Difference("GPU", _built_for(build), "none")
+    elif not _gpu_fits(build, machine.gpu, machine.compute_capability):
+        yield Difference("GPU", _built_for(build), f"{machine.gpu} (sm{machine.compute_capability})")
+
+
+def _version_fits(build: BuildKey, version: str) -> bool:
+    if not build.version_compatible:
+        return build.backend_version == version
+    built, present = _numbers(build.backend_version), _numbers(version)
+    return built[:1] == present[:1] and built <= present
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _gpu_fits(build: BuildKey, gpu: str, compute_capability: int) -> bool:
+    if build.hardware_compatible:
+        return compute_capability >= _AMPERE
+    return compute_capability in build.compute_capabilities and build.gpu in (None, gpu)
+
+
+def _built_for(build: BuildKey) -> str:
+    if build.hardware_compatible:
+        return f"any GPU of sm{_AMPERE} or newer"
+    capabilities = ", ".join(f"sm{number}" for number in build.compute_capabilities)
+    return capabilities if build.gpu is None else f"{build.gpu} ({capabilities})"
+
+
+def compile_command(
+    root: Path,
+    machine: Machine,
+    engines: EngineSet | None = None,
+    *,
+    max_seq_len: int | None = None,
+    batch: int = 1,
+) -> str:
+    """The command that builds engines which fit, with the options of ``engines`` where it has them."""
+    words = ["dflash-export", "compile", str(root), "--backend", machine.backend]
+    length = max(filter(None, (max_seq_len, engines.limits.max_seq_len if engines else None)), default=None)
+    if length is not None:
+        words += ["--max-seq-len", str(length)]
+    batch = max(batch, engines.limits.max_batch if engines else 1)
+    if batch > 1:
+        words += ["--max-batch", str(batch)]
+    if engines is not None and engines.build.backend == machine.backend:
+        build = engines.build
+        words += ["--workspace", str(build.workspace)] if build.workspace is not None else []
+        words += ["--version-compatible"] if build.version_compatible else []
+        words += ["--hardware-compatible"] if build.hardware_compatible else []
+    if machine.backend == "tensorrt-rtx" and machine.compute_capability is not None:
+        words += ["--sm", str(machine.compute_capability)]
+    return shlex.join(words)
+
+
+# --- On disk ---
+
+
+def read_engines(folder: Path) -> EngineSet:
+    """The set in ``folder``; its files are there with their sizes.
+
+    Raises:
+        EngineError: engines.json is missing or malformed, or a file is missing or has another size.
+    """
+    path = folder / ENGINES_NAME
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
+        engines = EngineSet.from_json(text)
+        wrong = [f"{file.name}: {found}" for file, found in _file_problems(folder, engines)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngineError(
+            f"{path} can't be read", found=error, expected="the record of an engine set", todo=_TODO
+        ) from error
+    if wrong:
+        raise EngineError(
+            f"the engines in {folder} aren't what {ENGINES_NAME} says",
+            found="; ".join(wrong),
+            expected="every engine, unchanged, inside the folder",
+            todo="build the engines again with `dflash-export compile`",
+        )
+    return engines
+
+
+def _file_problems(folder: Path, engines: EngineSet) -> Iterator[tuple[EngineFile, str]]:
+    for file in engines.files.values():
+        path = folder / file.name
+        if path.is_symlink() or not path.is_file():
+            yield file, "missing, or not a regular file"
+        elif path.stat().st_size != file.size:
+            yield file, f"{path.stat().st_size} bytes instead of {file.size}"
+
+
+def engine_folders(bundle: Bundle) -> tuple[Path, ...]:
+    """Folders of all engine sets of a bundle, sorted; unfinished ones are hidden and don't count."""
+    parent = bundle.root / ENGINES_FOLDER
+    try:
+        entries = sorted(os.listdir(parent))
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise EngineError(
+            f"{parent} can't be read", found=error.strerror, expected="a folder", todo="check its permissions"
+        ) from error
+    return tuple(parent / name for name in entries if not name.startswith(".") and (parent / name).is_dir())
+
+
+def find_engines(
+    bundle: Bundle, machine: Machine, *, max_seq_len: int | None = None, batch: int = 1
+) -> tuple[Path, EngineSet]:
+    """The engine set to load and its folder: of those that fit, the one with the smallest caches.
+
+    Raises:
+        EngineError: there is none, or none fits; says for the closest which parts differ, what is present
+            and the command that builds one. Sets that can't be read are named as well.
+    """
+    fitting: list[tuple[int, str, Path, EngineSet]] = []
+    near: list[tuple[int, str, Path, EngineSet, tuple[Difference, ...]]] = []
+    broken: list[str] = []
+    for folder in engine_folders(bundle):
+        try:
+            engines = read_engines(folder)
+        except EngineError as error:
+            broken.append(f"{folder.name}: {error.problem.what}")
+            continue
+        reasons = differences(engines, bundle, machine, max_seq_len=max_seq_len, batch=batch)
+        if reasons:
+            # Another backend's engines are never close.
+            distance = len(reasons) + 100 * (engines.build.backend != machine.backend)
+            near.append((distance, folder.name, folder, engines, reasons))
+        else:
+            fitting.append((engines.limits.capacity, folder.name, folder, engines))
+    if fitting:
+        _, _, folder, engines = min(fitting, key=lambda item: item[:2])
+        return folder, engines
+    raise _no_engines(bundle, machine, near, broken, max_seq_len, batch)
+
+
+def _no_engines(
+    bundle: Bundle,
+    machine: Machine,
+    near: list[tuple[int, str, Path, EngineSet, tuple[Difference, ...]]],
+    broken: list[str],
+    max_seq_len: int | None,
+    batch: int,
+) -> EngineError:
+    present = f"{machine.backend} {machine.backend_version} on {machine.gpu or 'no GPU'}"
+    closest = min(near, key=lambda item: item[:2]) if near else None
+    if closest is None:
+        what, found = f"the bundle {bundle.root} has no engines for {machine.backend}", "no engine set"
+    else:
+        what = f"no engines of the bundle {bundle.root} fit; the closest are in {closest[2].name}"
+        found = "; ".join(str(reason) for reason in closest[4])
+    if broken:
+        found += "; can't be read: " + ", ".join(broken)
+    engines = None if closest is None else closest[3]
+    command = compile_command(bundle.root, machine, engines, max_seq_len=max_seq_len, batch=batch)
+    return EngineError(what, found=found, expected=f"engines for {present}", todo=f"run: {command}")
