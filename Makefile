@@ -54,7 +54,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(BUNDLE)/manifest.json
-	$(BIN)/dflash-rt bench $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) \
+	$(BIN)/dflash-rt bench $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) --limit 8 \
 		--compare hf,reference,genai --draft-width 4 --draft-width 8 --plot $(BUNDLE)/reports/bench.png
 
 clean:

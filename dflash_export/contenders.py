@@ -7,24 +7,18 @@ bundle does. ``dflash_rt`` finds the factories below by entry points, so that it
 from __future__ import annotations
 
 import contextlib
-import copy
-import hashlib
 import importlib
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dflash_export._genai_model import genai_model
 from dflash_rt.bench_contenders import BenchSetup, Contender, Outcome
-from dflash_rt.errors import BackendUnavailableError, OutputError
+from dflash_rt.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +70,7 @@ def make_genai(setup: BenchSetup) -> Sequence[Contender]:
     except ImportError as error:
         todo = "pip install --no-deps onnxruntime-genai==0.18.0 (Python 3.11 or newer)"
         raise _missing("genai", "onnxruntime-genai", todo) from error
-    return [_GenAI(library, _genai_model(setup), setup)]
+    return [_GenAI(library, genai_model(setup, lambda: _target(setup, "genai")), setup)]
 
 
 class _HuggingFace:

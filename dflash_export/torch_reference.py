@@ -288,17 +288,14 @@ def _clock_without_cuda(module: Any) -> Iterator[None]:
 def _quiet_transformers() -> Iterator[None]:
     """No bars and no warnings of its own: what matters of them is raised here as an error."""
     logging: Any = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        # The bar of its GGUF reader asks nobody.
+        # Its setting for bars doesn't reach the one of its GGUF reader.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _cannot_load(role: Role, source: Source, found: str) -> VerifyError:

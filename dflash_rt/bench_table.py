@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from dflash_rt.bench_report import PLAIN, BenchReport
 from dflash_rt.bench_stats import OUTSIDE, STAGES
-
-if TYPE_CHECKING:
-    from dflash_rt.bench_report import BenchReport
 
 __all__ = ["render"]
 
@@ -30,7 +27,7 @@ def _sections(report: BenchReport) -> Iterator[list[str]]:
         yield _floors(report)
     notes = [f"{name} was skipped: {reason}" for name, reason in report.skipped.items()]
     notes += [
-        f"{name} gave other tokens than plain in {same.answers - same.equal_answers} of "
+        f"{name} gave other tokens than {PLAIN} in {same.answers - same.equal_answers} of "
         f"{same.answers} answers; its rate is that of its own tokens"
         for name, same in report.agreements.items()
         if not same.exact

@@ -16,7 +16,8 @@ import torch
 from click.testing import CliRunner
 
 from dflash_export import build
-from dflash_export.contenders import _run_genai_builder, make_genai, make_hf, make_reference
+from dflash_export._genai_model import run_builder
+from dflash_export.contenders import make_genai, make_hf, make_reference
 from dflash_rt import Bundle
 from dflash_rt.bench import run_bench
 from dflash_rt.bench_contenders import ENTRY_POINT_GROUP, BenchSetup, Contender
@@ -271,5 +272,5 @@ def test_a_target_that_genai_cannot_convert(pair: Pair, tmp_path: Path) -> None:
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
     with pytest.raises(BackendUnavailableError, match="can't convert the target") as caught:
-        _run_genai_builder(checkpoint, tmp_path / "output")
+        run_builder(checkpoint, tmp_path / "output")
     assert "leave genai out of --compare" in str(caught.value)

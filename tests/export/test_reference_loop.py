@@ -3,10 +3,10 @@
 Random pairs with tiny vocabularies: drafts are confirmed by chance, so that every branch of the loop is
 taken. Tokens and, step by step, the number of confirmed drafts have to be the same.
 
-About ties. Both sides add up the same products in another order. Where the best two logits of a row are nearer
-to each other than the rounding error (some 1e-6 here), either may win. The seeds were chosen so that no two
-are that near (``LEAST_MARGIN``, which every run checks): on a machine that rounds in another way the logits
-move by no more than that error, and the tokens stay.
+About ties. Both sides add up the same products in another order. Where the best two logits of a row are
+nearer to each other than the rounding error (some 1e-6 here), either may win. The seeds were chosen so that
+no two are that near (``LEAST_MARGIN``, which every run checks): on a machine that rounds in another way the
+logits move by no more than that error, and the tokens stay.
 """
 
 from __future__ import annotations

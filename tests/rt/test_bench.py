@@ -31,10 +31,10 @@ from dflash_rt.bench_contenders import (
 from dflash_rt.bench_floor import (
     StepFloor,
     measure_read_bandwidth,
-    physical_cores,
     step_floor,
     weight_bytes,
 )
+from dflash_rt.bench_machine import cpu_name, load_average, package_versions, physical_cores
 from dflash_rt.bench_plot import check_plot, draw_plot
 from dflash_rt.bench_report import BenchReport, Conditions
 from dflash_rt.bench_stats import OUTSIDE, agreement, ratio, summarise
@@ -355,9 +355,12 @@ def test_a_mixture_of_experts_has_no_floor(tmp_path: Path) -> None:
     assert step_floor(bundle_with_graphs(tmp_path / "b", model_type="qwen3_moe"), 1, 1e9) is None
 
 
-def test_read_bandwidth_and_cores() -> None:
+def test_the_machine_is_measured_and_named() -> None:
     assert measure_read_bandwidth(2, size=2**20, rounds=2) > 0
     assert physical_cores() >= 1
+    assert cpu_name()
+    assert (load_average() or 0) >= 0
+    assert package_versions()["numpy"] == np.__version__
 
 
 # --- The report ---
