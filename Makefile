@@ -18,6 +18,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 BUNDLE := engines/smollm2-135m
 PROMPTS := examples/smollm2-135m-instruct-dflash/heldout_prompts.json
+# A file of tests stays on one worker: its fixtures export bundles.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: setup demo test bench lint clean
 
