@@ -15,6 +15,7 @@ import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
+from .head_layout import share_head_layout
 from .tracing import GraphInput
 
 __all__ = ["GraphOutput", "StoredWeight", "TracedGraph", "finish_graph"]
@@ -89,6 +90,7 @@ def finish_graph(
     else:
         _fold_transposes(graph, weights)
         _join_matmuls(graph, weights)
+        share_head_layout(graph)
     _inputs_to_initializers(graph, pending, weights)
     RemoveUnusedNodesPass()(model)
     _name_axes(graph, inputs, outputs)
@@ -172,7 +174,7 @@ def _fold_transposes(graph: ir.Graph, weights: dict[str, StoredWeight]) -> None:
 
 
 def _join_matmuls(graph: ir.Graph, weights: dict[str, StoredWeight]) -> None:
-    """``x·A, x·B, x·C`` become ``Split(x·[A B C])``: fewer, larger products, fewer thread barriers."""
+    """``x·A + a, x·B + b`` become ``Split(x·[A B] + [a b])``: fewer, larger products, fewer barriers."""
     readers: dict[ir.Value, list[ir.Node]] = defaultdict(list)
     for node in graph:
         if node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].name in weights:
@@ -186,33 +188,59 @@ def _join_matmuls(graph: ir.Graph, weights: dict[str, StoredWeight]) -> None:
 def _join(
     graph: ir.Graph, source: ir.Value, nodes: Sequence[ir.Node], weights: dict[str, StoredWeight]
 ) -> None:
-    names = [str(node.inputs[1].name) for node in nodes]  # type: ignore[union-attr]
+    matrices = [node.inputs[1] for node in nodes]
+    sizes = [weights[str(value.name)].shape[1] for value in matrices if value is not None]
+    ends = list(nodes)  # the nodes whose outputs the parts replace
+    weight = _joined_weight(graph, matrices, weights, transpose=True)
+    product = ir.node("MatMul", [source, weight])
+    added = [product]
+    biases = [_bias(node, weights) for node in nodes]
+    if None not in biases:
+        bias = _joined_weight(graph, [found[1] for found in biases if found], weights, transpose=False)
+        added.append(ir.node("Add", [product.outputs[0], bias]))
+        ends = [found[0] for found in biases if found]
+    split_sizes = ir.node("Constant", [], {"value": ir.tensor(np.array(sizes, np.int64))})
+    split = ir.node(
+        "Split", [added[-1].outputs[0], split_sizes.outputs[0]], {"axis": -1}, num_outputs=len(nodes)
+    )
+    graph.insert_before(nodes[0], [*added, split_sizes, split])
+    for node, output in zip(ends, split.outputs, strict=True):
+        old = node.outputs[0]
+        output.shape, output.type = old.shape, old.type
+        old.replace_all_uses_with(output)
+    graph.remove(dict.fromkeys([*ends, *nodes]), safe=True)
+
+
+def _bias(node: ir.Node, weights: Mapping[str, StoredWeight]) -> tuple[ir.Node, ir.Value] | None:
+    """The only reader of a product, if it adds a weight, and that weight."""
+    uses = list(node.outputs[0].uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Add":
+        return None
+    add = uses[0].node
+    other = add.inputs[1 - uses[0].idx]
+    return (add, other) if other is not None and other.name in weights else None
+
+
+def _joined_weight(
+    graph: ir.Graph, values: Sequence[ir.Value | None], weights: dict[str, StoredWeight], *, transpose: bool
+) -> ir.Value:
+    """One initializer of several weights side by side; ``weights`` has it in their place."""
+    names = [str(value.name) for value in values if value is not None]
     parts = [weights.pop(name) for name in names]
-    sizes = [part.shape[1] for part in parts]
     joined = StoredWeight(
         tuple(p for part in parts for p in part.parameters),
-        True,
+        transpose,
         parts[0].dtype,
-        (parts[0].shape[0], sum(sizes)),
+        (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts)),
     )
     # "a.q_proj.weight", "a.k_proj.weight" -> "a.q_proj+k_proj.weight"
     stem, _, leaf = names[0].rpartition(".")
     owner = stem.rpartition(".")[0]
     name = f"{owner}.{'+'.join(n.rpartition('.')[0].rpartition('.')[2] for n in names)}.{leaf}"
-    weight = ir.Value(name=name, shape=ir.Shape(joined.shape), type=ir.TensorType(joined.dtype))
+    value = ir.Value(name=name, shape=ir.Shape(joined.shape), type=ir.TensorType(joined.dtype))
     weights[name] = joined
-    product = ir.node("MatMul", [source, weight])
-    split_sizes = ir.node("Constant", [], {"value": ir.tensor(np.array(sizes, np.int64))})
-    split = ir.node(
-        "Split", [product.outputs[0], split_sizes.outputs[0]], {"axis": -1}, num_outputs=len(nodes)
-    )
-    graph.insert_before(nodes[0], [product, split_sizes, split])
-    for node, output in zip(nodes, split.outputs, strict=True):
-        old = node.outputs[0]
-        output.shape, output.type = old.shape, old.type
-        old.replace_all_uses_with(output)
-    graph.remove(list(nodes), safe=True)
-    _placeholder(graph, weight, joined)
+    _placeholder(graph, value, joined)
+    return value
 
 
 def _transpose_in_gemm(graph: ir.Graph) -> None:

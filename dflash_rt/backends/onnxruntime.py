@@ -6,7 +6,8 @@ tried on ONNX Runtime 1.32:
 
 - ``TensorScatter`` writes in place only if one buffer is bound as input and as output.
 - ``Attention`` costs time for every row of the cache buffer, valid or not, so the caches start small
-  and double when a sequence outgrows them. That is the only time a cache is allocated or copied.
+  and grow by an eighth or a bucket when a sequence outgrows them. That is the only time a cache is
+  allocated or copied.
 - Each session has its own thread pool, whose idle threads would spin while another session works.
 """
 
@@ -37,7 +38,7 @@ _STORAGE: dict[str, tuple[type[np.generic], int]] = {
     "float16": (np.float16, 10),
     "bfloat16": (np.uint16, 16),
 }
-_FIRST_CAPACITY = 256
+_BUCKET = 128  # rows that a cache grows by, at least
 
 
 class _Buffer:
@@ -47,11 +48,16 @@ class _Buffer:
         self.storage, self.onnx_type = _STORAGE[spec.dtype]
         self.tail = tuple(d for d in spec.shape[2:] if isinstance(d, int))
         self._flat = np.zeros(batch * rows * int(np.prod(self.tail, dtype=np.int64)), self.storage)
+        self._views: dict[tuple[int, int], npt.NDArray[Any]] = {}
 
     def view(self, batch: int, rows: int) -> npt.NDArray[Any]:
         """The tensor as ``[batch, rows, …]``; every call with the same shape is the same memory."""
-        shape = (batch, rows, *self.tail)
-        return self._flat[: int(np.prod(shape, dtype=np.int64))].reshape(shape)
+        view = self._views.get((batch, rows))
+        if view is None:
+            shape = (batch, rows, *self.tail)
+            view = self._flat[: int(np.prod(shape, dtype=np.int64))].reshape(shape)
+            self._views[batch, rows] = view  # a step asks a dozen times
+        return view
 
     def clear(self) -> None:
         """Zero all of it."""
@@ -107,7 +113,7 @@ class OnnxRuntimeBackend:
         return sum(array.nbytes for caches in self._caches.values() for array in caches.values())
 
     def reserve(self, rows: int) -> None:
-        """Make room for ``rows`` committed rows and one block; doubles the caches when they are full."""
+        """Make room for ``rows`` committed rows and one block; grows the caches when they are full."""
         needed = rows + self._block_size
         if needed <= self._capacity:
             return
@@ -118,10 +124,9 @@ class OnnxRuntimeBackend:
                 expected=f"at most {self._limit - self._block_size}",
                 todo="shorten the prompt or max_new_tokens, or build with a larger --max-seq-len",
             )
-        capacity = _FIRST_CAPACITY
-        while capacity < needed:
-            capacity *= 2
-        self._grow(min(capacity, self._limit))
+        # An eighth more than before keeps the copies of a long run below nine times its last cache.
+        wanted = max(needed, self._capacity + self._capacity // 8)
+        self._grow(min(-(-wanted // _BUCKET) * _BUCKET, self._limit))
 
     def prefill(self, token_ids: IntArray, start: IntArray, *, inject: bool) -> IntArray:
         """Feed prompt rows; see the protocol."""

@@ -117,6 +117,8 @@ def test_what_operators_mean_is_kept(pairs: Pairs, family: str) -> None:
             assert kinds.count("RotaryEmbedding") == (2 if name == "inject" else 4)
             assert {"Pow", "ReduceMean", "Sqrt"} & set(kinds) == set(), "a norm fell apart"
             assert kinds.count("RMSNormalization") >= (3 if name == "inject" else 5)
+            # One to heads for all of q, k and v, with bias and norms or not; one back.
+            assert kinds.count("Transpose") == (1 if name == "inject" else 2 * 2)
         read = {source for node in model.graph.node for source in node.input}
         assert {value.name for value in model.graph.input} <= read, "an input that nothing reads"
         assert {tensor.name for tensor in model.graph.initializer} <= read, "a weight that nothing reads"
