@@ -51,7 +51,7 @@ def main() -> None:
     multiple=True,
     help="Variable for the chat template, like enable_thinking=false. May be repeated.",
 )
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists, with its engines and reports.")
 @engine_options(required=False)
 def build(recipe: Path | None, output: Path | None, force: bool, backend: str | None, **options: Any) -> None:
     """Export a pair to a bundle.

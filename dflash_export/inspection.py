@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
+from dflash_export._inspect_engines import EngineStatus, inspect_engines
 from dflash_export.progress import SILENT, Progress
 from dflash_rt import Bundle, SamplingParams
 from dflash_rt.bundle import hash_file
-from dflash_rt.manifest import GraphSpec, SamplingDefaults, SourceInfo, TensorSpec
+from dflash_rt.manifest import ENGINES_FOLDER, GraphSpec, SamplingDefaults, SourceInfo, TensorSpec
 
 __all__ = ["FileStatus", "Inspection", "inspect_bundle"]
 
@@ -22,16 +23,19 @@ class Inspection:
     """A bundle, and the state of each of its files.
 
     ``unlisted`` are files in the folder that the manifest doesn't name: harmless, and never read.
+    ``engines`` are its engine sets.
     """
 
     bundle: Bundle
     files: Mapping[str, FileStatus]
     unlisted: tuple[str, ...]
+    engines: tuple[EngineStatus, ...] = ()
 
     @property
     def changed(self) -> tuple[str, ...]:
-        """Files whose SHA-256 isn't the recorded one."""
-        return tuple(name for name, status in self.files.items() if status == "changed")
+        """Files whose SHA-256 isn't the recorded one, engines with their folder."""
+        own = [name for name, status in self.files.items() if status == "changed"]
+        return (*own, *(f"{ENGINES_FOLDER}/{s.folder}/{name}" for s in self.engines for name in s.changed))
 
     def to_dict(self) -> dict[str, Any]:
         """The whole manifest and what was found, as JSON values."""
@@ -40,12 +44,15 @@ class Inspection:
             "bytes": self.bundle.total_bytes,
             "files": dict(self.files),
             "unlisted": list(self.unlisted),
+            "engines": [engines.to_dict() for engines in self.engines],
             "manifest": json.loads(self.bundle.manifest.to_json()),
         }
 
     def table(self) -> str:
         """Text for people."""
-        parts = (self._summary(), self._graphs(), self._files(), self._origin())
+        parts = [self._summary(), self._graphs(), self._files(), self._origin()]
+        if self.engines:
+            parts.append("engines\n" + _aligned([item.row() for item in self.engines], indent="  "))
         return "\n\n".join(parts)
 
     def _summary(self) -> str:
@@ -112,13 +119,15 @@ def inspect_bundle(bundle: Bundle, *, verify_files: bool = True, progress: Progr
     """
     recorded = bundle.manifest.files
     if not verify_files:
-        return Inspection(bundle, dict.fromkeys(recorded, "not checked"), bundle.unlisted_files())
+        engines = inspect_engines(bundle, verify_files=False)
+        return Inspection(bundle, dict.fromkeys(recorded, "not checked"), bundle.unlisted_files(), engines)
     states: dict[str, FileStatus] = {}
     with progress.stage("hashing files", total=bundle.total_bytes) as stage:
         for name, record in recorded.items():
             found = hash_file(bundle.root / name, name=name, progress=lambda _, size: stage.advance(size))
             states[name] = "ok" if found == record else "changed"
-    return Inspection(bundle, states, bundle.unlisted_files())
+    engines = inspect_engines(bundle, progress=progress)
+    return Inspection(bundle, states, bundle.unlisted_files(), engines)
 
 
 def _tensors(graph: GraphSpec) -> str:

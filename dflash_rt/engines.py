@@ -42,6 +42,8 @@ __all__ = [
     "EngineSpec",
     "Machine",
     "ProfileSpec",
+    "built_for",
+    "bundle_differences",
     "compile_command",
     "differences",
     "find_engines",
@@ -250,7 +252,7 @@ def differences(
 
     ``max_seq_len`` and ``batch`` are what the caller needs. Nothing is loaded and no device is asked.
     """
-    found = [*_bundle_differences(engines, bundle), *_machine_differences(engines.build, machine)]
+    found = [*bundle_differences(engines, bundle), *_machine_differences(engines.build, machine)]
     if max_seq_len is not None and engines.limits.max_seq_len < max_seq_len:
         found.append(Difference("max_seq_len", str(engines.limits.max_seq_len), str(max_seq_len)))
     if engines.limits.max_batch < batch:
@@ -258,7 +260,8 @@ def differences(
     return tuple(found)
 
 
-def _bundle_differences(engines: EngineSet, bundle: Bundle) -> Iterator[Difference]:
+def bundle_differences(engines: EngineSet, bundle: Bundle) -> Iterator[Difference]:
+    """Every way in which ``engines`` were built from another bundle than this one, on any machine."""
     manifest = bundle.manifest
     if engines.build.precision != manifest.precision:
         yield Difference("precision", engines.build.precision, manifest.precision)
@@ -281,9 +284,9 @@ def _machine_differences(build: BuildKey, machine: Machine) -> Iterator[Differen
         built = build.backend_version + (" or newer of its major version" if build.version_compatible else "")
         yield Difference(f"{build.backend} version", built, machine.backend_version)
     if machine.gpu is None or machine.compute_capability is None:
-        yield Difference("GPU", _built_for(build), "none")
+        yield Difference("GPU", built_for(build), "none")
     elif not _gpu_fits(build, machine.gpu, machine.compute_capability):
-        yield Difference("GPU", _built_for(build), f"{machine.gpu} (sm{machine.compute_capability})")
+        yield Difference("GPU", built_for(build), f"{machine.gpu} (sm{machine.compute_capability})")
 
 
 def _version_fits(build: BuildKey, version: str) -> bool:
@@ -303,7 +306,8 @@ def _gpu_fits(build: BuildKey, gpu: str, compute_capability: int) -> bool:
     return compute_capability in build.compute_capabilities and build.gpu in (None, gpu)
 
 
-def _built_for(build: BuildKey) -> str:
+def built_for(build: BuildKey) -> str:
+    """The GPUs that engines were built for, in words."""
     if build.hardware_compatible:
         return f"any GPU of sm{_AMPERE} or newer"
     capabilities = ", ".join(f"sm{number}" for number in build.compute_capabilities)

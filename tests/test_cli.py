@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from dflash_export.cli import main as export_main
 from dflash_rt import Bundle
 from dflash_rt.cli import main as rt_main
 from dflash_rt.console import CommandGroup, read_prompts
+from dflash_rt.engines import EngineFile
 from dflash_rt.errors import PromptError
 from tests.rt.bundle_maker import manifest_document, write_bundle
+from tests.rt.test_engines import TRT, engine_set, store
 
 ROOT = Path(__file__).parents[1]
 
@@ -286,6 +290,38 @@ def test_inspect_truncated_file(tmp_path: Path) -> None:
     result = invoke("dflash-export", "inspect", bundle)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "embed.onnx: found 0 bytes" in result.stderr
+
+
+def test_inspect_shows_engines(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "bundle")
+    bundle = Bundle.open(folder)
+    record = EngineFile("embed.engine", 3, hashlib.sha256(b"abc").hexdigest())
+    right = engine_set(bundle)
+    right = replace(right, files={name: replace(record, name=f"{name}.engine") for name in right.files})
+    other = replace(
+        right,
+        build=TRT,
+        engines={k: replace(v, sources={"embed.onnx": "1" * 64}) for k, v in right.engines.items()},
+    )
+    good, bad = store(bundle, right), store(bundle, other)
+    (folder / "engines" / "tensorrt-broken").mkdir()
+    result = invoke("dflash-export", "inspect", folder)
+    assert (result.exit_code, "fits this bundle" in result.stdout) == (0, True)
+    lines = {line.split()[0]: line for line in result.stdout.partition("engines\n")[2].splitlines()}
+    assert set(lines) == {good.name, bad.name, "tensorrt-broken"}
+    facts = "tensorrt-rtx 1.7.1, sm86, sm89, fp32, 24 tokens, batch 1, 0.0 MB"
+    assert lines[good.name].split(facts)[1].strip() == "fits this bundle"
+    assert "the bundle's embed.onnx: built for sha256 111111111111" in lines[bad.name]
+    assert "can't be read" in lines["tensorrt-broken"]
+
+    (good / "target.engine").write_bytes(b"abd")
+    result = invoke("dflash-export", "inspect", "--json", folder)
+    found = {entry["folder"]: entry for entry in json.loads(result.stdout)["engines"]}
+    assert result.exit_code == 1
+    assert f"engines/{good.name}/target.engine" in result.stderr
+    assert (found[good.name]["changed"], found[bad.name]["changed"]) == (["target.engine"], [])
+    assert (found[good.name]["backend"], found[good.name]["max_batch"]) == ("tensorrt-rtx", 1)
+    assert invoke("dflash-export", "inspect", "--no-verify", folder).exit_code == 0
 
 
 # --- generate, on the demo pair ---
