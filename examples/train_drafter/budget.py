@@ -26,12 +26,14 @@ class Budget:
         """Seconds since the start."""
         return self.clock() - self.started
 
-    def allows_another(self, since: float | None = None) -> bool:
+    def allows_another(self, since: float | None) -> bool:
         """Whether one more piece fits, if it takes no longer than the longest so far.
 
-        ``since`` is what :attr:`seconds` was when the last piece began.
+        ``since`` is what :attr:`seconds` was when the last piece began, ``None`` before the first, which is
+        always allowed: every call makes some progress.
         """
+        if since is None or self.minutes is None:
+            return True
         now = self.seconds
-        if since is not None:
-            self._longest = max(self._longest, now - since)
-        return self.minutes is None or now + self._longest < 60 * self.minutes
+        self._longest = max(self._longest, now - since)
+        return now + self._longest < 60 * self.minutes

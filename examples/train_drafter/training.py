@@ -68,8 +68,8 @@ class Outcome:
 
 
 def default_gamma(block_size: int) -> float:
-    """The paper's decay of the loss over a block: 4, 5 and 7 for blocks of 8, 10 and 16; between, in line."""
-    return 4.0 + 3.0 * (block_size - 8) / 8 if block_size > 8 else max(1.0, block_size / 2)
+    """The paper's decay of the loss over a block: 4, 5 and 7 for blocks of 8, 10 and 16; others in line."""
+    return max(1.0, min(block_size / 2, 5 + (block_size - 10) / 3))
 
 
 class Trainer:

@@ -54,7 +54,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def as_inference(pair: Pair, row: int, anchor: int) -> torch.Tensor:
-    """The reference's forward as ``dflash_generate`` calls it: features before the anchor, one block, no mask.
+    """The reference's forward as ``dflash_generate`` calls it: features before the anchor, a block, no mask.
 
     The target runs over these tokens alone, so nothing of later ones can be in the features.
     """

@@ -87,7 +87,7 @@ def test_an_interrupted_run_goes_on(target: Any, tmp_path: Path) -> None:
 
 def test_other_settings_are_refused(target: Any, tmp_path: Path) -> None:
     make(target, prompts(2), tmp_path)
-    with pytest.raises(OutputError, match="found: max_new_tokens 41\n.*expected: max_new_tokens 40"):
+    with pytest.raises(OutputError, match=r"found: max_new_tokens 41\n.*expected: max_new_tokens 40"):
         make(target, prompts(2), tmp_path, max_new_tokens=41)
     with pytest.raises(OutputError, match="prompts_sha256"):
         make(target, prompts(2, 7), tmp_path)
