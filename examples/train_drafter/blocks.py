@@ -26,7 +26,15 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Attend", "block_hidden", "block_labels", "block_loss", "dense_attention", "flex_attention_for"]
+__all__ = [
+    "Attend",
+    "block_hidden",
+    "block_labels",
+    "block_loss",
+    "dense_attention",
+    "flex_attention_for",
+    "position_weights",
+]
 
 Attend: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Visible: TypeAlias = Callable[[Any, Any, Any, Any], torch.Tensor]
@@ -164,6 +172,14 @@ def block_labels(
     counts = real[:, :, None] & (places < lengths[:, None, None])
     inside = places.clamp(max=ids.shape[1] - 1)
     return ids.gather(1, inside.flatten(1)).view_as(places), counts
+
+
+def position_weights(block_size: int, gamma: float) -> torch.Tensor:
+    """Weight of each drafted row's loss, float32 ``[block_size - 1]``: ``exp(-(k - 1) / gamma)`` for row k.
+
+    Equation 4 of the paper: a draft only counts if all before it in the block were right.
+    """
+    return torch.exp(-torch.arange(block_size - 1) / gamma)
 
 
 def block_loss(

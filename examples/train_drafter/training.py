@@ -14,7 +14,14 @@ import torch
 
 from dflash_rt.errors import NumericalError, RecipeError
 
-from .blocks import block_hidden, block_labels, block_loss, dense_attention, flex_attention_for
+from .blocks import (
+    block_hidden,
+    block_labels,
+    block_loss,
+    dense_attention,
+    flex_attention_for,
+    position_weights,
+)
 from .budget import Budget
 from .checkpoint import load_state, save_state
 from .dataset import Batch, Sequences, generator
@@ -107,8 +114,7 @@ class Trainer:
         fused = self._device.type == "cuda"
         self._optimizer = torch.optim.AdamW(groups, options.learning_rate, betas=(0.9, 0.95), fused=fused)
         self.gamma = options.gamma or default_gamma(self._config.block_size)
-        places = torch.arange(self._config.block_size - 1, device=self._device)
-        self._weights = torch.exp(-places / self.gamma)
+        self._weights = position_weights(self._config.block_size, self.gamma).to(self._device)
 
     # --- The loop ---
 

@@ -16,6 +16,7 @@ from dflash_export.drafter_config import load_drafter_config
 from dflash_export.sources import resolve_drafter
 from dflash_export.weights import open_weights
 from dflash_rt.errors import CheckpointError, NumericalError, PairError, RecipeError, UnsupportedModelError
+from examples.train_drafter.blocks import position_weights
 from examples.train_drafter.budget import Budget
 from examples.train_drafter.dataset import Sequences, read_sequences
 from examples.train_drafter.drafter import (
@@ -173,6 +174,17 @@ def test_options_that_cannot_work_are_refused(target: Target, sequences: Sequenc
         trainer(target, sequences, TrainOptions(steps=1, validation=96))
 
 
+def test_gamma_weighs_the_loss_by_position(target: Target, sequences: Sequences) -> None:
+    assert position_weights(4, 2).tolist() == pytest.approx([1, math.exp(-0.5), math.exp(-1)])
+    losses = []
+    for gamma in (1e-3, 1e6):  # the first draft alone; all alike
+        options = TrainOptions(steps=1, batch=4, anchors=6, validation=8, gamma=gamma)
+        run = trainer(target, sequences, options)
+        run.validate()
+        losses.append(run.outcome.curve[-1]["loss"])
+    assert abs(losses[0] - losses[1]) > 0.01
+
+
 # --- Precision, and what a GPU runs ---
 
 
@@ -198,6 +210,9 @@ def test_a_new_drafter_starts_from_the_targets_last_layers(target: Target) -> No
         assert all(torch.equal(value, given[name]) for name, value in layer.state_dict().items())
     assert torch.equal(drafter.model.norm.weight, target.model.model.norm.weight)
     assert drafter.config.feature_layers == (1, 0)
+    passed_through = drafter.model.fc.weight[:, 32:]
+    assert (passed_through.diagonal() - 1).abs().max() < 0.1
+    assert drafter.model.fc.weight.std() > 0.001
     assert "24 of 25 tensors" in drafter.start
 
 
