@@ -130,6 +130,8 @@ class Trainer:
             counts = load_state(state, self.drafter.model, self._optimizer, run=self._identity())
             self.outcome = Outcome(**counts)
             self._log(f"train: going on from step {self.outcome.step}, {self.outcome.seconds:.0f} s")
+        if self.outcome.step == 0:
+            self.validate()
         earlier, saved, before = self.outcome.seconds, call.seconds, None
         while (progress := self._progress()) < 1 and call.allows_another(before):
             before = call.seconds
@@ -163,14 +165,13 @@ class Trainer:
         step, seed = self.outcome.step, options.seed
         chosen = self._sequences.shuffled(step, options.batch, seed, skip=options.validation)
         draw = generator(seed + 1, step)
-        fixed = self._compiled
-        batch = self._sequences.batch(chosen, options.anchors, draw, fixed_shape=fixed).to(self._device)
-        loss, accepted = self._forward(batch)
+        batch = self._sequences.batch(chosen, options.anchors, draw, fixed_shape=self._compiled)
+        self.outcome.blocks += int(batch.real.sum())
+        loss, accepted = self._forward(batch.to(self._device))
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.drafter.model.parameters(), options.clip)
         self._optimizer.step()
-        self.outcome.blocks += batch.real.numel()
         return loss.detach(), accepted, rate
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

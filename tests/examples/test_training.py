@@ -89,7 +89,9 @@ def test_acceptance_rises_on_prompts_that_training_never_saw(
     assert before[1] < 1.6
     assert after[0] > before[0] + 0.3
     assert after[1] > before[1] + 1.0
-    assert outcome.curve[-1]["tokens_per_step"] > 2
+    assert [point["step"] for point in outcome.curve] == [0, 150]
+    assert outcome.curve[0]["tokens_per_step"] < 1.6
+    assert outcome.curve[1]["tokens_per_step"] > 2
     assert any(line.startswith("train: step 20, loss ") and "tokens a step" in line for line in lines)
 
 
