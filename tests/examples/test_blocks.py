@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from dflash.model import extract_context_feature
 from torch.nn import functional
 
 from examples.train_drafter.blocks import (
@@ -94,6 +95,15 @@ def test_the_comparison_sees_one_feature_too_many(pair: Pair) -> None:
             for block, anchor in enumerate(anchors):
                 wrong = pair.logits(hidden)[row, block]
                 assert (wrong - as_inference(pair, row, anchor)).abs().max() > 1e-3
+
+
+def test_features_are_what_the_reference_taps(pair: Pair) -> None:
+    """Also where a row is padded at its end."""
+    layers = [0, 2]
+    features = features_of(pair.target, pair.ids, layers)
+    short = pair.ids[:, :9]
+    hidden = pair.target(short, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(features[:, :9], extract_context_feature(hidden, layers))
 
 
 def test_labels_are_the_tokens_after_the_anchor() -> None:

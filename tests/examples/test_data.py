@@ -15,15 +15,19 @@ from dflash_rt.errors import CheckpointError, OutputError, SourceError
 from examples.train_drafter.budget import Budget
 from examples.train_drafter.dataset import Sequences, generator, read_sequences
 from examples.train_drafter.generation import answer_greedily, make_data, plan_batches
+from tests.export._pairs import TargetSpec, make_target
 
-from .tiny_pair import STOP, make_chain_target, prompts
+from .tiny_pair import prompts
 
 NEW = 40
+STOP = 3
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_chain_target(tmp_path_factory.mktemp("target"))
+    """Few tokens and large weights: what comes next depends on everything before it."""
+    spec = TargetSpec("qwen3", tied=False, vocab=250)
+    return make_target(tmp_path_factory.mktemp("target"), spec, spread=0.6)
 
 
 def make(target: Any, asked: list[list[int]], folder: Path, **changes: Any) -> tuple[bool, list[str]]:
@@ -36,10 +40,10 @@ def make(target: Any, asked: list[list[int]], folder: Path, **changes: Any) -> t
 # --- Answers ---
 
 
-@pytest.mark.parametrize("stops", [(), (STOP,), (STOP, 17)])
+@pytest.mark.parametrize("stops", [(), tuple(range(0, 250, 20)), tuple(range(0, 250, 60))])
 def test_answers_are_those_of_hugging_face(target: Any, stops: tuple[int, ...]) -> None:
     """In a batch whose rows end at different times, so that it shrinks on the way."""
-    asked = prompts(12)
+    asked = prompts(16)
     answers = answer_greedily(target, asked, max_new_tokens=NEW, stop_token_ids=stops)
     expected = [
         list(generate_greedy(target, prompt, max_new_tokens=NEW, stop_token_ids=stops).token_ids)
@@ -110,6 +114,15 @@ def test_settings_say_what_the_data_is(target: Any, tmp_path: Path) -> None:
     make(target, prompts(3), tmp_path)
     found = json.loads((tmp_path / "data.json").read_text())
     assert (found["prompts"], found["max_new_tokens"], found["stop_token_ids"]) == (3, NEW, [STOP])
+
+
+def test_a_budget_leaves_room_for_the_longest_piece() -> None:
+    now = iter([0.0, 1.0, 21.0, 30.0, 45.0])
+    budget = Budget(1.0, lambda: next(now))
+    assert budget.allows_another(None)
+    assert budget.allows_another(budget.seconds)  # from 1 to 21: another 20 end at 41
+    assert not budget.allows_another(budget.seconds)  # from 30 to 45: another 20 would end at 65
+    assert Budget(None).allows_another(0.0)
 
 
 # --- Batches ---

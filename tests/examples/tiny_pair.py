@@ -14,7 +14,6 @@ from tests.export.pair_maker import byte_tokenizer
 
 CHAIN = 24  # tokens of the chain; ids 0 to CHAIN - 1
 MASK = 299
-STOP = 3
 SPEC = TargetSpec("qwen3", tied=False, hidden=32, vocab=300, positions=256)
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
