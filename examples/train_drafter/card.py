@@ -47,8 +47,8 @@ def _head(training: dict[str, Any]) -> str:
 def _data(training: dict[str, Any], data: dict[str, Any]) -> str:
     return _paragraphs(
         "## Data",
-        f"The target's own greedy answers, at most {data['max_new_tokens']} tokens each, to prompts made of "
-        f"templates and word lists. Trained on {training['sequences']:,} sequences with "
+        f"The target's own greedy answers, at most {data['max_new_tokens']} tokens each; prompts: "
+        f"{data['prompt_source']}. Trained on {training['sequences']:,} sequences with "
         f"{training['new_tokens']:,} answer tokens; {training['options']['validation']} more were kept for "
         "validation. The held-out prompts below are not among them.",
     )

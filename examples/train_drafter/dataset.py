@@ -53,10 +53,9 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
-    def new_tokens(self) -> int:
-        """Tokens of all answers."""
-        return int((self.lengths - self.prompt_lengths).sum())
+    def new_tokens(self, *, skip: int) -> int:
+        """Tokens of the answers from sequence ``skip`` on."""
+        return int((self.lengths - self.prompt_lengths)[skip:].sum())
 
     def batch(self, chosen: torch.Tensor, anchors: int, draw: torch.Generator, *, fixed_shape: bool) -> Batch:
         """The sequences ``chosen`` (int64 ``[batch]``), with at most ``anchors`` anchors each.
@@ -100,7 +99,10 @@ def generator(seed: int, number: int) -> torch.Generator:
 
 
 def read_sequences(folder: Path) -> Sequences:
-    """All data files of a folder, in the order of their names; answers too short for a draft are left out.
+    """All data files of a folder; answers too short for a draft are left out.
+
+    In an order that is random, and the same each time: a file holds prompts of one length, and the first
+    sequences are those for validation.
 
     Raises SourceError when there is nothing to train on and CheckpointError for a damaged file.
     """
@@ -128,4 +130,6 @@ def read_sequences(folder: Path) -> Sequences:
             expected="data files",
             todo="make data first",
         )
-    return Sequences(torch.cat(ids), torch.cat(lengths), torch.cat(prompts))
+    order = torch.randperm(len(ids), generator=generator(0, 0))
+    shuffled = torch.cat([ids[index] for index in order.tolist()])
+    return Sequences(shuffled, torch.cat(lengths)[order], torch.cat(prompts)[order])

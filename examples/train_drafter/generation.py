@@ -38,18 +38,20 @@ def make_data(
     stop_token_ids: Sequence[int],
     batch: int,
     seed: int,
+    prompt_source: str,
     budget: Budget,
     log: Callable[[str], None],
 ) -> bool:
     """Answer all prompts, one file a batch; batches that have a file are done. True when all are.
 
-    ``prompts`` are token ids, ready for the answer. Stops early when the budget allows no more. Files appear
-    whole or not at all. Raises OutputError when ``folder`` holds the data of other settings.
+    ``prompts`` are token ids, ready for the answer; ``prompt_source`` says in words where they are from.
+    Stops early when the budget allows no more. Files appear whole or not at all. Raises OutputError when
+    ``folder`` holds the data of other settings.
     """
     digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
     stops = sorted(stop_token_ids)
-    settings = {"prompts": len(prompts), "prompts_sha256": digest, "max_new_tokens": max_new_tokens}
-    settings |= {"stop_token_ids": stops, "batch": batch, "seed": seed}
+    settings = {"prompt_source": prompt_source, "prompts": len(prompts), "prompts_sha256": digest}
+    settings |= {"max_new_tokens": max_new_tokens, "stop_token_ids": stops, "batch": batch, "seed": seed}
     write_settings(folder / SETTINGS_FILE, settings)
     plan = plan_batches([len(prompt) for prompt in prompts], batch, seed)
     todo = [number for number in range(len(plan)) if not _file(folder, number).is_file()]

@@ -70,10 +70,11 @@ def open_run(given: Mapping[str, Any]) -> Run:
 
 def data(run: Run, given: Mapping[str, Any]) -> None:
     """Make what is still missing of ``data/``."""
-    if given["prompt_file"] is None:
+    own = given["prompt_file"]
+    if own is None:
         prompts = training_prompts(given["prompt_count"], seed=given["seed"], held_out=run.held_out)
     else:
-        prompts = own_prompts(given["prompt_file"], run.held_out)[: given["prompt_count"]]
+        prompts = own_prompts(own, run.held_out)[: given["prompt_count"]]
     make_data(
         run.target.model,
         run.target.encode(prompts),
@@ -82,6 +83,7 @@ def data(run: Run, given: Mapping[str, Any]) -> None:
         stop_token_ids=run.target.stop_token_ids,
         batch=given["data_batch"] or (512 if run.on_cuda else 16),
         seed=given["seed"],
+        prompt_source="templates and word lists" if own is None else own.name,
         budget=Budget(given["data_minutes"]),
         log=log,
     )
@@ -122,7 +124,8 @@ def train(run: Run, given: Mapping[str, Any]) -> None:
     )
     outcome = trainer.run(run.output / "state.safetensors", call=call)
     write_drafter(run.output / "drafter", drafter)
-    count, tokens = len(sequences) - train_options.validation, sequences.new_tokens
+    kept = train_options.validation
+    count, tokens = len(sequences) - kept, sequences.new_tokens(skip=kept)
     _write_record(run, drafter, trainer, outcome, sequences=count, new_tokens=tokens)
     write_card(run.output)
     ended = "finished" if outcome.finished else "stopped"
@@ -173,7 +176,9 @@ def _write_record(
     run: Run, drafter: Drafter, trainer: Trainer, outcome: Outcome, *, sequences: int, new_tokens: int
 ) -> None:
     device = (
-        torch.cuda.get_device_name(run.device) if run.on_cuda else f"a CPU, {torch.get_num_threads()} threads"
+        torch.cuda.get_device_name(run.device)
+        if run.on_cuda
+        else f"a CPU, threads: {torch.get_num_threads()}"
     )
     record = {
         "target": run.target.source.id,

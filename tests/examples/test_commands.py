@@ -65,6 +65,7 @@ def test_one_command_makes_a_drafter_with_a_card(target: Path, tmp_path: Path) -
     card = (tmp_path / "drafter" / "README.md").read_text()
     for fact in (
         f"Trained on {training['sequences']} sequences with {training['new_tokens']:,} answer tokens; 8 more",
+        "at most 20 tokens each; prompts: prompts.txt",
         "120 steps",
         "2 layers, hidden 32, blocks of 4, features of target layers 0, 2, mask token 299",
         "cross entropy weighted by exp(-(k-1)/2)",
@@ -74,6 +75,7 @@ def test_one_command_makes_a_drafter_with_a_card(target: Path, tmp_path: Path) -
     ):
         assert fact in card
     assert training["sequences"] == 112 - 8
+    assert training["new_tokens"] == (112 - 8) * 20
     assert training["outcome"]["finished"]
 
 

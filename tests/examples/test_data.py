@@ -33,6 +33,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def make(target: Any, asked: list[list[int]], folder: Path, **changes: Any) -> tuple[bool, list[str]]:
     lines: list[str] = []
     options: dict[str, Any] = {"max_new_tokens": NEW, "stop_token_ids": (STOP,), "batch": 4, "seed": 0}
+    options |= {"prompt_source": "random ids"}
     options |= {"budget": Budget(None), "log": lines.append} | changes
     return make_data(target, asked, folder, **options), lines
 
@@ -81,6 +82,7 @@ def test_an_interrupted_run_goes_on(target: Any, tmp_path: Path) -> None:
         assert (tmp_path / "parts" / whole.name).read_bytes() == whole.read_bytes()
     again = read_sequences(tmp_path / "parts")
     assert len(again) == 16
+    assert set(again.prompt_lengths[:4].tolist()) == {5, 7}, "the first ones are for validation"
     start, length = int(again.lengths[0]), int(again.lengths[1])
     second, prompt = again.ids[start : start + length].tolist(), int(again.prompt_lengths[1])
     assert second[:prompt] in asked

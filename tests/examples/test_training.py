@@ -47,6 +47,7 @@ def sequences(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Seque
     folder = tmp_path_factory.mktemp("data")
     asked = prompts(96)
     options: dict[str, Any] = {"max_new_tokens": 32, "stop_token_ids": (), "batch": 32, "seed": 0}
+    options |= {"prompt_source": "random ids"}
     make_data(target.model, asked, folder, budget=Budget(None), log=lambda _: None, **options)
     return read_sequences(folder)
 
