@@ -109,7 +109,8 @@ def train(run: Run, given: Mapping[str, Any]) -> None:
     )
     sequences = read_sequences(run.output / "data")
     drafter = _first_drafter(run, given)
-    if not (run.output / "initial").is_dir():
+    state = run.output / "state.safetensors"
+    if not state.is_file():  # with one, this run is under way and has written its start
         write_drafter(run.output / "initial", drafter)
     longest = int(sequences.lengths.max())
     check_written(run.output / "initial", run.target.source, max_seq_len=longest)
@@ -119,10 +120,10 @@ def train(run: Run, given: Mapping[str, Any]) -> None:
         sequences,
         train_options,
         dtype=run.dtype,
-        compiled=run.on_cuda if given["compiled"] is None else given["compiled"],
+        compiled=_compiled(run, given["compiled"]),
         log=log,
     )
-    outcome = trainer.run(run.output / "state.safetensors", call=call)
+    outcome = trainer.run(state, call=call)
     write_drafter(run.output / "drafter", drafter)
     kept = train_options.validation
     count, tokens = len(sequences) - kept, sequences.new_tokens(skip=kept)
@@ -130,6 +131,17 @@ def train(run: Run, given: Mapping[str, Any]) -> None:
     write_card(run.output)
     ended = "finished" if outcome.finished else "stopped"
     log(f"train: {ended} at step {outcome.step}, wrote {run.output / 'drafter'}")
+
+
+def _compiled(run: Run, wanted: bool | None) -> bool:
+    if wanted and not run.on_cuda:
+        raise RecipeError(
+            "--compile needs CUDA",
+            found=f"device {run.device}",
+            expected="a CUDA device: FlexAttention has no backward pass elsewhere",
+            todo="leave out --compile for the dense mask",
+        )
+    return run.on_cuda if wanted is None else wanted
 
 
 def _first_drafter(run: Run, given: Mapping[str, Any]) -> Drafter:

@@ -129,7 +129,7 @@ def test_errors_are_messages(
     assert "what to do: " in result.stderr
 
 
-def test_a_new_drafter_needs_its_mask_token(target: Path, tmp_path: Path) -> None:
+def test_options_that_cannot_work_are_refused(target: Path, tmp_path: Path) -> None:
     assert call("data", target, tmp_path, "--prompts", "12", "--max-new-tokens", "4").exit_code == 0
     for options, fragment in (
         (["--steps", "1"], "no --mask-token-id"),
@@ -137,6 +137,7 @@ def test_a_new_drafter_needs_its_mask_token(target: Path, tmp_path: Path) -> Non
         (["--mask-token-id", "4"], "neither steps nor minutes"),
         (["--steps", "1", "--init-from", str(target), "--taps", "1"], "--taps with --init-from"),
         (["--steps", "1", "--mask-token-id", "4", "--taps", "0,9"], "9"),
+        (["--steps", "1", *SIZES, "--compile"], "--compile needs CUDA"),
     ):
         result = call("train", target, tmp_path, "--validation", "4", *options)
         assert result.exit_code == 1
