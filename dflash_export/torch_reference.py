@@ -253,7 +253,7 @@ def generate_reference(
     It clips the last blocks to the tokens that are still wanted, which changes what is drafted in them.
     """
     module = importlib.import_module("dflash.model")
-    input_ids = torch.tensor([list(prompt)])
+    input_ids = torch.tensor([list(prompt)], device=target.device)
     with _clock_without_cuda(module):
         found = module.dflash_generate(
             drafter,

@@ -1,0 +1,262 @@
+"""The training loop: AdamW on the drafter's weights, with checkpoints and a budget of minutes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dflash_rt.errors import NumericalError, RecipeError
+
+from .blocks import (
+    block_hidden,
+    block_labels,
+    block_loss,
+    dense_attention,
+    flex_attention_for,
+    position_weights,
+)
+from .budget import Budget
+from .checkpoint import load_state, save_state
+from .dataset import Batch, Sequences, generator
+from .drafter import Drafter
+from .target import features_of
+
+__all__ = ["Outcome", "TrainOptions", "Trainer", "default_gamma"]
+
+_VALIDATION_SEED = 1
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What makes two runs the same. One ends after ``steps`` steps or ``minutes`` minutes, what comes first.
+
+    ``minutes`` counts all calls of a run that is resumed. The learning rate rises over the first ``warmup``
+    share of the way to that end and falls to zero on a cosine. ``validation`` sequences are never trained on.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    batch: int = 16
+    anchors: int = 64
+    learning_rate: float = 6e-4
+    warmup: float = 0.04
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    gamma: float | None = None
+    validation: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise RecipeError(
+                "training has no end",
+                found="neither steps nor minutes",
+                expected="at least one: the learning rate falls to zero at the end",
+                todo="give --steps or --minutes",
+            )
+
+
+@dataclass
+class Outcome:
+    """How far a run is. ``seconds`` and ``blocks`` count all calls; ``curve`` has an entry a validation."""
+
+    step: int = 0
+    seconds: float = 0.0
+    blocks: int = 0
+    finished: bool = False
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+def default_gamma(block_size: int) -> float:
+    """The paper's decay of the loss over a block: 4, 5 and 7 for blocks of 8, 10 and 16; others in line."""
+    return max(1.0, min(block_size / 2, 5 + (block_size - 10) / 3))
+
+
+class Trainer:
+    """One run. Owns the optimizer and the counts; the drafter's weights change in place."""
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        target: Any,
+        sequences: Sequences,
+        options: TrainOptions,
+        *,
+        dtype: torch.dtype,
+        compiled: bool,
+        log: Callable[[str], None],
+    ) -> None:
+        """``dtype`` bfloat16 trains under autocast. ``compiled`` uses torch.compile and FlexAttention."""
+        if len(sequences) <= options.validation:
+            raise RecipeError(
+                "there is too little data",
+                found=f"{len(sequences)} sequences, {options.validation} of them for validation",
+                expected="more sequences than those for validation",
+                todo="make more data, or lower --validation",
+            )
+        self.drafter, self.options, self.outcome = drafter, options, Outcome()
+        self._config = drafter.config
+        self._target, self._sequences, self._log = target, sequences, log
+        self._device, self._dtype, self._compiled = target.device, dtype, compiled
+        drafter.model.to(self._device)
+        named = dict(drafter.model.named_parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in named.values() if p.dim() > 1], "weight_decay": options.weight_decay},
+            {"params": [p for p in named.values() if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        fused = self._device.type == "cuda"
+        self._optimizer = torch.optim.AdamW(groups, options.learning_rate, betas=(0.9, 0.95), fused=fused)
+        self.gamma = options.gamma or default_gamma(self._config.block_size)
+        self._weights = position_weights(self._config.block_size, self.gamma).to(self._device)
+
+    # --- The loop ---
+
+    def run(
+        self, state: Path, *, call: Budget, checkpoint_minutes: float = 5.0, log_every: int = 20
+    ) -> Outcome:
+        """Train to the end of the run or of the call's budget, from ``state`` if that file exists.
+
+        Writes ``state`` at the end and every ``checkpoint_minutes``. Raises NumericalError when the loss
+        isn't finite; the last checkpoint is kept then.
+        """
+        if state.is_file():
+            counts = load_state(state, self.drafter.model, self._optimizer, run=self._identity())
+            self.outcome = Outcome(**counts)
+            self._log(f"train: going on from step {self.outcome.step}, {self.outcome.seconds:.0f} s")
+        if self.outcome.step == 0:
+            self.validate()
+        earlier, saved, before = self.outcome.seconds, call.seconds, None
+        while (progress := self._progress()) < 1 and call.allows_another(before):
+            before = call.seconds
+            loss, accepted, rate = self._step(progress)
+            outcome = self.outcome
+            outcome.step, outcome.seconds = outcome.step + 1, earlier + call.seconds
+            if outcome.step % log_every == 0:
+                self._report(float(loss), float(accepted), rate)
+            if call.seconds - saved > 60 * checkpoint_minutes:
+                self.validate()
+                self._save(state)
+                saved = call.seconds
+        self.outcome.finished = self._progress() >= 1
+        self.validate()
+        self.outcome.seconds = earlier + call.seconds
+        self._save(state)
+        return self.outcome
+
+    def _progress(self) -> float:
+        """Share of the run that is done: by steps or by time, whichever is further."""
+        options, outcome = self.options, self.outcome
+        by_steps = outcome.step / options.steps if options.steps else 0.0
+        by_time = outcome.seconds / (60 * options.minutes) if options.minutes else 0.0
+        return max(by_steps, by_time)
+
+    def _step(self, progress: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+        options = self.options
+        rate = options.learning_rate * schedule(progress, options.warmup)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        step, seed = self.outcome.step, options.seed
+        chosen = self._sequences.shuffled(step, options.batch, seed, skip=options.validation)
+        draw = generator(seed + 1, step)
+        batch = self._sequences.batch(chosen, options.anchors, draw, fixed_shape=self._compiled)
+        self.outcome.blocks += int(batch.real.sum())
+        loss, accepted = self._forward(batch.to(self._device))
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.drafter.model.parameters(), options.clip)
+        self._optimizer.step()
+        return loss.detach(), accepted, rate
+
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss, and tokens a step (drafts accepted, and the bonus) over the batch's blocks."""
+        model, config = self.drafter.model, self._config
+        size, rows = config.block_size, batch.ids.shape[1]
+        features = features_of(self._target, batch.ids, config.feature_layers)
+        labels, counts = block_labels(batch.ids, batch.lengths, batch.anchors, batch.real, size)
+        first = batch.ids.gather(1, batch.anchors)[:, :, None]
+        masks = torch.full_like(labels, config.mask_token_id)
+        raw = self._target.get_input_embeddings().weight
+        embedded = torch.nn.functional.embedding(torch.cat([first, masks], dim=2), raw)
+        embedded = embedded.float() * config.input_embedding_scale
+        attention = flex_attention_for if self._compiled else dense_attention
+        attend = attention(batch.anchors, rows, size)
+        with self._autocast():
+            hidden = block_hidden(
+                model, features.float(), embedded, batch.anchors, attend, compiled=self._compiled
+            )
+            weights = (counts * self._weights).flatten()
+            head = self._target.get_output_embeddings()
+            drafts = hidden[:, :, 1:].flatten(0, 2)
+            loss, drafted = block_loss(
+                model, head, drafts, labels.flatten(), weights, compiled=self._compiled
+            )
+        right = (drafted.view_as(labels) == labels) & counts
+        accepted = right.cumprod(dim=-1).sum(-1) + 1
+        return loss, (accepted * batch.real).sum() / batch.real.sum().clamp(min=1)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, self._dtype)
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Loss and tokens a step on the sequences that aren't trained on, at anchors that stay the same."""
+        count = self.options.validation
+        if count == 0:
+            return
+        size = min(self.options.batch, count)
+        losses, accepted = [], []
+        for start in range(0, count - size + 1, size):
+            chosen, draw = torch.arange(start, start + size), generator(_VALIDATION_SEED, start)
+            batch = self._sequences.batch(chosen, self.options.anchors, draw, fixed_shape=self._compiled)
+            loss, tokens = self._forward(batch.to(self._device))
+            losses.append(float(loss))
+            accepted.append(float(tokens))
+        self._require_finite(sum(losses))
+        point = {"step": self.outcome.step, "seconds": round(self.outcome.seconds, 1)}
+        values = {"loss": sum(losses) / len(losses), "tokens_per_step": sum(accepted) / len(accepted)}
+        self.outcome.curve.append(point | {key: round(value, 4) for key, value in values.items()})
+        self._log(
+            f"validation: step {self.outcome.step}, loss {values['loss']:.4f}, "
+            f"tokens a step {values['tokens_per_step']:.3f}"
+        )
+
+    def _report(self, loss: float, accepted: float, rate: float) -> None:
+        outcome = self.outcome
+        self._require_finite(loss)
+        self._log(
+            f"train: step {outcome.step}, loss {loss:.4f}, tokens a step {accepted:.3f}, rate {rate:.2e}, "
+            f"{outcome.seconds:.0f} s, {outcome.blocks} blocks"
+        )
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"the loss is not finite at step {self.outcome.step}",
+                found=loss,
+                expected="a finite number",
+                todo="lower the learning rate and start again from the last checkpoint",
+            )
+
+    def _save(self, state: Path) -> None:
+        counts = asdict(self.outcome)
+        save_state(state, self.drafter.model, self._optimizer, counts, run=self._identity())
+
+    def _identity(self) -> str:
+        data = {"sequences": len(self._sequences), "tokens": int(self._sequences.lengths.sum())}
+        return json.dumps({**asdict(self.options), **data, "config": dict(self.drafter.raw)}, sort_keys=True)
+
+
+def schedule(progress: float, warmup: float) -> float:
+    """Factor of the learning rate at a share of the run in [0, 1]: linear rise, then a cosine to zero."""
+    if progress < warmup:
+        return (progress + 1e-3) / (warmup + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
