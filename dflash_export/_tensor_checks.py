@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +51,10 @@ def target_tensor_problems(config: PreTrainedConfig, weights: Weights) -> list[P
     return problems
 
 
-def tensor_problems(owner: str, expected: Mapping[str, tuple[int, ...]], weights: Weights) -> list[Problem]:
+def tensor_problems(
+    owner: str, expected: Mapping[str, tuple[int, ...]], weights: Weights, no_floats: Collection[str] = ()
+) -> list[Problem]:
+    """``no_floats`` names tensors that aren't numbers to compute with, whose dtype is checked elsewhere."""
     names = set(weights.names())
     missing, unexpected = sorted(set(expected) - names), sorted(names - set(expected))
     shared = sorted(names & set(expected))
@@ -60,10 +63,11 @@ def tensor_problems(owner: str, expected: Mapping[str, tuple[int, ...]], weights
         for name in shared
         if weights.shape(name) != expected[name]
     ]
-    no_floats = [
+    not_floats = [
         f"{name} {weights.dtype(name)}"
         for name in shared
-        if not weights.dtype(name).is_floating_point or weights.dtype(name).itemsize < 2
+        if name not in no_floats
+        and (not weights.dtype(name).is_floating_point or weights.dtype(name).itemsize < 2)
     ]
     problems = []
     if missing or unexpected:
@@ -86,11 +90,11 @@ def tensor_problems(owner: str, expected: Mapping[str, tuple[int, ...]], weights
                 f"use the config.json and the weights of one revision of the {owner}",
             )
         )
-    if no_floats:
+    if not_floats:
         problems.append(
             Problem(
                 f"tensors of the {owner} are not stored in floating point",
-                _some(no_floats),
+                _some(not_floats),
                 "float32, float16 or bfloat16",
                 "use the checkpoint that was not quantised",
             )

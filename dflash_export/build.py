@@ -37,7 +37,6 @@ from dflash_rt.manifest import (
 
 from ._options import check_options
 from .drafter_config import DrafterConfig, load_drafter_config
-from .external_data import DataFile, LoadParameter
 from .graph_passes import TracedGraph
 from .graphs import PRECISIONS, trace_drafter, trace_target
 from .pairing import require_pair
@@ -46,6 +45,7 @@ from .publish import check_output, new_folder
 from .sources import Source, resolve_drafter, resolve_target
 from .target_config import TargetFacts, load_target_config, sampling_defaults, stop_token_ids, target_facts
 from .tokenizer_files import TokenizerFiles, export_tokenizer
+from .weight_files import write_weights
 from .weights import Weights, open_weights
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def build(
 
     Args:
         target: hub id, folder with config.json and safetensors, or a ``.gguf`` file.
-        drafter: hub id or folder of a DFlash v1 drafter in z-lab's format.
+        drafter: hub id or folder of a DFlash or DFlash 2 drafter in z-lab's format, or of a DFlash drafter in
+            the speculators format.
         output: folder to make; its parents are made too.
         precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``: dtype of weights, activations and caches.
         max_seq_len: most tokens of prompt and output; default: what both models were made for.
@@ -146,10 +147,10 @@ def build(
                 max_seq_len=limits.max_seq_len,
             )
             _check_disk(folder, target_weights, drafter_weights, precision)
-        with progress.stage("tracing graphs", total=5 + drafter_config.has_logit_transform) as stage:
+        with progress.stage("tracing graphs", total=5 + len(drafter_config.own_graphs)) as stage:
             graphs = trace_target(config, drafter_config.feature_layers, precision, lambda _: stage.advance())
             graphs |= trace_drafter(drafter_config, precision, facts.vocab_size, lambda _: stage.advance())
-        _write_weights(folder, graphs, facts, target_weights, drafter_weights, progress)
+        write_weights(folder, graphs, facts, drafter_config, target_weights, drafter_weights, progress)
         for graph_name, graph in graphs.items():
             _write_graph(folder / f"{graph_name}.onnx", graph)
         with progress.stage("hashing files"):
@@ -227,51 +228,6 @@ def _check_disk(folder: Path, target: Weights, drafter: Weights, precision: str)
         )
 
 
-def _write_weights(
-    folder: Path,
-    graphs: Mapping[str, TracedGraph],
-    facts: TargetFacts,
-    target: Weights,
-    drafter: Weights,
-    progress: Progress,
-) -> None:
-    """Stream the weights. Matrices that graphs share are in one file, once."""
-
-    def from_target(parameter: str, dtype: torch.dtype) -> torch.Tensor:
-        return target.load(parameter.replace("decoder.", "model.", 1), dtype)
-
-    def from_drafter(parameter: str, dtype: torch.dtype) -> torch.Tensor:
-        return drafter.load(parameter.removeprefix("drafter."), dtype)
-
-    def embedding(_: str, dtype: torch.dtype) -> torch.Tensor:
-        return target.load("model.embed_tokens.weight", dtype)
-
-    def head(_: str, dtype: torch.dtype) -> torch.Tensor:
-        return target.load("lm_head.weight", dtype)
-
-    files: dict[str, list[tuple[str, LoadParameter]]] = {
-        "target.data": [("target", from_target)],
-        "drafter.data": [("inject", from_drafter), ("draft", from_drafter)],
-    }
-    if facts.tie_word_embeddings:
-        files["vocabulary.data"] = [("embed", embedding), ("lm_head", embedding)]
-    else:
-        files |= {"embedding.data": [("embed", embedding)], "lm_head.data": [("lm_head", head)]}
-    # A weight that two graphs share is written once.
-    distinct = {
-        (file_name, weight)
-        for file_name, contents in files.items()
-        for graph, _ in contents
-        for weight in graphs[graph].weights.values()
-    }
-    total = sum(weight.nbytes for _, weight in distinct)
-    with progress.stage("writing weights", total=total) as stage:
-        for file_name, contents in files.items():
-            with DataFile(folder / file_name) as file:
-                for graph, load in contents:
-                    file.fill(graphs[graph], load, stage.advance)
-
-
 def _write_graph(path: Path, graph: TracedGraph) -> None:
     try:
         onnx.save(ir.serde.serialize_model(graph.model), path)
@@ -323,7 +279,7 @@ def _target_info(facts: TargetFacts, source: Source) -> TargetInfo:
 def _drafter_info(config: DrafterConfig, source: Source) -> DrafterInfo:
     return DrafterInfo(
         source=_source_info(source),
-        kind="dflash-v1",
+        kind=config.kind,
         num_layers=config.num_layers,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
@@ -333,6 +289,9 @@ def _drafter_info(config: DrafterConfig, source: Source) -> DrafterInfo:
         layer_types=config.layer_types,  # type: ignore[arg-type]  # checked by drafter_config
         layer_is_causal=config.layer_is_causal,
         sliding_window=config.sliding_window,
+        vocab_size=config.vocab_size if config.draft_vocab_size is None else config.draft_vocab_size,
+        samples_from_anchor=config.samples_from_anchor,
+        selector_top_k=None if config.selector is None else config.selector.top_k,
     )
 
 

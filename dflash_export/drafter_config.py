@@ -1,9 +1,9 @@
-"""A DFlash v1 drafter's configuration in z-lab's format, both generations of it.
+"""A drafter's configuration; here read from z-lab's format, both generations of it.
 
 Old files have ``block_size``, ``rope_theta`` and ``rope_scaling`` at the top level; new ones nest
 ``block_size`` in ``dflash_config`` and have ``rope_parameters``. What a value means follows the reference,
 ``dflash/model.py`` of the PyPI package ``dflash`` 0.1.0, and the ``Qwen3Config`` that it builds from the same
-file.
+file. The speculators format is read by :mod:`dflash_export.speculators_config`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dflash_export._checkpoint_files import read_json
 from dflash_export._config_reader import ConfigReader
-from dflash_export._drafter_kind import refuse_other_kinds
+from dflash_export._drafter_kind import DFLASH2_KEYS, DrafterKind, drafter_kind
 from dflash_export._rope import normalised_rope
 from dflash_export.sources import Source
 from dflash_rt.errors import CheckpointError, UnsupportedModelError
@@ -22,7 +22,15 @@ from dflash_rt.errors import CheckpointError, UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import Qwen3Config
 
-__all__ = ["DrafterConfig", "build_target_layer_ids", "load_drafter_config", "parse_drafter_config"]
+__all__ = [
+    "Convolution",
+    "DrafterConfig",
+    "Selector",
+    "build_target_layer_ids",
+    "load_drafter_config",
+    "parse_drafter_config",
+    "parse_zlab_config",
+]
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _DFLASH_KEYS = frozenset(
@@ -40,6 +48,22 @@ _DFLASH_KEYS = frozenset(
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """Causal convolutions around each half of a DFlash 2 layer: taps, and channels that share a kernel."""
+
+    kernel_size: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Selector:
+    """DFlash 2's candidate selector: width of its codebooks, and candidates for each row."""
+
+    rank: int
+    top_k: int
+
+
+@dataclass(frozen=True)
 class DrafterConfig:
     """One drafter. Sizes are counts; ``block_size`` counts the anchor row, so ``block_size - 1`` tokens are
     drafted.
@@ -48,7 +72,12 @@ class DrafterConfig:
     ``sliding_window`` is ``None`` when ``use_sliding_window`` is false, as ``Qwen3Config`` has it: a layer of
     type ``sliding_attention`` is then causal and sees everything before it. ``is_causal`` is the file's own
     setting for all layers, ``None`` where it has none; see :attr:`layer_is_causal`. ``rope_parameters`` are
-    in transformers 5's form. The three factors at the end are neutral at 1, 1 and ``None``.
+    in transformers 5's form. The three factors are neutral at 1, 1 and ``None``.
+
+    ``convolution`` and ``selector`` belong to DFlash 2. The last three are for the speculators format:
+    ``draft_vocab_size`` are the rows of the drafter's own head (``None``: it uses the target's);
+    ``samples_from_anchor`` says that the anchor's row drafts too, and ``block_size`` is then one more than
+    the rows of a draft pass; ``window_from_anchor`` counts windows from the anchor.
     """
 
     hidden_size: int
@@ -58,7 +87,7 @@ class DrafterConfig:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
-    num_target_layers: int
+    num_target_layers: int | None
     max_position_embeddings: int
     rms_norm_eps: float
     hidden_act: str
@@ -73,6 +102,12 @@ class DrafterConfig:
     input_embedding_scale: float = 1.0
     output_multiplier: float = 1.0
     final_logit_softcapping: float | None = None
+    kind: DrafterKind = "dflash-v1"
+    convolution: Convolution | None = None
+    selector: Selector | None = None
+    draft_vocab_size: int | None = None
+    samples_from_anchor: bool = False
+    window_from_anchor: bool = False
 
     @property
     def layer_is_causal(self) -> tuple[bool, ...]:
@@ -90,7 +125,8 @@ class DrafterConfig:
         """Window in rows per layer, ``None`` for no limit.
 
         A row at position p sees keys at positions above ``p - window``, and in a layer that isn't causal only
-        those below ``p + window`` (``_attention_mask`` of the reference).
+        those below ``p + window`` (``_attention_mask`` of the reference). With ``window_from_anchor`` every
+        row of a block sees ``window`` rows before the anchor, and rows of the block whatever their distance.
         """
         sliding = (kind == "sliding_attention" for kind in self.layer_types)
         return tuple(self.sliding_window if slides else None for slides in sliding)
@@ -101,6 +137,17 @@ class DrafterConfig:
         needed.
         """
         return self.output_multiplier != 1.0 or self.final_logit_softcapping is not None
+
+    @property
+    def own_graphs(self) -> tuple[str, ...]:
+        """Names of the graphs that only some drafters have, in the order in which they are traced."""
+        wanted = {
+            "draft_embed": self.draft_vocab_size is not None,
+            "draft_lm_head": self.draft_vocab_size is not None,
+            "draft_logits": self.has_logit_transform,
+            "select": self.selector is not None,
+        }
+        return tuple(name for name, is_wanted in wanted.items() if is_wanted)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the checkpoint has to hold, no more and no fewer."""
@@ -129,6 +176,26 @@ class DrafterConfig:
                 shapes[f"{prefix}{name}.weight"] = (rows, columns)
                 if self.attention_bias and name.startswith("self_attn."):
                     shapes[f"{prefix}{name}.bias"] = (rows,)
+        return shapes | self._kind_shapes()
+
+    def _kind_shapes(self) -> dict[str, tuple[int, ...]]:
+        hidden, shapes = self.hidden_size, dict[str, tuple[int, ...]]()
+        if self.convolution is not None:
+            taps, groups = self.convolution.kernel_size, hidden // self.convolution.group_size
+            for layer in range(self.num_layers):
+                for name in ("attention_conv", "mlp_conv"):
+                    shapes[f"layers.{layer}.{name}.base_kernel"] = (2, taps, hidden)
+                    shapes[f"layers.{layer}.{name}.kernel_projection.weight"] = (2 * taps * groups, hidden)
+        if self.selector is not None:
+            rank = self.selector.rank
+            shapes["candidate_selector.hidden_projection.weight"] = (rank, hidden)
+            for name in ("predecessor_codebook", "successor_codebook"):
+                shapes[f"candidate_selector.{name}"] = (self.vocab_size, rank)
+        if self.draft_vocab_size is not None:
+            shapes["embed_tokens.weight"] = (self.vocab_size, hidden)
+            shapes["lm_head.weight"] = (self.draft_vocab_size, hidden)
+            if self.draft_vocab_size != self.vocab_size:
+                shapes |= {"d2t": (self.draft_vocab_size,), "t2d": (self.vocab_size,)}
         return shapes
 
     def to_qwen3_config(self) -> Qwen3Config:
@@ -202,14 +269,24 @@ def build_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> tup
 
 
 def parse_drafter_config(raw: Mapping[str, Any]) -> DrafterConfig:
-    """Read the object of a config.json.
+    """Read the object of a config.json of any supported kind.
 
     Raises :class:`~dflash_rt.errors.UnsupportedModelError` for another kind of drafter and
     :class:`~dflash_rt.errors.CheckpointError` for values that are missing, of the wrong type, or
     contradictory. Whether the values fit a target, and one another, is for :mod:`dflash_export.pairing`.
     """
-    refuse_other_kinds(raw)
-    read = ConfigReader(raw, _DFLASH_KEYS)
+    kind = drafter_kind(raw)
+    if kind == "speculators":
+        from dflash_export.speculators_config import parse_speculators_config
+
+        return parse_speculators_config(raw)
+    return parse_zlab_config(raw, kind)
+
+
+def parse_zlab_config(raw: Mapping[str, Any], kind: DrafterKind) -> DrafterConfig:
+    """Read z-lab's format once the kind is known. Raises what :func:`parse_drafter_config` raises."""
+    is_dflash2 = kind == "dflash-v2"
+    read = ConfigReader(raw, _DFLASH_KEYS | (DFLASH2_KEYS if is_dflash2 else frozenset()))
     layers, heads = read.count("num_hidden_layers"), read.count("num_attention_heads")
     target_layers = read.count("num_target_layers")
     softcap = read.optional_number("final_logit_softcapping")
@@ -241,6 +318,11 @@ def parse_drafter_config(raw: Mapping[str, Any]) -> DrafterConfig:
         output_multiplier=read.number("output_multiplier", 1.0),
         # The reference applies the cap only where it is above zero.
         final_logit_softcapping=softcap if softcap is not None and softcap > 0 else None,
+        kind=kind,
+        convolution=(
+            Convolution(read.count("conv_kernel_size"), read.count("conv_group_size")) if is_dflash2 else None
+        ),
+        selector=Selector(read.count("selector_rank"), read.count("selector_top_k")) if is_dflash2 else None,
     )
     _check_causality(read, config)
     return config
@@ -262,7 +344,7 @@ def _layer_types(read: ConfigReader, layers: int) -> tuple[str, ...]:
             "the drafter has layers of a kind that isn't supported",
             found=repr(kinds),
             expected=f"a list of {' and '.join(_LAYER_TYPES)}",
-            todo="use a DFlash v1 drafter in z-lab's format",
+            todo="use a drafter that has only these",
         )
     return tuple(kinds)
 

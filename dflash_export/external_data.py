@@ -27,6 +27,7 @@ TORCH_DTYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.INT64: torch.int64,
 }
 
 # Large tensors start on a page, so that a runtime can map them; small ones need only SIMD alignment.

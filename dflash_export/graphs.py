@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dflash_rt.manifest import cache_names, output_name
 
+from .drafter_modules import DraftLmHead
 from .graph_passes import GraphOutput, TracedGraph, finish_graph
 from .modules import Draft, DrafterLayers, DraftLogits, Embed, Inject, LmHead, Target
 from .target_config import target_facts
@@ -91,7 +92,7 @@ def trace_drafter(
     vocab_size: int,
     traced: Callable[[str], object] = str,
 ) -> dict[str, TracedGraph]:
-    """Graphs ``inject`` and ``draft`` of a drafter, and ``draft_logits`` if it changes the head's logits.
+    """Graphs ``inject`` and ``draft`` of a drafter, and its own ones (:attr:`DrafterConfig.own_graphs`).
 
     Parameters are named as in the checkpoint, below ``drafter.``.
     """
@@ -118,6 +119,8 @@ def trace_drafter(
         constants,
     )
     traced("draft")
+    if config.draft_vocab_size is not None:
+        graphs |= _own_vocabulary(config, config.draft_vocab_size, dtype, traced)
     if config.has_logit_transform:
         logits = torch.float32, "batch", "rows", vocab_size
         graphs["draft_logits"] = _trace(
@@ -126,6 +129,35 @@ def trace_drafter(
             [_out(output_name("logits"), *logits), _out("token_ids", torch.int64, "batch", "rows")],
         )
         traced("draft_logits")
+    return graphs
+
+
+def _own_vocabulary(
+    config: DrafterConfig, size: int, dtype: torch.dtype, traced: Callable[[str], object]
+) -> dict[str, TracedGraph]:
+    """Graphs ``draft_embed``, ``draft_lm_head``. Parameters: ``weight``, and ``target_ids`` of a mapping."""
+    hidden = config.hidden_size
+    maps = size != config.vocab_size
+    with fake_mode():
+        embedding = nn.Parameter(torch.empty(config.vocab_size, hidden, dtype=dtype))
+        head = nn.Parameter(torch.empty(size, hidden, dtype=dtype))
+        ids = nn.Parameter(torch.empty(size, dtype=torch.int64), requires_grad=False) if maps else None
+    token_ids = _out("token_ids", torch.int64, "batch", "rows")
+    graphs = {}
+    graphs["draft_embed"] = _trace(
+        Embed(embedding),
+        [GraphInput("input_ids", torch.int64, ("batch", "rows"))],
+        [_out("embeddings", dtype, *_rows(hidden))],
+        keep_layout=True,
+    )
+    traced("draft_embed")
+    graphs["draft_lm_head"] = _trace(
+        DraftLmHead(head, ids),
+        [GraphInput("hidden", dtype, _rows(hidden))],
+        [_out("logits", torch.float32, *_rows(size)), token_ids],
+        keep_layout=True,
+    )
+    traced("draft_lm_head")
     return graphs
 
 

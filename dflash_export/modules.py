@@ -110,6 +110,7 @@ class _Attention(nn.Module):
         self.scale = config.head_dim**-0.5
         self.causal = config.layer_is_causal[layer]
         self.window = config.layer_windows[layer]
+        self.window_from_anchor = config.window_from_anchor
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
@@ -212,7 +213,7 @@ class Draft(nn.Module):
             query = rotary(at.q_norm(at.heads(at.q_proj(normed))).transpose(1, 2), cos, sin)
             key, value = at.key_value(normed, cos, sin)
             keys[i], values[i] = scatter(keys[i], key, start), scatter(values[i], value, start)
-            mask = visibility.mask(causal=at.causal, window=at.window)
+            mask = visibility.mask(causal=at.causal, window=at.window, from_first=at.window_from_anchor)
             attended = attention(query, keys[i], values[i], mask, at.scale)
             hidden = hidden + at.o_proj(attended.transpose(1, 2).flatten(2))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))

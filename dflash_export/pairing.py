@@ -7,10 +7,12 @@ a target that says its head is tied and stores one all the same: then the two ar
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dflash_export._draft_vocabulary import MAPPING, mapping_problems
 from dflash_export._rope import rope_problems
 from dflash_export._target_checks import activation_problems
 from dflash_export._tensor_checks import EMBEDDING, target_tensor_problems, tensor_problems
@@ -46,19 +48,21 @@ def check_pair(
     if problems:
         return problems  # its sizes mean nothing then
     target = target_facts(target_config)
-    embedding_fits = EMBEDDING in target_weights.names() and target_weights.shape(EMBEDDING) == (
-        target.vocab_size,
-        target.hidden_size,
-    )
+    # The block is embedded by the drafter where it has an embedding of its own.
+    size = (target.vocab_size, target.hidden_size)
+    embedding = _Rows(target_weights, EMBEDDING, size)
+    if drafter.draft_vocab_size is not None:
+        embedding = _Rows(drafter_weights, "embed_tokens.weight", size)
     return [
         *_size_problems(target, drafter),
         *_tap_problems(target, drafter),
         *_draft_problems(drafter),
         *_length_problems(target, drafter, max_seq_len),
         *_tokenizer_problems(target, tokenizer_size),
-        *_mask_problems(target, target_weights if embedding_fits else None, drafter, tokenizer_size),
+        *_mask_problems(target, embedding, drafter, tokenizer_size),
         *_template_problems(chat_template, chat_template_kwargs or {}),
-        *tensor_problems("drafter", drafter.tensor_shapes(), drafter_weights),
+        *tensor_problems("drafter", drafter.tensor_shapes(), drafter_weights, MAPPING),
+        *mapping_problems(drafter, drafter_weights),
         *target_tensor_problems(target_config, target_weights),
     ]
 
@@ -97,7 +101,7 @@ def _size_problems(target: TargetFacts, drafter: DrafterConfig) -> list[Problem]
         ("vocabulary", "vocab_size", drafter.vocab_size, target.vocab_size),
         ("number of target layers", "num_target_layers", drafter.num_target_layers, target.num_layers),
     ):
-        if found != expected:
+        if found is not None and found != expected:
             problems.append(
                 Problem(
                     f"the drafter was made for a target with another {what}",
@@ -111,22 +115,32 @@ def _size_problems(target: TargetFacts, drafter: DrafterConfig) -> list[Problem]
 
 def _tap_problems(target: TargetFacts, drafter: DrafterConfig) -> list[Problem]:
     taps = drafter.feature_layers
+    first = 1 if drafter.kind == "speculators" else 0  # how the file numbers layers
     outside = [tap for tap in taps if not 0 <= tap < target.num_layers]
     problems = []
     if outside:
         problems.append(
             Problem(
                 "the drafter taps layers that the target doesn't have",
-                f"target_layer_ids {outside}",
-                f"0 to {target.num_layers - 1}",
-                "use the drafter of this target; ids of the speculators format are one higher",
+                f"layer ids {[tap + first for tap in outside]}",
+                f"{first} to {target.num_layers - 1 + first}",
+                "use the drafter of this target; ids of the speculators format are one higher than z-lab's",
+            )
+        )
+    if drafter.kind == "speculators" and target.num_layers - 1 in taps:
+        problems.append(
+            Problem(
+                "the drafter taps the last layer before the target's final norm",
+                f"layer id {target.num_layers}",
+                f"{first} to {target.num_layers - 1}: the graphs tap the last layer behind the norm",
+                "use a drafter that taps earlier layers",
             )
         )
     if len(set(taps)) != len(taps):
         problems.append(
             Problem(
                 "the drafter taps a layer twice",
-                f"target_layer_ids {list(taps)}",
+                f"layer ids {[tap + first for tap in taps]}",
                 "each layer once",
                 "use the config.json that was published with the drafter",
             )
@@ -190,8 +204,22 @@ def _tokenizer_problems(target: TargetFacts, tokenizer_size: int | None) -> list
     ]
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a matrix that may be missing or of a wrong shape, which is reported elsewhere."""
+
+    weights: Weights
+    name: str
+    size: tuple[int, int]
+
+    def row(self, index: int) -> torch.Tensor | None:
+        if self.name not in self.weights.names() or self.weights.shape(self.name) != self.size:
+            return None
+        return self.weights.rows(self.name, index, index + 1)
+
+
 def _mask_problems(
-    target: TargetFacts, weights: Weights | None, drafter: DrafterConfig, tokenizer_size: int | None
+    target: TargetFacts, embedding: _Rows, drafter: DrafterConfig, tokenizer_size: int | None
 ) -> list[Problem]:
     """The mask token needs an embedding row that means something.
 
@@ -205,16 +233,16 @@ def _mask_problems(
     if mask >= target.vocab_size:
         found, expected = f"mask_token_id {mask}", f"below {target.vocab_size}"
         return [Problem("the mask token is outside the target's vocabulary", found, expected, todo)]
-    if weights is None:
+    row = embedding.row(mask)
+    if row is None:
         return []
-    row = weights.rows(EMBEDDING, mask, mask + 1)
     if not bool(row.any()):
         found = f"embedding row {mask} is all zeros"
         return [Problem("the mask token has no embedding", found, "a row that was trained", todo)]
     known = tokenizer_size is not None and mask < tokenizer_size < target.vocab_size
     if tokenizer_size is not None and known:
-        padding = weights.rows(EMBEDDING, tokenizer_size, tokenizer_size + 1)
-        if torch.equal(row, padding):
+        padding = embedding.row(tokenizer_size)
+        if padding is not None and torch.equal(row, padding):
             found = f"embedding row {mask} equals padding row {tokenizer_size}"
             return [Problem("the mask token's embedding is padding", found, "a row that was trained", todo)]
     return []

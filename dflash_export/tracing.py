@@ -77,23 +77,30 @@ class Visibility:
     def __init__(self, positions: torch.Tensor, capacity: int) -> None:
         self._query = positions[:, None, :, None]
         self._key = torch.arange(capacity)[None, None, None, :]
+        self._first = positions[:, 0][:, None, None, None]
         self._last = positions[:, -1][:, None, None, None]
-        self._masks: dict[tuple[bool, int | None], torch.Tensor] = {}
+        self._masks: dict[tuple[bool, int | None, bool], torch.Tensor] = {}
 
-    def mask(self, *, causal: bool = True, window: int | None = None) -> torch.Tensor:
+    def mask(
+        self, *, causal: bool = True, window: int | None = None, from_first: bool = False
+    ) -> torch.Tensor:
         """True where a key may be seen. Same rule as ``_attention_mask`` of PyPI dflash 0.1.0.
 
         ``causal=False`` sees every row written so far, this call's own block included. ``window``
-        counts rows with the query's own: distance ``< window``, both ways if not causal.
+        counts rows with the query's own: distance ``< window``, both ways if not causal. ``from_first``
+        counts it before the call's first row instead, the same for all rows: ``create_anchor_block_mask_mod``
+        of speculators (commit c05b95b).
         """
-        rule = (causal, window)
+        rule = (causal, window, from_first)
         if rule not in self._masks:
             visible = self._key <= self._query
             if not causal:
                 # A superset of the causal rows. "Or" also spreads the rule over all rows without an Expand,
                 # which TensorRT-RTX 1.7 fails to compile in front of fused attention.
                 visible = visible | (self._key <= self._last)
-            if window is not None:
+            if window is not None and from_first:
+                visible = visible & (self._first - self._key <= window)
+            elif window is not None:
                 visible = visible & (self._query - self._key < window)
                 if not causal:
                     visible = visible & (self._key - self._query < window)

@@ -1,18 +1,25 @@
 """The graph contract: which graphs a bundle has, and the name, dtype and shape of each of their tensors.
 
 Axes: ``batch`` (slots), ``rows`` (token positions of one call), ``capacity`` (rows that a cache holds); ``H``
-hidden size, ``V`` vocabulary, ``K`` tapped layers, ``Hkv`` key/value heads, ``D`` head size. Below, b and r
-are batch and rows::
+hidden size, ``V`` vocabulary, ``Vd`` the drafter's own, ``C`` candidates of a selector, ``K`` tapped layers,
+``Hkv`` key/value heads, ``D`` head size. Below, b and r are batch and rows::
 
-    embed         input_ids[b,r]                                -> embeddings[b,r,H]
-    target        embeddings[b,r,H], start[b], caches           -> hidden[b,r,H], features[b,r,K*H], caches
-    lm_head       hidden[b,r,H]                                 -> logits[b,r,V], token_ids[b,r]
-    inject        features[b,r,K*H], start[b], draft caches     -> draft caches
-    draft         embeddings[b,r,H], start[b], draft caches     -> hidden[b,r,H], draft caches
-    draft_logits  logits[b,r,V]                                 -> logits.out[b,r,V], token_ids[b,r]
+    embed          input_ids[b,r]                               -> embeddings[b,r,H]
+    target         embeddings[b,r,H], start[b], caches          -> hidden[b,r,H], features[b,r,K*H], caches
+    lm_head        hidden[b,r,H]                                -> logits[b,r,V], token_ids[b,r]
+    inject         features[b,r,K*H], start[b], draft caches    -> draft caches
+    draft          embeddings[b,r,H], start[b], draft caches    -> hidden[b,r,H], draft caches
+    draft_logits   logits[b,r,V]                                -> logits.out[b,r,V], token_ids[b,r]
+    draft_embed    input_ids[b,r]                               -> embeddings[b,r,H]
+    draft_lm_head  hidden[b,r,H]                                -> logits[b,r,Vd], token_ids[b,r]
+    select         hidden[b,r,H], logits[b,r,V], anchors[b],
+                   temperature[b], uniforms[b,r]                -> token_ids[b,r], candidates[b,r,C],
+                                                                   probabilities[b,r,C]
 
 A cache is ``key.{i}`` and ``value.{i}`` per layer, ``[b,Hkv,capacity,D]``; its output is ``key.{i}.out`` and
-lies in the same memory. ``draft_logits`` exists only for a drafter that changes the logits after the head.
+lies in the same memory. The last four exist only for drafters that need them: ``draft_logits`` for one that
+changes the logits after the head, ``draft_embed`` and ``draft_lm_head`` for one with a vocabulary of its own,
+``select`` for one that chooses among candidates. ``token_ids`` are always ids of the target.
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
     from dflash_rt.manifest import Manifest
 
 __all__ = [
+    "DRAFTER_GRAPHS",
     "FLOAT_DTYPES",
     "GRAPH_NAMES",
     "LINKS",
@@ -35,7 +43,13 @@ __all__ = [
 ]
 
 REQUIRED_GRAPHS = ("embed", "target", "lm_head", "inject", "draft")
-GRAPH_NAMES = (*REQUIRED_GRAPHS, "draft_logits")
+GRAPH_NAMES = (*REQUIRED_GRAPHS, "draft_logits", "draft_embed", "draft_lm_head", "select")
+# Kind of drafter -> graphs that its bundles have besides, and those that they may have.
+DRAFTER_GRAPHS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "dflash-v1": ((), ("draft_logits",)),
+    "dflash-v2": (("select",), ("draft_logits",)),
+    "speculators": (("draft_embed", "draft_lm_head"), ()),
+}
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 
 # (from graph, output, to graph, input): the buffer is handed over as it is, so the dtypes must agree.
@@ -46,6 +60,9 @@ LINKS = (
     ("draft", "hidden", "lm_head", "hidden"),
     ("target", "features", "inject", "features"),
     ("lm_head", "logits", "draft_logits", "logits"),
+    ("draft_embed", "embeddings", "draft", "embeddings"),
+    ("draft", "hidden", "draft_lm_head", "hidden"),
+    ("draft", "hidden", "select", "hidden"),
 )
 
 Shape = tuple["str | int", ...]
@@ -87,6 +104,8 @@ def expected_tensors(graph: str, manifest: Manifest) -> tuple[Tensors, Tensors]:
     token_ids = {"token_ids": (_INT64, rows)}
     logits = (_FLOAT32, (*rows, target.vocab_size))
     start = {"start": (_INT64, ("batch",))}
+    own_logits = (_FLOAT32, (*rows, drafter.vocab_size))
+    per_candidate: Shape = (*rows, drafter.selector_top_k or 1)
     caches = _caches(target.num_layers, target.num_key_value_heads, target.head_dim)
     draft_caches = _caches(drafter.num_layers, drafter.num_key_value_heads, drafter.head_dim)
     table: dict[str, tuple[Tensors, Tensors]] = {
@@ -96,6 +115,22 @@ def expected_tensors(graph: str, manifest: Manifest) -> tuple[Tensors, Tensors]:
         "inject": ({**features, **start, **draft_caches}, _as_outputs(draft_caches)),
         "draft": ({**embeddings, **start, **draft_caches}, {**hidden, **_as_outputs(draft_caches)}),
         "draft_logits": ({"logits": logits}, {output_name("logits"): logits, **token_ids}),
+        "draft_embed": ({"input_ids": (_INT64, rows)}, embeddings),
+        "draft_lm_head": (hidden, {"logits": own_logits, **token_ids}),
+        "select": (
+            {
+                **hidden,
+                "logits": logits,
+                "anchors": (_INT64, ("batch",)),
+                "temperature": (_FLOAT32, ("batch",)),
+                "uniforms": (_FLOAT32, rows),
+            },
+            {
+                **token_ids,
+                "candidates": (_INT64, per_candidate),
+                "probabilities": (_FLOAT32, per_candidate),
+            },
+        ),
     }
     return table[graph]
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Iterator, Sequence
 
-from dflash_rt._contract import LINKS, REQUIRED_GRAPHS, Tensors, expected_tensors, output_name
+from dflash_rt._contract import (
+    DRAFTER_GRAPHS,
+    LINKS,
+    REQUIRED_GRAPHS,
+    Tensors,
+    expected_tensors,
+    output_name,
+)
 from dflash_rt._strict_json import Problems, child, shown
 from dflash_rt.manifest import (
     ENGINES_FOLDER,
@@ -25,9 +32,7 @@ def check_manifest(manifest: Manifest, problems: Problems) -> None:
     _check_generation(manifest, problems)
     _check_provenance(manifest, problems)
     _check_files(manifest, problems)
-    for name in REQUIRED_GRAPHS:
-        if name not in manifest.graphs:
-            problems.add(f"graphs.{name}", "no such graph", "all of " + ", ".join(REQUIRED_GRAPHS))
+    _check_graph_names(manifest, problems)
     before = len(problems)
     for name, graph in manifest.graphs.items():
         _check_graph(name, graph, manifest, problems)
@@ -51,6 +56,38 @@ def _check_drafter(manifest: Manifest, problems: Problems) -> None:
     if "sliding_attention" in drafter.layer_types and drafter.sliding_window is None:
         problems.add("drafter.sliding_window", "null", "a window, since a layer has sliding_attention")
     _check_token_id("drafter.mask_token_id", drafter.mask_token_id, manifest, problems)
+    _check_drafter_kind(manifest, problems)
+
+
+def _check_drafter_kind(manifest: Manifest, problems: Problems) -> None:
+    """Fields that only some kinds of drafter have."""
+    drafter, vocab_size = manifest.drafter, manifest.target.vocab_size
+    own_vocabulary = drafter.kind == "speculators"
+    if drafter.vocab_size > vocab_size or (drafter.vocab_size < vocab_size and not own_vocabulary):
+        expected = f"{'at most ' if own_vocabulary else ''}target.vocab_size, which is {vocab_size}"
+        problems.add("drafter.vocab_size", str(drafter.vocab_size), expected)
+    if drafter.samples_from_anchor and not own_vocabulary:
+        expected = f"false: a drafter of kind {drafter.kind} doesn't"
+        problems.add("drafter.samples_from_anchor", "true", expected)
+    top_k = drafter.selector_top_k
+    if (top_k is None) is (drafter.kind == "dflash-v2"):
+        expected = "candidates for kind dflash-v2, and null for the others"
+        problems.add("drafter.selector_top_k", "null" if top_k is None else str(top_k), expected)
+    elif top_k is not None and top_k > drafter.vocab_size:
+        expected = f"at most drafter.vocab_size, which is {drafter.vocab_size}"
+        problems.add("drafter.selector_top_k", str(top_k), expected)
+
+
+def _check_graph_names(manifest: Manifest, problems: Problems) -> None:
+    more, optional = DRAFTER_GRAPHS[manifest.drafter.kind]
+    required = (*REQUIRED_GRAPHS, *more)
+    for name in required:
+        if name not in manifest.graphs:
+            problems.add(f"graphs.{name}", "no such graph", "all of " + ", ".join(required))
+    for name in manifest.graphs:
+        if name not in (*required, *optional):
+            expected = f"none of that name with a drafter of kind {manifest.drafter.kind}"
+            problems.add(f"graphs.{name}", "a graph", expected)
 
 
 def _check_generation(manifest: Manifest, problems: Problems) -> None:

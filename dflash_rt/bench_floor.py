@@ -77,7 +77,9 @@ def step_floor(bundle: Bundle, width: int, bytes_per_second: float) -> StepFloor
         return None
     passes = [("target", width), ("lm_head", width)]
     if width > 1:
-        passes += [("inject", width), ("draft", width), ("lm_head", width - 1)]
+        drafting = width - 1 if manifest.drafter.samples_from_anchor else width
+        head = "draft_lm_head" if "draft_lm_head" in manifest.graphs else "lm_head"
+        passes += [("inject", width), ("draft", drafting), (head, width - 1)]
     sizes = {graph: weight_bytes(bundle.graph_path(graph)) for graph, _ in passes}
     item_size = 4 if manifest.precision == "fp32" else 2
     return StepFloor(

@@ -68,6 +68,7 @@ MAX_MANIFEST_BYTES = 16 * 2**20
 
 DType: TypeAlias = Literal["int64", "float32", "float16", "bfloat16", "bool"]
 JsonScalar: TypeAlias = str | int | float | bool | None
+DrafterKind: TypeAlias = Literal["dflash-v1", "dflash-v2", "speculators"]
 LayerType: TypeAlias = Literal["full_attention", "sliding_attention"]
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
 SourceKind: TypeAlias = Literal["hub", "folder", "gguf"]
@@ -139,10 +140,15 @@ class TargetInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrafterInfo:
-    """The drafter. ``block_size`` counts the anchor; ``feature_layers`` are the tapped target layers."""
+    """The drafter. ``block_size`` counts the anchor; ``feature_layers`` are the tapped target layers.
+
+    ``vocab_size`` are the rows of the head that drafts, ``selector_top_k`` the candidates among which a
+    DFlash 2 drafter chooses. With ``samples_from_anchor`` the anchor's own row drafts too, so that a draft
+    pass has one row less than the block.
+    """
 
     source: SourceInfo
-    kind: Literal["dflash-v1"]
+    kind: DrafterKind
     num_layers: LayerCount
     num_key_value_heads: Count
     head_dim: Count
@@ -152,6 +158,9 @@ class DrafterInfo:
     layer_types: tuple[LayerType, ...]
     layer_is_causal: tuple[bool, ...]
     sliding_window: Count | None
+    vocab_size: Count
+    samples_from_anchor: bool
+    selector_top_k: Count | None
 
     @property
     def draft_length(self) -> int:

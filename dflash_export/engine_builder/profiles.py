@@ -16,6 +16,8 @@ _PASSES = {
     "inject": ("prefill", "block"),
     "draft": ("block",),
     "draft_logits": ("block",),
+    "draft_embed": ("block",),
+    "draft_lm_head": ("block",),
 }
 
 

@@ -82,6 +82,8 @@ class OnnxRuntimeBackend:
         self._block_size = manifest.drafter.block_size
         self._mask_token_id = manifest.drafter.mask_token_id
         self._vocab_size = manifest.target.vocab_size
+        # Rows of a draft pass that draft nothing: the anchor's, unless it drafts too.
+        self._silent_rows = 0 if manifest.drafter.samples_from_anchor else 1
         # Rejected rows of the last block may lie behind the last row that a request can commit.
         self._limit = manifest.limits.max_seq_len + self._block_size
         self._graphs: dict[str, GraphSpec] = dict(manifest.graphs)
@@ -184,16 +186,17 @@ class OnnxRuntimeBackend:
         self._run("inject", "inject", batch, rows)
 
     def _draft(self, block: IntArray, start: IntArray) -> IntArray:
-        batch, width = block.shape
-        self._embed(block)
+        batch, rows = block.shape[0], block.shape[1] - 1 + self._silent_rows
+        self._embed(block[:, :rows], "draft_embed" if "draft_embed" in self._graphs else "embed")
         self._starts["draft"][:] = start
-        self._run("draft", "draft", batch, width)
-        return self._head(self._buffers["draft_hidden"].view(batch, width)[:, 1:], "draft_head")
+        self._run("draft", "draft", batch, rows)
+        hidden = self._buffers["draft_hidden"].view(batch, rows)[:, self._silent_rows :]
+        return self._own_head(hidden) if "draft_lm_head" in self._graphs else self._head(hidden, "draft_head")
 
-    def _embed(self, token_ids: IntArray) -> None:
+    def _embed(self, token_ids: IntArray, graph: str = "embed") -> None:
         batch, rows = token_ids.shape
         self._buffers["input_ids"].view(batch, rows)[:] = token_ids
-        self._run("embed", "embed", batch, rows)
+        self._run(graph, "embed", batch, rows)
 
     def _head(self, hidden: npt.NDArray[Any], stage: str) -> IntArray:
         batch, rows = self._head_shape = hidden.shape[:2]
@@ -202,6 +205,15 @@ class OnnxRuntimeBackend:
         if stage == "draft_head" and "draft_logits" in self._graphs:
             self._run("draft_logits", stage, batch, rows)
         self._check_finite(self._buffers["logits"].view(batch, rows), stage)
+        token_ids: IntArray = self._buffers["token_ids"].view(batch, rows).copy()
+        return token_ids
+
+    def _own_head(self, hidden: npt.NDArray[Any]) -> IntArray:
+        """The head of a drafter that has a vocabulary of its own; the tokens are the target's."""
+        batch, rows = hidden.shape[:2]
+        self._buffers["head_hidden"].view(batch, rows)[:] = hidden
+        self._run("draft_lm_head", "draft_head", batch, rows)
+        self._check_finite(self._buffers["own_logits"].view(batch, rows), "draft_head")
         token_ids: IntArray = self._buffers["token_ids"].view(batch, rows).copy()
         return token_ids
 
@@ -246,7 +258,7 @@ class OnnxRuntimeBackend:
             return _Buffer(found, self._batch, max_rows)
 
         block = self._block_size
-        return {
+        buffers = {
             "input_ids": make("embed", "input_ids", rows),
             "embeddings": make("embed", "embeddings", rows),
             "hidden": make("target", "hidden", rows),
@@ -257,6 +269,9 @@ class OnnxRuntimeBackend:
             "logits": make("lm_head", "logits", block),
             "token_ids": make("lm_head", "token_ids", block),
         }
+        if "draft_lm_head" in self._graphs:
+            buffers["own_logits"] = make("draft_lm_head", "logits", block)
+        return buffers
 
     def _bind(self, graph: str, batch: int, rows: int) -> ort.IOBinding:
         """One binding per graph and shape, kept until the caches move."""
@@ -271,8 +286,10 @@ class OnnxRuntimeBackend:
             cache = caches.get(spec.aliases.get(name, name) if is_output else name)
             if cache is not None and graph in ("target", "inject", "draft"):
                 return cache
-            if name == "hidden" and graph == "lm_head":
+            if name == "hidden" and graph in ("lm_head", "draft_lm_head"):
                 name = "head_hidden"
+            elif name == "logits" and graph == "draft_lm_head":
+                name = "own_logits"
             elif name == "hidden" and graph == "draft":
                 name = "draft_hidden"
             elif name == output_name("logits"):
@@ -310,8 +327,8 @@ class OnnxRuntimeBackend:
 
 def _load(graph: str, path: str, threads: int | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    # `embed` is one lookup: no pool of threads for it.
-    options.intra_op_num_threads = 1 if graph == "embed" else (threads or 0)
+    # A lookup needs no pool of threads.
+    options.intra_op_num_threads = 1 if graph in ("embed", "draft_embed") else (threads or 0)
     options.inter_op_num_threads = 1
     # Without this the idle threads of one session spin for milliseconds into the run of the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")

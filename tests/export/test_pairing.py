@@ -127,7 +127,7 @@ def test_expected_names_are_those_of_the_module() -> None:
             ("number of target layers", "num_target_layers = 5", "4, as in the target"),
         ),
         ({"vocab_size": 301}, ("another vocabulary", "vocab_size = 301", "300")),
-        ({"feature_layers": (0, 4)}, ("target_layer_ids [4]", "0 to 3", "speculators")),
+        ({"feature_layers": (0, 4)}, ("layer ids [4]", "0 to 3", "speculators")),
         ({"feature_layers": (2, 2)}, ("taps a layer twice", "[2, 2]")),
         ({"block_size": 1}, ("drafts nothing", "block_size 1", "2 or more")),
         ({"layer_types": ("full_attention",)}, ("1 layer_types for 2 layers", "one for each layer")),

@@ -11,6 +11,7 @@ from dflash_rt.bundle import hash_file
 
 HIDDEN, VOCAB, HEADS, HEAD_DIM, BLOCK = 16, 32, 2, 4, 4
 FEATURE_LAYERS = [0, 2]
+OWN_VOCAB, CANDIDATES = 20, 3
 SOURCE = {
     "kind": "hub",
     "id": "someone/model",
@@ -94,6 +95,9 @@ def manifest_document() -> dict[str, Any]:
             "layer_types": ["full_attention", "sliding_attention"],
             "layer_is_causal": [False, True],
             "sliding_window": 16,
+            "vocab_size": VOCAB,
+            "samples_from_anchor": False,
+            "selector_top_k": None,
         },
         "graphs": graphs,
         "tokenizer": {
@@ -133,6 +137,47 @@ def with_draft_logits(document: dict[str, Any]) -> dict[str, Any]:
     )
     document["files"]["draft_logits.onnx"] = {"size": 0, "sha256": "0" * 64}
     return document
+
+
+def speculators_document() -> dict[str, Any]:
+    """One with a drafter in the speculators format: an embedding and a head of its own."""
+    document = manifest_document()
+    ids = tensor("token_ids", "int64", "batch", "rows")
+    document["drafter"] |= {"kind": "speculators", "vocab_size": OWN_VOCAB, "samples_from_anchor": True}
+    document["graphs"] |= {
+        "draft_embed": graph(
+            "draft_embed.onnx", [tensor("input_ids", "int64", "batch", "rows")], [rows("embeddings", HIDDEN)]
+        ),
+        "draft_lm_head": graph(
+            "draft_lm_head.onnx", [rows("hidden", HIDDEN)], [rows("logits", OWN_VOCAB), ids]
+        ),
+    }
+    return _listed(document, "draft_embed.onnx", "draft_lm_head.onnx")
+
+
+def dflash2_document() -> dict[str, Any]:
+    """One with a DFlash 2 drafter, which chooses among candidates."""
+    document = manifest_document()
+    document["drafter"] |= {"kind": "dflash-v2", "selector_top_k": CANDIDATES}
+    inputs = [
+        rows("hidden", HIDDEN),
+        rows("logits", VOCAB),
+        tensor("anchors", "int64", "batch"),
+        tensor("temperature", "float32", "batch"),
+        tensor("uniforms", "float32", "batch", "rows"),
+    ]
+    outputs = [
+        tensor("token_ids", "int64", "batch", "rows"),
+        tensor("candidates", "int64", "batch", "rows", CANDIDATES),
+        rows("probabilities", CANDIDATES),
+    ]
+    document["graphs"]["select"] = graph("select.onnx", inputs, outputs)
+    return _listed(document, "select.onnx")
+
+
+def _listed(document: dict[str, Any], *names: str) -> dict[str, Any]:
+    document["files"] |= {name: {"size": 0, "sha256": "0" * 64} for name in names}
+    return copy.deepcopy(document)
 
 
 def write_bundle(folder: Path, document: dict[str, Any] | None = None) -> Path:

@@ -13,8 +13,14 @@ import pytest
 
 from dflash_rt import manifest as manifest_module
 from dflash_rt.errors import ManifestError
-from dflash_rt.manifest import GRAPH_NAMES, FileRecord, Manifest, cache_names
-from tests.rt.bundle_maker import manifest_document, with_draft_logits
+from dflash_rt.manifest import REQUIRED_GRAPHS, FileRecord, Manifest, cache_names
+from tests.rt.bundle_maker import (
+    OWN_VOCAB,
+    dflash2_document,
+    manifest_document,
+    speculators_document,
+    with_draft_logits,
+)
 
 DOC = Path(__file__).parents[2] / "docs" / "bundle.md"
 Document = dict[str, Any]
@@ -44,7 +50,7 @@ def test_manifest_without_tokenizer_and_with_draft_logits() -> None:
     document["tokenizer"] = None
     manifest = read(document)
     assert manifest.tokenizer is None
-    assert set(manifest.graphs) == set(GRAPH_NAMES)
+    assert set(manifest.graphs) == {*REQUIRED_GRAPHS, "draft_logits"}
 
 
 def test_objects_are_frozen_and_slotted() -> None:
@@ -209,7 +215,7 @@ CASES: dict[str, tuple[Callable[[Document], None], list[str]]] = {
     "short hash": (put("files", "embed.onnx", "sha256", value="a" * 63), ["sha256", "64"]),
     "hash and newline": (put("files", "embed.onnx", "sha256", value="a" * 64 + "\n"), ["sha256", "64"]),
     "unknown precision": (put("precision", value="int4"), ["precision", "'int4'", "fp32, fp16, bf16"]),
-    "unknown drafter kind": (put("drafter", "kind", value="dflash-v2"), ["drafter.kind", "dflash-v1"]),
+    "unknown drafter kind": (put("drafter", "kind", value="eagle"), ["drafter.kind", "dflash-v1"]),
     "unknown source kind": (put("target", "source", "kind", value="ftp"), ["target.source.kind", "gguf"]),
     "unknown dtype": (put("graphs", "embed", "inputs", 0, "dtype", value="int32"), ["dtype", "'int32'"]),
     "unknown axis": (put("graphs", "embed", "inputs", 0, "shape", 0, value="b"), ["shape[0]", "batch"]),
@@ -310,6 +316,99 @@ def test_a_wrong_manifest_is_refused_with_its_path(case: str) -> None:
     assert all(word in message for word in words), message
     assert "what to do: " in message
     assert re.search("[\x00-\x09\x0b-\x1f\x7f]", message) is None, "a message must not control a terminal"
+
+
+# --- other kinds of drafter ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [speculators_document, dflash2_document])
+def test_other_kinds_of_drafter(make: Callable[[], Document]) -> None:
+    manifest = read(make())
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+KIND_CASES: dict[str, tuple[Callable[[], Document], Callable[[Document], None], list[str]]] = {
+    "a head that is too large": (
+        speculators_document,
+        put("drafter", "vocab_size", value=33),
+        ["drafter.vocab_size", "33", "at most target.vocab_size, which is 32"],
+    ),
+    "another head's size": (
+        speculators_document,
+        put("drafter", "vocab_size", value=OWN_VOCAB - 1),
+        ["graphs.draft_lm_head.outputs[0] (logits).shape", "[batch, rows, 20]"],
+    ),
+    "no head": (
+        speculators_document,
+        put("graphs", "draft_lm_head", value=DELETE),
+        ["graphs.draft_lm_head", "no such graph"],
+    ),
+    "no embedding": (
+        speculators_document,
+        put("graphs", "draft_embed", value=DELETE),
+        ["graphs.draft_embed", "no such graph"],
+    ),
+    "a selector where there is none": (
+        speculators_document,
+        put("drafter", "selector_top_k", value=3),
+        ["drafter.selector_top_k", "null for the others"],
+    ),
+    "a transform beside an own head": (
+        lambda: with_draft_logits(speculators_document()),
+        lambda document: None,
+        ["graphs.draft_logits", "kind speculators"],
+    ),
+    "dtypes don't meet": (
+        speculators_document,
+        put("graphs", "draft_embed", "outputs", 0, "dtype", value="float16"),
+        ["dtype of embeddings", "float16, as draft_embed gives it"],
+    ),
+    "v1 with a head of its own": (
+        manifest_document,
+        put("drafter", "vocab_size", value=20),
+        ["drafter.vocab_size", "target.vocab_size, which is 32"],
+    ),
+    "v1 from the anchor": (
+        manifest_document,
+        put("drafter", "samples_from_anchor", value=True),
+        ["drafter.samples_from_anchor", "dflash-v1 doesn't"],
+    ),
+    "v1 with a selector": (
+        lambda: {**dflash2_document(), "drafter": manifest_document()["drafter"]},
+        lambda document: None,
+        ["graphs.select", "kind dflash-v1"],
+    ),
+    "v2 without candidates": (
+        dflash2_document,
+        put("drafter", "selector_top_k", value=None),
+        ["drafter.selector_top_k", "candidates for kind dflash-v2"],
+    ),
+    "more candidates than tokens": (
+        dflash2_document,
+        put("drafter", "selector_top_k", value=33),
+        ["drafter.selector_top_k", "at most drafter.vocab_size, which is 32"],
+    ),
+    "another number of candidates": (
+        dflash2_document,
+        put("drafter", "selector_top_k", value=4),
+        ["graphs.select.outputs[1] (candidates).shape", "[batch, rows, 4]"],
+    ),
+    "v2 without a selector": (
+        dflash2_document,
+        put("graphs", "select", value=DELETE),
+        ["graphs.select", "no such graph", "select"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", KIND_CASES)
+def test_what_fits_no_kind_of_drafter_is_refused(case: str) -> None:
+    make, change, words = KIND_CASES[case]
+    document = make()
+    change(document)
+    with pytest.raises(ManifestError) as caught:
+        read(document)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 @pytest.mark.parametrize("value", [1, -0.1, 100.1, True, None, "1.0"])

@@ -1,0 +1,162 @@
+"""A DFlash drafter's configuration in the format of vLLM's ``speculators``.
+
+What a value means follows ``speculators/models/dflash`` (config.py, core.py, attention.py) at commit c05b95b:
+
+- ``aux_hidden_state_layer_ids`` count the embedding as 0: id i is the output of layer i - 1;
+- a window is counted from the anchor, so that every row of a block sees as many rows before it; in a sliding
+  layer the block is causal unless ``sliding_window_non_causal``, in a full one it never is;
+- with ``sample_from_anchor`` row k of the block predicts the token at k + 1, the anchor's row included, so
+  that ``block_size`` rows draft ``block_size`` tokens;
+- embedding and head are the drafter's own, the head over ``draft_vocab_size`` of the target's tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Set
+from typing import Any
+
+from dflash_export._config_reader import ConfigReader
+from dflash_export.drafter_config import DrafterConfig, parse_zlab_config
+from dflash_rt.errors import CheckpointError, UnsupportedModelError
+
+__all__ = ["parse_speculators_config"]
+
+_TODO = "use the config.json that was published with the drafter"
+# What DFlashSpeculatorConfig has, with the values that a file may leave out.
+_DEFAULTS: dict[str, Any] = {
+    "block_size": 8,
+    "draft_vocab_size": 32000,
+    "sample_from_anchor": False,
+    "sliding_window_non_causal": False,
+    "target_hidden_size": None,
+}
+_OWN_KEYS = frozenset(
+    {
+        *_DEFAULTS,
+        "aux_hidden_state_layer_ids",
+        "mask_token_id",
+        "speculators_config",
+        "speculators_model_type",
+        "speculators_version",
+        "transformer_layer_config",
+    }
+)
+# Other readers' names for what transformers calls otherwise, and notes without effect.
+_LAYER_KEYS = frozenset({"_attn_implementation", "auto_map", "rope_scaling", "rope_theta", "torch_dtype"})
+_TOP_KEYS = frozenset({"auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype"})
+
+
+def parse_speculators_config(raw: Mapping[str, Any]) -> DrafterConfig:
+    """Read the object of a config.json with ``speculators_model_type: dflash``.
+
+    Raises:
+        CheckpointError: a value is missing, of the wrong type, or contradictory.
+        UnsupportedModelError: the drafter would not be exported faithfully.
+    """
+    from transformers import PreTrainedConfig
+
+    known = _OWN_KEYS | _TOP_KEYS | set(PreTrainedConfig().to_dict())
+    _refuse_unknown("the drafter's config.json", raw, known)
+    read = ConfigReader({**_DEFAULTS, **raw}, frozenset())
+    layers = _layer_config(read)
+    _check_proposals(read)
+    samples_from_anchor = read.flag("sample_from_anchor")
+    body = parse_zlab_config(
+        {
+            **layers,
+            "num_target_layers": 1,  # not in the file
+            # The anchor is one row of the block that is verified, whether or not its row drafts.
+            "block_size": read.count("block_size") + samples_from_anchor,
+            "mask_token_id": read.index("mask_token_id"),
+            "dflash_config": {"target_layer_ids": list(_feature_layers(read))},
+            "is_causal": False if read.flag("sliding_window_non_causal") else None,
+        },
+        "speculators",
+    )
+    width = read.raw("target_hidden_size")
+    if width is not None and width != body.hidden_size:
+        raise UnsupportedModelError(
+            "the drafter is of another width than its target",
+            found=f"target_hidden_size {width!r}, hidden_size {body.hidden_size}",
+            expected="the same",
+            todo="use a drafter that is as wide as its target",
+        )
+    return dataclasses.replace(
+        body,
+        num_target_layers=None,
+        draft_vocab_size=read.count("draft_vocab_size"),
+        samples_from_anchor=samples_from_anchor,
+        window_from_anchor=True,
+    )
+
+
+def _layer_config(read: ConfigReader) -> dict[str, Any]:
+    """``transformer_layer_config`` with the values that it leaves out, which are ``Qwen3Config``'s own."""
+    from transformers import Qwen3Config
+
+    layers = read.raw("transformer_layer_config")
+    if not isinstance(layers, Mapping):
+        raise CheckpointError(
+            "transformer_layer_config in the drafter's config.json is wrong",
+            found=repr(layers),
+            expected="an object",
+            todo=_TODO,
+        )
+    if layers.get("model_type", "qwen3") != "qwen3":
+        raise UnsupportedModelError(
+            "the drafter's layers are of a kind that isn't supported",
+            found=f"model_type {layers['model_type']!r} in transformer_layer_config",
+            expected="model_type 'qwen3'",
+            todo="use a drafter with Qwen3 layers",
+        )
+    defaults = Qwen3Config().to_dict()
+    _refuse_unknown("transformer_layer_config", layers, _LAYER_KEYS | set(defaults))
+    # Those two follow from others, and the default of the one is a default for 32 layers.
+    derived = ("layer_types", "rope_parameters")
+    return {**{key: value for key, value in defaults.items() if key not in derived}, **_with_theta(layers)}
+
+
+def _with_theta(layers: Mapping[str, Any]) -> dict[str, Any]:
+    if any(layers.get(key) for key in ("rope_parameters", "rope_scaling", "rope_theta")):
+        return dict(layers)
+    return {**layers, "rope_theta": 10000.0}  # Qwen3Config's own
+
+
+def _feature_layers(read: ConfigReader) -> tuple[int, ...]:
+    ids = read.indices("aux_hidden_state_layer_ids", ())
+    if 0 in ids:
+        raise UnsupportedModelError(
+            "the drafter taps the target's embedding",
+            found=f"aux_hidden_state_layer_ids {list(ids)}, of which 0 is the embedding",
+            expected="ids from 1: the output of the first layer",
+            todo="use a drafter that taps layers only",
+        )
+    return tuple(layer - 1 for layer in ids)
+
+
+def _check_proposals(read: ConfigReader) -> None:
+    """``speculators_config`` says how the drafter is meant to be run: it has to be greedy DFlash."""
+    config = read.raw("speculators_config", None)
+    if config is None:
+        return
+    algorithm = config.get("algorithm", "dflash") if isinstance(config, Mapping) else config
+    methods = config.get("proposal_methods", []) if isinstance(config, Mapping) else []
+    kinds = [item.get("proposal_type") if isinstance(item, Mapping) else item for item in methods]
+    if algorithm != "dflash" or any(kind != "greedy" for kind in kinds):
+        raise UnsupportedModelError(
+            "the drafter is meant to be run in another way",
+            found=f"algorithm {algorithm!r} with proposals {kinds}",
+            expected="algorithm 'dflash' with greedy proposals",
+            todo=_TODO,
+        )
+
+
+def _refuse_unknown(where: str, found: Mapping[str, Any], known: Set[str]) -> None:
+    if unknown := sorted(set(found) - known):
+        raise CheckpointError(
+            f"{where} has keys that aren't known",
+            found=", ".join(unknown),
+            expected="keys of DFlashSpeculatorConfig and of transformers' configs",
+            todo="remove a key from config.json only if it has no effect on the model",
+        )

@@ -1,0 +1,81 @@
+"""Which weights of a pair go into which data file of its bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ._draft_vocabulary import target_ids
+from .drafter_config import DrafterConfig
+from .external_data import DataFile, LoadParameter
+from .graph_passes import TracedGraph
+from .progress import Progress
+from .target_config import TargetFacts
+from .weights import Weights
+
+__all__ = ["write_weights"]
+
+_Files = dict[str, list[tuple[str, LoadParameter]]]
+
+
+def write_weights(
+    folder: Path,
+    graphs: Mapping[str, TracedGraph],
+    facts: TargetFacts,
+    config: DrafterConfig,
+    target: Weights,
+    drafter: Weights,
+    progress: Progress,
+) -> None:
+    """Stream the weights of ``graphs``. Matrices that graphs share are in one file, once."""
+    files = {**_target_files(facts, target), **_drafter_files(config, drafter)}
+    # A weight that two graphs share is written once.
+    distinct = {
+        (file_name, weight)
+        for file_name, contents in files.items()
+        for graph, _ in contents
+        for weight in graphs[graph].weights.values()
+    }
+    total = sum(weight.nbytes for _, weight in distinct)
+    with progress.stage("writing weights", total=total) as stage:
+        for file_name, contents in files.items():
+            with DataFile(folder / file_name) as file:
+                for graph, load in contents:
+                    file.fill(graphs[graph], load, stage.advance)
+
+
+def _target_files(facts: TargetFacts, target: Weights) -> _Files:
+    def body(parameter: str, dtype: torch.dtype) -> torch.Tensor:
+        return target.load(parameter.replace("decoder.", "model.", 1), dtype)
+
+    embedding, head = _one(target, "model.embed_tokens.weight"), _one(target, "lm_head.weight")
+    if facts.tie_word_embeddings:
+        vocabulary: _Files = {"vocabulary.data": [("embed", embedding), ("lm_head", embedding)]}
+    else:
+        vocabulary = {"embedding.data": [("embed", embedding)], "lm_head.data": [("lm_head", head)]}
+    return {"target.data": [("target", body)], **vocabulary}
+
+
+def _drafter_files(config: DrafterConfig, drafter: Weights) -> _Files:
+    def body(parameter: str, dtype: torch.dtype) -> torch.Tensor:
+        return drafter.load(parameter.removeprefix("drafter."), dtype)
+
+    def head(parameter: str, dtype: torch.dtype) -> torch.Tensor:
+        if parameter == "target_ids":
+            return target_ids(config, drafter)
+        return drafter.load("lm_head.weight", dtype)
+
+    files: _Files = {"drafter.data": [("inject", body), ("draft", body)]}
+    if config.draft_vocab_size is not None:
+        files["draft_embedding.data"] = [("draft_embed", _one(drafter, "embed_tokens.weight"))]
+        files["draft_lm_head.data"] = [("draft_lm_head", head)]
+    return files
+
+
+def _one(weights: Weights, name: str) -> LoadParameter:
+    def load(_: str, dtype: torch.dtype) -> torch.Tensor:
+        return weights.load(name, dtype)
+
+    return load
