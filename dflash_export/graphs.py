@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dflash_rt.manifest import cache_names, output_name
 
-from .drafter_modules import DraftLmHead
+from .drafter_modules import DraftLmHead, Select
 from .graph_passes import GraphOutput, TracedGraph, finish_graph
 from .modules import Draft, DrafterLayers, DraftLogits, Embed, Inject, LmHead, Target
 from .target_config import target_facts
@@ -129,7 +129,29 @@ def trace_drafter(
             [_out(output_name("logits"), *logits), _out("token_ids", torch.int64, "batch", "rows")],
         )
         traced("draft_logits")
+    if config.selector is not None:
+        graphs["select"] = _select(drafter, config, config.selector.top_k, dtype)
+        traced("select")
     return graphs
+
+
+def _select(drafter: DrafterLayers, config: DrafterConfig, top_k: int, dtype: torch.dtype) -> TracedGraph:
+    float32, int64, rows = torch.float32, torch.int64, ("batch", "rows")
+    return _trace(
+        Select(drafter.candidate_selector, top_k, config.block_size - 1),
+        [
+            GraphInput("hidden", dtype, _rows(config.hidden_size)),
+            GraphInput("logits", float32, _rows(config.vocab_size)),
+            GraphInput("anchors", int64, ("batch",)),
+            GraphInput("temperature", float32, ("batch",)),
+            GraphInput("uniforms", float32, rows),
+        ],
+        [
+            _out("token_ids", int64, *rows),
+            _out("candidates", int64, *_rows(top_k)),
+            _out("probabilities", float32, *_rows(top_k)),
+        ],
+    )
 
 
 def _own_vocabulary(

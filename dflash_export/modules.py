@@ -8,13 +8,14 @@ rows can be written by separate graphs: :class:`Inject` and :class:`Draft` hold 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
+from .drafter_modules import GroupedCausalConv
 from .tracing import GraphCache, Visibility, attention, rotary, scatter
 
 if TYPE_CHECKING:
@@ -137,10 +138,24 @@ class _Layer(nn.Module):
         self.mlp = Qwen3MLP(config.to_qwen3_config())  # type: ignore[no-untyped-call]
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        taps = config.convolution
+        if taps is not None:
+            sizes = config.hidden_size, taps.kernel_size, taps.group_size
+            self.attention_conv, self.mlp_conv = GroupedCausalConv(*sizes), GroupedCausalConv(*sizes)
+
+
+class _Selector(nn.Module):
+    """DFlash 2's selector under its checkpoint's names; :class:`~.drafter_modules.Select` is what it does."""
+
+    def __init__(self, config: DrafterConfig, rank: int) -> None:
+        super().__init__()
+        self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
+        self.predecessor_codebook = nn.Parameter(torch.empty(config.vocab_size, rank))
+        self.successor_codebook = nn.Parameter(torch.empty(config.vocab_size, rank))
 
 
 class DrafterLayers(nn.Module):
-    """Every parameter of a DFlash v1 drafter under its name in the checkpoint.
+    """Every parameter of a drafter, but a vocabulary of its own, under its name in the checkpoint.
 
     ``fc`` and ``hidden_norm`` have ``feature_dtype``: real features reach 2e4, and their sum overflows fp16.
     """
@@ -155,6 +170,8 @@ class DrafterLayers(nn.Module):
         with _default_dtype(dtype):
             self.layers = nn.ModuleList([_Layer(config, i) for i in range(config.num_layers)])
             self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            if config.selector is not None:
+                self.candidate_selector = _Selector(config, config.selector.rank)
         self.rotary_emb = Qwen3RotaryEmbedding(config.to_qwen3_config())
 
     def rotary_table(
@@ -209,15 +226,28 @@ class Draft(nn.Module):
         for i, layer in enumerate(drafter.layers):
             assert isinstance(layer, _Layer)
             at = layer.self_attn
-            normed = layer.input_layernorm(hidden)
+            normed, finish = _convolved(layer, "attention_conv", layer.input_layernorm(hidden))
             query = rotary(at.q_norm(at.heads(at.q_proj(normed))).transpose(1, 2), cos, sin)
             key, value = at.key_value(normed, cos, sin)
             keys[i], values[i] = scatter(keys[i], key, start), scatter(values[i], value, start)
             mask = visibility.mask(causal=at.causal, window=at.window, from_first=at.window_from_anchor)
             attended = attention(query, keys[i], values[i], mask, at.scale)
-            hidden = hidden + at.o_proj(attended.transpose(1, 2).flatten(2))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            hidden = hidden + finish(at.o_proj(attended.transpose(1, 2).flatten(2)))
+            normed, finish = _convolved(layer, "mlp_conv", layer.post_attention_layernorm(hidden))
+            hidden = hidden + finish(layer.mlp(normed))
         return drafter.norm(hidden), *_interleave(keys, values)
+
+
+def _convolved(
+    layer: nn.Module, name: str, states: torch.Tensor
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """A sublayer's input, and what to do to its output: both as they are where there is no convolution."""
+    convolution = getattr(layer, name, None)
+    if convolution is None:
+        return states, lambda output: output
+    assert isinstance(convolution, GroupedCausalConv)
+    prepared, dynamic = convolution.prepare(states)
+    return prepared, lambda output: convolution.finish(output, dynamic)
 
 
 @contextlib.contextmanager

@@ -168,9 +168,23 @@ def _draft_problems(drafter: DrafterConfig) -> list[Problem]:
     if drafter.num_attention_heads % drafter.num_key_value_heads:
         found = f"{drafter.num_attention_heads} heads, {drafter.num_key_value_heads} key/value heads"
         problems.append(Problem("the drafter's heads don't fit together", found, "a multiple", todo))
+    problems += _dflash2_problems(drafter)
     if drafter.head_dim % 2:
         found = f"head_dim {drafter.head_dim}"
         problems.append(Problem("the drafter's head size can't be rotated", found, "an even number", todo))
+    return problems
+
+
+def _dflash2_problems(drafter: DrafterConfig) -> list[Problem]:
+    todo, problems = "use the config.json that was published with the drafter", []
+    taps, selector = drafter.convolution, drafter.selector
+    if taps is not None and drafter.hidden_size % taps.group_size:
+        found = f"conv_group_size {taps.group_size}, hidden_size {drafter.hidden_size}"
+        expected = "a divisor of hidden_size"
+        problems.append(Problem("the drafter's convolution groups don't fit", found, expected, todo))
+    if selector is not None and selector.top_k > drafter.vocab_size:
+        found, expected = f"selector_top_k {selector.top_k}", f"at most the vocabulary, {drafter.vocab_size}"
+        problems.append(Problem("the drafter selects among too many candidates", found, expected, todo))
     return problems
 
 

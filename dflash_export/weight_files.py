@@ -68,6 +68,8 @@ def _drafter_files(config: DrafterConfig, drafter: Weights) -> _Files:
         return drafter.load("lm_head.weight", dtype)
 
     files: _Files = {"drafter.data": [("inject", body), ("draft", body)]}
+    if config.selector is not None:
+        files["selector.data"] = [("select", body)]
     if config.draft_vocab_size is not None:
         files["draft_embedding.data"] = [("draft_embed", _one(drafter, "embed_tokens.weight"))]
         files["draft_lm_head.data"] = [("draft_lm_head", head)]

@@ -18,6 +18,7 @@ _PASSES = {
     "draft_logits": ("block",),
     "draft_embed": ("block",),
     "draft_lm_head": ("block",),
+    "select": ("block",),
 }
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Backend", "FloatArray", "Inject", "IntArray", "StepOutput"]
+__all__ = ["Backend", "DraftSampling", "FloatArray", "Inject", "IntArray", "Proposal", "StepOutput"]
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -33,16 +33,42 @@ class Inject:
 
 
 @dataclass(frozen=True)
+class DraftSampling:
+    """How a drafter that can sample its proposals is to do so; a drafter that can't ignores it.
+
+    ``temperature`` is float32 ``[batch]``, above 0. ``uniforms`` is float32 ``[batch, width - 1]``, in
+    ``[0, 1)``: one number for each draft, which nothing else depends on.
+    """
+
+    temperature: FloatArray
+    uniforms: FloatArray
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The distributions that drafts were sampled from. Both arrays are the caller's to keep.
+
+    ``candidates`` is int64 ``[batch, width - 1, k]``, different tokens in each row; ``probabilities`` float32
+    of the same shape, each row's sum 1. Other tokens have probability 0, given the drafts before them.
+    """
+
+    candidates: IntArray
+    probabilities: FloatArray
+
+
+@dataclass(frozen=True)
 class StepOutput:
     """Tokens of one step. Both arrays are the caller's to keep.
 
     ``drafted`` is int64 ``[batch, width - 1]``: what the drafter proposes after the anchor.
     ``verified`` is int64 ``[batch, width]``: the target's own choice after each row of the block, so
     ``verified[:, j]`` is compared with ``drafted[:, j]`` and the first one that differs is the bonus.
+    ``proposal`` says what the drafts were sampled from, and is ``None`` where they weren't.
     """
 
     drafted: IntArray
     verified: IntArray
+    proposal: Proposal | None = None
 
 
 class Backend(Protocol):
@@ -76,12 +102,22 @@ class Backend(Protocol):
         target's choice after the last row. Raises :class:`~dflash_rt.errors.NumericalError`.
         """
 
-    def step(self, anchors: IntArray, start: IntArray, *, width: int, inject: Inject | None) -> StepOutput:
+    def step(
+        self,
+        anchors: IntArray,
+        start: IntArray,
+        *,
+        width: int,
+        inject: Inject | None,
+        sampling: DraftSampling | None = None,
+    ) -> StepOutput:
         """Draft ``width - 1`` tokens after ``anchors`` ``[batch]`` and verify them in one target pass.
 
         ``start`` ``[batch]`` is where the anchors go. ``inject`` names features of the previous verify pass
         that are to be injected first; ``None`` leaves the drafter's cache as it is. ``width == 1`` is plain
-        decoding: no draft. Raises :class:`~dflash_rt.errors.NumericalError` when logits are not finite.
+        decoding: no draft. ``sampling`` is for a drafter that can sample what it proposes, which it then
+        tells in ``proposal``; without it every drafter proposes what it thinks best. Raises
+        :class:`~dflash_rt.errors.NumericalError` when logits are not finite.
         """
 
     def logits(self) -> FloatArray:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from dflash_rt.backends.base import FloatArray, Inject, IntArray, StepOutput
+from dflash_rt.backends.base import DraftSampling, FloatArray, Inject, IntArray, Proposal, StepOutput
 from dflash_rt.errors import BackendError, NumericalError
 from dflash_rt.manifest import GraphSpec, TensorSpec, output_name
 
@@ -94,6 +94,11 @@ class OnnxRuntimeBackend:
         rows = max(manifest.limits.prefill_chunk, self._block_size)
         self._buffers = self._make_buffers(rows)
         self._starts = {stage: np.zeros(self._batch, np.int64) for stage in ("inject", "draft", "target")}
+        # One value for each slot; only `select` reads them.
+        self._slots: dict[str, npt.NDArray[Any]] = {
+            "anchors": np.zeros(self._batch, np.int64),
+            "temperature": np.zeros(self._batch, np.float32),
+        }
         self._capacity = 0
         self._caches: dict[str, dict[str, npt.NDArray[Any]]] = {"target": {}, "draft": {}}
         self._bindings: dict[tuple[str, int, int], ort.IOBinding] = {}
@@ -139,7 +144,15 @@ class OnnxRuntimeBackend:
         hidden = self._buffers["hidden"].view(batch, rows)
         return self._head(hidden[:, -1:], "target_head")[:, 0]
 
-    def step(self, anchors: IntArray, start: IntArray, *, width: int, inject: Inject | None) -> StepOutput:
+    def step(
+        self,
+        anchors: IntArray,
+        start: IntArray,
+        *,
+        width: int,
+        inject: Inject | None,
+        sampling: DraftSampling | None = None,
+    ) -> StepOutput:
         """Run inject, draft and verify; see the protocol."""
         batch = anchors.shape[0]
         block = np.full((batch, width), self._mask_token_id, np.int64)
@@ -147,10 +160,11 @@ class OnnxRuntimeBackend:
         if width > 1:
             if inject is not None:
                 self._inject(inject.start, batch, inject.rows)
-            block[:, 1:] = self._draft(block, start)
+            block[:, 1:] = self._draft(block, start, sampling)
+        proposal = self._proposal(batch, width - 1) if width > 1 and sampling is not None else None
         self._target(block, start)
         verified = self._head(self._buffers["hidden"].view(batch, width), "target_head")
-        return StepOutput(drafted=block[:, 1:], verified=verified)
+        return StepOutput(drafted=block[:, 1:], verified=verified, proposal=proposal)
 
     def logits(self) -> FloatArray:
         """A view; see the protocol. The target's head always runs last."""
@@ -185,13 +199,16 @@ class OnnxRuntimeBackend:
         self._starts["inject"][:] = start
         self._run("inject", "inject", batch, rows)
 
-    def _draft(self, block: IntArray, start: IntArray) -> IntArray:
+    def _draft(self, block: IntArray, start: IntArray, sampling: DraftSampling | None) -> IntArray:
         batch, rows = block.shape[0], block.shape[1] - 1 + self._silent_rows
         self._embed(block[:, :rows], "draft_embed" if "draft_embed" in self._graphs else "embed")
         self._starts["draft"][:] = start
         self._run("draft", "draft", batch, rows)
         hidden = self._buffers["draft_hidden"].view(batch, rows)[:, self._silent_rows :]
-        return self._own_head(hidden) if "draft_lm_head" in self._graphs else self._head(hidden, "draft_head")
+        if "draft_lm_head" in self._graphs:
+            return self._own_head(hidden)
+        best = self._head(hidden, "draft_head")
+        return self._select(block[:, 0], sampling) if "select" in self._graphs else best
 
     def _embed(self, token_ids: IntArray, graph: str = "embed") -> None:
         batch, rows = token_ids.shape
@@ -216,6 +233,22 @@ class OnnxRuntimeBackend:
         self._check_finite(self._buffers["own_logits"].view(batch, rows), "draft_head")
         token_ids: IntArray = self._buffers["token_ids"].view(batch, rows).copy()
         return token_ids
+
+    def _select(self, anchors: IntArray, sampling: DraftSampling | None) -> IntArray:
+        """Walk through the best candidates of the rows whose logits were just computed."""
+        batch, rows = self._head_shape
+        self._slots["anchors"][:] = anchors
+        self._slots["temperature"][:] = 0 if sampling is None else sampling.temperature
+        self._buffers["uniforms"].view(batch, rows)[:] = 0 if sampling is None else sampling.uniforms
+        self._run("select", "draft_head", batch, rows)
+        token_ids: IntArray = self._buffers["token_ids"].view(batch, rows).copy()
+        return token_ids
+
+    def _proposal(self, batch: int, rows: int) -> Proposal | None:
+        if "select" not in self._graphs:
+            return None
+        views = (self._buffers[name].view(batch, rows).copy() for name in ("candidates", "probabilities"))
+        return Proposal(*views)
 
     def _check_finite(self, logits: npt.NDArray[Any], stage: str) -> None:
         # A sum is finite only if every term is; it costs a tenth of looking at each term. A finite
@@ -271,6 +304,10 @@ class OnnxRuntimeBackend:
         }
         if "draft_lm_head" in self._graphs:
             buffers["own_logits"] = make("draft_lm_head", "logits", block)
+        if "select" in self._graphs:
+            buffers |= {
+                name: make("select", name, block) for name in ("uniforms", "candidates", "probabilities")
+            }
         return buffers
 
     def _bind(self, graph: str, batch: int, rows: int) -> ort.IOBinding:
@@ -283,10 +320,12 @@ class OnnxRuntimeBackend:
             name = tensor.name
             if name == "start":
                 return self._starts[graph]
+            if name in self._slots:
+                return self._slots[name]
             cache = caches.get(spec.aliases.get(name, name) if is_output else name)
             if cache is not None and graph in ("target", "inject", "draft"):
                 return cache
-            if name == "hidden" and graph in ("lm_head", "draft_lm_head"):
+            if name == "hidden" and graph in ("lm_head", "draft_lm_head", "select"):
                 name = "head_hidden"
             elif name == "logits" and graph == "draft_lm_head":
                 name = "own_logits"

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dflash_rt.backends.base import FloatArray, Inject, IntArray, StepOutput
+from dflash_rt.backends.base import DraftSampling, FloatArray, Inject, IntArray, StepOutput
 from dflash_rt.errors import BackendError
 
 __all__ = ["Drafter", "Logits", "ScriptedBackend", "Target", "follow"]
@@ -163,8 +163,16 @@ class ScriptedBackend:
             self._last = _Pass("prefill", first, tokens, end, choice)
             return np.array([choice], dtype=np.int64)
 
-    def step(self, anchors: IntArray, start: IntArray, *, width: int, inject: Inject | None) -> StepOutput:
-        """See :class:`~dflash_rt.backends.base.Backend`."""
+    def step(
+        self,
+        anchors: IntArray,
+        start: IntArray,
+        *,
+        width: int,
+        inject: Inject | None,
+        sampling: DraftSampling | None = None,
+    ) -> StepOutput:
+        """See :class:`~dflash_rt.backends.base.Backend`. The drafter is a function: it samples nothing."""
         with self._entered("step"):
             anchor = _integers("anchors", anchors, axes=1)[0]
             first = _integers("start", start, axes=1)[0]

@@ -61,7 +61,7 @@ PAIRS = {
         window=2,
         sliding_window_non_causal=True,
         narrower=(4,),
-        weights=((1, 0.3, 0.3),),
+        weights=((4, 0.2, 0.2), (14, 0.5, 0.5)),
     ),
     "drafts from the anchor": pair(
         TargetSpec("qwen2", vocab=4, tied=False),
@@ -72,7 +72,7 @@ PAIRS = {
         window=3,
         sample_from_anchor=True,
         narrower=(2, 3),
-        weights=((1, 0.3, 0.3),),
+        weights=((1, 0.5, 0.5), (7, 0.2, 0.2)),
     ),
     "only the anchor drafts": pair(
         TargetSpec("llama3", vocab=5),
