@@ -84,7 +84,13 @@ def decode(
 
             # 3) Inject the last pass's features, draft, verify: one call, so that a backend may fuse them.
             backend.reserve(sequence.start)
-            output = backend.step(sequence.anchors, sequence.starts, width=width, inject=sequence.uninjected)
+            output = backend.step(
+                sequence.anchors,
+                sequence.starts,
+                width=width,
+                inject=sequence.uninjected,
+                sampling=None if sampler is None else sampler.draft_sampling(width - 1),
+            )
 
             # 4) Accept the drafts up to the first one that the target would not have chosen. Accepted drafts
             #    equal the target's choices, so those are the tokens; the last is the bonus.
@@ -92,7 +98,7 @@ def decode(
                 accepted = int(accept_greedy(output.drafted, output.verified)[0])
                 tokens = output.verified[0, : accepted + 1].tolist()
             else:
-                tokens = sampler.choose(backend.logits()[0], output.drafted[0].tolist())
+                tokens = sampler.choose(backend.logits()[0], output.drafted[0].tolist(), output.proposal)
 
             # 5) Commit them.
             sequence.commit_step(len(tokens) - 1, width)

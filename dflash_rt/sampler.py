@@ -10,8 +10,12 @@ distribution P(y | y != x) = p(y) / (1 - p(x)): p without x, renormalised. After
 next row's y is the bonus, from p itself. Nothing depends on whether there was a draft at all, so a seed
 gives the same text at every draft width and without drafting, as far as the logits are the same.
 
-This holds for proposals that don't depend on u(t). A drafter that samples its proposals from a distribution
-q would still be exact under this rule, but would have fewer of them accepted than q allows.
+A drafter may also sample its proposals, from a distribution q that it tells (DFlash 2 does). Then a draft x
+stands with probability min(1, p(x) / q(x)), and after a rejection the token comes from max(0, p - q), at
+u(t): more drafts stand than would equal y. Drafts and verdicts have random numbers of their own, d(t) and
+a(t), functions of the seed and of t as well. Nothing that was emitted depends on those of places behind a
+rejection, so the next pass may use them again. Tokens have the same distribution, but which of them a seed
+gives depends on which places were drafted.
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from dflash_rt.accept import accept_in_order
-from dflash_rt.backends.base import FloatArray, IntArray
-from dflash_rt.distribution import distribution, penalised, token_logprob
+from dflash_rt.backends.base import DraftSampling, FloatArray, IntArray, Proposal
+from dflash_rt.distribution import Distribution, distribution, penalised, token_logprob
+from dflash_rt.rejection import verify_sampled
 from dflash_rt.sampling import SamplingParams, TokenLogprob
 
 __all__ = ["Sampler", "Uniforms"]
@@ -35,11 +40,11 @@ class Uniforms:
 
     They are the upper 53 bits of Philox-4x64's output, word by word, with the seed as key and the counter
     from 1 on: numpy promises that this stream stays as it is. (J. Salmon et al., Parallel random numbers: as
-    easy as 1, 2, 3, SC 2011.)
+    easy as 1, 2, 3, SC 2011.) ``stream`` is the upper half of the key: other numbers for the same seed.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._bits = np.random.Philox(key=seed)
+    def __init__(self, seed: int, stream: int = 0) -> None:
+        self._bits = np.random.Philox(key=seed + (stream << 64))
         self._drawn: list[float] = []
 
     def __getitem__(self, position: int) -> float:
@@ -79,30 +84,67 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt: IntArray) -> None:
         self.logprobs: list[TokenLogprob] = []
         self._params = params
-        self._uniforms = Uniforms(int(params.seed or 0))
+        seed = int(params.seed or 0)
+        self._uniforms = Uniforms(seed)
+        self._draft_uniforms, self._verdict_uniforms = Uniforms(seed, 1), Uniforms(seed, 2)
         self._position = 0
         # What only penalties read isn't kept for others.
         self._seen = _Counts(np.unique(prompt[: prompt.size if params.has_penalties else 0]))
         self._output = _Counts(np.empty(0, np.int64))
 
-    def choose(self, logits: FloatArray, drafted: Sequence[int] = ()) -> list[int]:
+    def draft_sampling(self, count: int) -> DraftSampling | None:
+        """How the next ``count`` drafts may be sampled; ``None``: the drafter is to propose what is best."""
+        if self._params.temperature == 0:
+            return None
+        numbers = [self._draft_uniforms[self._position + ahead] for ahead in range(count)]
+        # Cut to float32's 24 bits, not rounded: 1.0 is no number of [0, 1).
+        uniforms = np.floor(np.array([numbers]) * 2.0**24) * 2.0**-24
+        temperature = np.array([self._params.temperature], np.float32)
+        return DraftSampling(temperature, uniforms.astype(np.float32))
+
+    def choose(
+        self, logits: FloatArray, drafted: Sequence[int] = (), proposal: Proposal | None = None
+    ) -> list[int]:
         """The tokens that a pass decides: the accepted drafts, and one after them.
 
         ``logits`` is float32 ``[rows, vocab]``, the target's own after each row, with one row more than
-        ``drafted`` has tokens. Not changed. Rows behind the first rejected draft aren't looked at.
+        ``drafted`` has tokens. Not changed. Rows behind the first rejected draft aren't looked at. With
+        ``proposal`` the drafts were sampled as :meth:`draft_sampling` said.
         """
-        return accept_in_order(drafted, lambda row: self._choose_one(logits[row]))
+        if proposal is None:
+            return accept_in_order(drafted, lambda row: self._emit(logits[row], self._best(logits[row])))
+        tokens: list[int] = []
+        for row, draft in enumerate(drafted):
+            token, stands = verify_sampled(
+                self._distribution(logits[row]),
+                draft,
+                proposal.candidates[0, row],
+                proposal.probabilities[0, row],
+                accept=self._verdict_uniforms[self._position],
+                pick=self._uniforms[self._position],
+            )
+            tokens.append(self._emit(logits[row], token))
+            if not stands:
+                return tokens
+        return [*tokens, self._emit(logits[len(drafted)], self._best(logits[len(drafted)]))]
 
-    def _choose_one(self, logits: FloatArray) -> int:
+    def _best(self, logits: FloatArray) -> int:
+        """The target's own choice of the next token."""
+        if self._params.temperature == 0:
+            return int(self._scores(logits).argmax())
+        return self._distribution(logits).pick(self._uniforms[self._position])
+
+    def _distribution(self, logits: FloatArray) -> Distribution:
+        return distribution(self._scores(logits), self._params)
+
+    def _scores(self, logits: FloatArray) -> FloatArray:
+        if not self._params.has_penalties:
+            return logits
+        output = self._output
+        return penalised(logits, self._params, seen=self._seen.ids, output=output.ids, counts=output.counts)
+
+    def _emit(self, logits: FloatArray, token: int) -> int:
         params = self._params
-        scores = logits
-        if params.has_penalties:
-            output = self._output
-            scores = penalised(logits, params, seen=self._seen.ids, output=output.ids, counts=output.counts)
-        if params.temperature == 0:
-            token = int(scores.argmax())
-        else:
-            token = distribution(scores, params).pick(self._uniforms[self._position])
         if params.logprobs is not None:
             self.logprobs.append(token_logprob(logits, token, params.logprobs))
         if params.has_penalties:

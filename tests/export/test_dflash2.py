@@ -52,7 +52,7 @@ PAIRS = {
         block_size=4,
         **window(12, SLIDING, SLIDING, is_causal=False),
         narrower=(2, 3),
-        weights=((1, 0.3, 0.3),),
+        weights=((6, 0.5, 0.5), (21, 0.5, 0.5)),
     ),
     "three taps, full layers": pair(
         TargetSpec("smollm2", vocab=5, tied=False),

@@ -39,7 +39,7 @@ def pair(target: TargetSpec, *layer_types: str, weights: Any, **more: Any) -> Pa
 
 PAIRS = {
     "whole vocabulary": pair(
-        TargetSpec("qwen3", vocab=5), FULL, FULL, block_size=3, weights=((1, 0.3, 0.3),)
+        TargetSpec("qwen3", vocab=5), FULL, FULL, block_size=3, weights=((10, 0.5, 0.5), (7, 0.2, 0.2))
     ),
     "reduced vocabulary, causal windows": pair(
         TargetSpec("smollm2", vocab=8, tied=False),
@@ -50,7 +50,7 @@ PAIRS = {
         window=6,
         narrower=(2, 3),
         long_prompt=250,
-        weights=((1, 0.3, 0.3),),
+        weights=((2, 0.2, 0.2), (3, 0.5, 0.5)),
     ),
     "windows both ways, smaller than a block": pair(
         TargetSpec("qwen3", vocab=4, layers=3),

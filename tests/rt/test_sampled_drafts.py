@@ -1,0 +1,284 @@
+"""Drafts that are sampled themselves, as DFlash 2's are: the joint distribution of tokens stays the target's.
+
+The same proof as test_sampling_distribution.py, which has the models, the exact distribution and the test
+statistic. The drafter samples from the three best tokens of another model, at the request's temperature.
+There are fewer than 20 chi-square tests here that a correct sampler fails by chance, with probability LEVEL
+each: below 2e-5 together.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dflash_rt.backends.base import DraftSampling, Inject, IntArray, Proposal, StepOutput
+from dflash_rt.distribution import Distribution
+from dflash_rt.rejection import verify_sampled
+from dflash_rt.sampler import Sampler, Uniforms
+from dflash_rt.sampling import SamplingParams
+from tests.rt.test_sampling_distribution import (
+    LENGTH,
+    LEVEL,
+    PROMPT,
+    RUNS,
+    SETTINGS,
+    VOCAB,
+    Counts,
+    Floats,
+    TableBackend,
+    Tokens,
+    count,
+    exact,
+    our_distribution,
+    p_value,
+    pick_all,
+    requests,
+    table,
+    target,
+    uniforms,
+)
+
+CANDIDATES = 3
+LARGEST = 1 - 2.0**-53
+Indices = npt.NDArray[np.int64]
+Probabilities = npt.NDArray[np.float32]
+
+
+def proposal(prefix: Tokens, temperature: float) -> tuple[Indices, Probabilities]:
+    """Candidates, best first, and q: another model's softmax over them."""
+    logits = table(1)[prefix[len(PROMPT) :][: LENGTH - 1]]
+    candidates = np.argsort(-logits)[:CANDIDATES]
+    weights = np.exp((logits[candidates] - logits.max()) / np.float32(temperature))
+    return candidates, (weights / weights.sum()).astype(np.float32)
+
+
+def sample(q: Probabilities, numbers: Floats) -> Indices:
+    """The graph's rule: the first place whose running sum is above the number."""
+    sums = q.cumsum(dtype=np.float64)
+    return np.minimum(np.searchsorted(sums, numbers * sums[-1], side="right"), CANDIDATES - 1)
+
+
+class SamplingBackend(TableBackend):
+    """Samples its drafts when it is told how; see :class:`TableBackend`."""
+
+    def step(
+        self,
+        anchors: IntArray,
+        start: IntArray,
+        *,
+        width: int,
+        inject: Inject | None,
+        sampling: DraftSampling | None = None,
+    ) -> StepOutput:
+        assert sampling is not None
+        assert sampling.uniforms.shape == (1, width - 1)
+        assert sampling.uniforms.dtype == sampling.temperature.dtype == np.float32
+        output = (*self._output[: int(start[0]) - len(PROMPT)], int(anchors[0]))
+        rows, candidates, probabilities = [target(PROMPT + output)], [], []
+        for number in sampling.uniforms[0]:
+            tokens, q = proposal(PROMPT + output, float(sampling.temperature[0]))
+            output = (*output, int(tokens[sample(q, np.array([number]))[0]]))
+            candidates.append(tokens)
+            probabilities.append(q)
+            rows.append(target(PROMPT + output))
+        self._output, self._now = output, np.array([rows])
+        drafted = np.array([output[len(output) - width + 1 :]], np.int64).reshape(1, width - 1)
+        return StepOutput(
+            drafted,
+            np.zeros((1, width), np.int64),
+            Proposal(np.array([candidates]), np.array([probabilities], np.float32)),
+        )
+
+
+@cache
+def stream(number: int) -> Floats:
+    """Another stream of random numbers for the same seeds, float64 ``[seeds, 4]``."""
+    return np.array([[u[0], u[1], u[2], u[3]] for u in (Uniforms(seed, number) for seed in range(RUNS))])
+
+
+Choose = Callable[[Distribution, int, Indices, Probabilities, Floats, Floats], Counts]
+"""p, draft, candidates, q, verdicts' and choices' numbers of each run -> token of each run."""
+
+
+def ours(
+    p: Distribution, draft: int, candidates: Indices, q: Probabilities, accept: Floats, pick: Floats
+) -> Counts:
+    """``verify_sampled`` of each run. It is monotone in both numbers: a few calls find where it changes."""
+
+    def verify(accept: float, pick: float) -> tuple[int, bool]:
+        return verify_sampled(p, draft, candidates, q, accept=accept, pick=pick)
+
+    ordered = np.sort(accept).tolist()
+    standing = bisect.bisect_left(ordered, True, key=lambda number: not verify(number, 0.0)[1])
+    stands = accept < (ordered[standing] if standing < len(ordered) else 1.0)
+    tokens = np.full(len(accept), draft)
+    if not stands.all():
+        again = np.sort(pick[~stands]).tolist()
+        ends = [bisect.bisect_right(again, x, key=lambda n: verify(ordered[-1], n)[0]) for x in range(VOCAB)]
+        order = np.argsort(pick[~stands])
+        chosen = np.empty(len(order), np.int64)
+        chosen[order] = np.repeat(np.arange(VOCAB), np.diff(ends, prepend=0))
+        tokens[~stands] = chosen
+    return tokens
+
+
+def walk(params: SamplingParams, choose: Choose = ours, verdicts: int = 2) -> Counts:
+    """Outputs of all seeds when every place but the first is drafted, int64 ``[seeds, 4]``."""
+    numbers, drafts, accepts = uniforms(), stream(1), stream(verdicts)
+    drafts = np.floor(drafts * 2.0**24) * 2.0**-24  # as float32 has them
+    tokens = np.zeros(numbers.shape, np.int64)
+    groups: dict[Tokens, npt.NDArray[np.intp]] = {(): np.arange(len(numbers))}
+    for position in range(LENGTH):
+        longer = {}
+        for output, runs in groups.items():
+            p = our_distribution(params, output)
+            pick = numbers[runs, position]
+            chosen = pick_all(p, pick)
+            if position > 0:  # the prefill's token is never drafted
+                candidates, q = proposal(PROMPT + output, params.temperature)
+                places = sample(q, drafts[runs, position])
+                for place, draft in enumerate(candidates.tolist()):
+                    mine = places == place
+                    if mine.any():
+                        accept = accepts[runs, position][mine]
+                        chosen[mine] = choose(p, draft, candidates, q, accept, pick[mine])
+            tokens[runs, position] = chosen
+            for token in np.unique(chosen):
+                longer[(*output, int(token))] = runs[chosen == token]
+        groups = longer
+    return tokens
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_joint_distribution_is_the_targets(name: str) -> None:
+    params = SETTINGS[name]
+    tokens = walk(params)
+    assert p_value(count(tokens), exact(params)) > LEVEL
+    # A block of 5 drafts every place but the first, so that whole requests are the same walk.
+    found = requests(params, 300, width=5, backend=SamplingBackend())
+    assert (found == tokens[:300]).all()
+
+
+def test_whole_requests_with_a_bonus_have_it_too() -> None:
+    params = SETTINGS["T=1.0 none"]  # at width 3 the fourth token may be a bonus
+    tokens = requests(params, RUNS // 10, width=3, backend=SamplingBackend())
+    assert p_value(count(tokens), exact(params)) > LEVEL
+
+
+def from_p(
+    p: Distribution, draft: int, candidates: Indices, q: Probabilities, accept: Floats, pick: Floats
+) -> Counts:
+    """A wrong residual: what was rejected gets a second chance."""
+    tokens = ours(p, draft, candidates, q, accept, pick)
+    stands = accept * q[candidates == draft] < p.probabilities(VOCAB)[draft]
+    return np.where(stands, tokens, pick_all(p, pick))
+
+
+def without_q(
+    p: Distribution, draft: int, candidates: Indices, q: Probabilities, accept: Floats, pick: Floats
+) -> Counts:
+    """The rule for drafts that weren't sampled: accepted with p(x), and the residual without x."""
+    dense = p.probabilities(VOCAB)
+    rest = np.where(np.arange(VOCAB) == draft, 0, dense).astype(np.float32)
+    again = pick_all(Distribution(rest), pick) if rest.any() else np.full(len(pick), draft)
+    return np.where(accept < dense[draft], draft, again)
+
+
+def test_wrong_rules_fail() -> None:
+    params = SETTINGS["T=1.0 none"]
+    assert p_value(count(walk(params, from_p)), exact(params)) < LEVEL
+    # A verdict that knows the number that the draft came from.
+    assert p_value(count(walk(params, verdicts=1)), exact(params)) < LEVEL
+
+
+def test_the_rule_for_drafts_that_were_not_sampled_is_exact_but_accepts_less() -> None:
+    params = SETTINGS["T=1.0 none"]
+    assert p_value(count(walk(params, without_q)), exact(params)) > LEVEL
+    outputs: tuple[Tokens, ...] = ((0,), (1, 2), (3,), (4, 4))
+    accepted, less = (
+        np.array([_acceptance(params, choose, output) for output in outputs]) for choose in (ours, without_q)
+    )
+    overlaps = []
+    for output in outputs:
+        candidates, q = proposal(PROMPT + output, params.temperature)
+        dense = our_distribution(params, output).probabilities(VOCAB)
+        overlaps.append(np.minimum(dense[candidates], q).sum())
+    np.testing.assert_allclose(accepted, overlaps, atol=0.02)  # nothing can accept more
+    assert (accepted > less).all()
+
+
+def _acceptance(params: SamplingParams, choose: Choose, output: Tokens) -> float:
+    """Probability that a draft is the token, over a grid of numbers."""
+    p = our_distribution(params, output)
+    candidates, q = proposal(PROMPT + output, params.temperature)
+    side = (np.arange(60) + 0.5) / 60
+    accept, pick = (axis.ravel() for axis in np.meshgrid(side, side))
+    shares = [
+        float((choose(p, draft, candidates, q, accept, pick) == draft).mean())
+        for draft in candidates.tolist()
+    ]
+    return float(np.dot(shares, q))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    p=st.lists(st.integers(0, 8), min_size=VOCAB, max_size=VOCAB).filter(any),
+    q=st.lists(st.integers(0, 8), min_size=CANDIDATES, max_size=CANDIDATES).filter(any),
+    candidates=st.permutations(range(VOCAB)),
+    truncated=st.booleans(),
+)
+def test_each_token_has_its_probability(
+    p: list[int], q: list[int], candidates: list[int], truncated: bool
+) -> None:
+    """Acceptance and residual added up exactly: sum over x of q(x) * P(token | x) is p."""
+    weights = np.array(p, np.float32)
+    ids = np.flatnonzero(weights) if truncated else None
+    target_p = Distribution(weights if ids is None else weights[ids], ids)
+    chosen, probabilities = np.array(candidates[:CANDIDATES]), np.array(q, np.float32) / sum(q)
+    dense, proposed = target_p.probabilities(VOCAB), np.zeros(VOCAB)
+    proposed[chosen] = probabilities
+    found = np.zeros(VOCAB)
+    rest = np.maximum(dense - proposed, 0)
+    for draft in chosen[probabilities > 0].tolist():
+        stands = min(1.0, dense[draft] / proposed[draft])
+        for number, expected in ((stands * 0.999, True), (stands * 1.001 + 1e-12, False)):
+            if number < 1:
+                _, accepted = verify_sampled(target_p, draft, chosen, probabilities, accept=number, pick=0.5)
+                assert accepted == (expected and bool(stands > 0))
+        found[draft] += proposed[draft] * stands
+        if stands < 1 - 1e-6:
+            numbers = (np.arange(400) + 0.5) / 400
+            tokens = [
+                verify_sampled(target_p, draft, chosen, probabilities, accept=LARGEST, pick=u)[0]
+                for u in numbers
+            ]
+            share = np.bincount(tokens, minlength=VOCAB) / 400
+            np.testing.assert_allclose(share, rest / rest.sum(), atol=VOCAB / 400)
+            found += proposed[draft] * (1 - stands) * rest / rest.sum()
+    np.testing.assert_allclose(found, dense, atol=1e-6)
+
+
+def test_numbers_belong_to_a_place_and_a_purpose() -> None:
+    sampler = Sampler(SamplingParams(temperature=0.7, seed=11), np.array(PROMPT))
+    first = sampler.draft_sampling(4)
+    again = sampler.draft_sampling(2)
+    assert first is not None
+    assert again is not None
+    assert first.uniforms[0, :2].tolist() == again.uniforms[0].tolist()
+    assert first.temperature.tolist() == [np.float32(0.7)]
+    numbers = [Uniforms(11, number)[0] for number in range(3)]
+    assert len(set(numbers)) == 3
+    assert numbers[0] == Uniforms(11)[0]
+    assert 0 <= numbers[1] - first.uniforms[0, 0] < 2**-24
+    sampler.choose(np.zeros((1, VOCAB), np.float32))
+    moved = sampler.draft_sampling(3)
+    assert moved is not None
+    assert moved.uniforms[0].tolist() == first.uniforms[0, 1:].tolist()
+    assert Sampler(SamplingParams(), np.array(PROMPT)).draft_sampling(3) is None
