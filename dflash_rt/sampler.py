@@ -112,7 +112,7 @@ class Sampler:
         ``proposal`` the drafts were sampled as :meth:`draft_sampling` said.
         """
         if proposal is None:
-            return accept_in_order(drafted, lambda row: self._emit(logits[row], self._best(logits[row])))
+            return accept_in_order(drafted, lambda row: self._choose_one(logits[row]))
         tokens: list[int] = []
         for row, draft in enumerate(drafted):
             token, stands = verify_sampled(
@@ -126,13 +126,13 @@ class Sampler:
             tokens.append(self._emit(logits[row], token))
             if not stands:
                 return tokens
-        return [*tokens, self._emit(logits[len(drafted)], self._best(logits[len(drafted)]))]
+        return [*tokens, self._choose_one(logits[len(drafted)])]
 
-    def _best(self, logits: FloatArray) -> int:
+    def _choose_one(self, logits: FloatArray) -> int:
         """The target's own choice of the next token."""
         if self._params.temperature == 0:
-            return int(self._scores(logits).argmax())
-        return self._distribution(logits).pick(self._uniforms[self._position])
+            return self._emit(logits, int(self._scores(logits).argmax()))
+        return self._emit(logits, self._distribution(logits).pick(self._uniforms[self._position]))
 
     def _distribution(self, logits: FloatArray) -> Distribution:
         return distribution(self._scores(logits), self._params)

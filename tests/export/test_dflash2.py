@@ -59,13 +59,13 @@ PAIRS = {
         selector=(4, 5),
         conv=(3, 4),
         block_size=3,
-        weights=((1, 0.3, 0.3),),
+        weights=((2, 0.4, 0.3), (8, 0.2, 0.2)),
     ),
     "wide, transformed logits": pair(
-        TargetSpec("qwen2", vocab=4, layers=2),
+        TargetSpec("qwen2", vocab=3, layers=2),
         selector=(6, 2),
         conv=(2, 8),
-        block_size=8,
+        block_size=6,
         layers=1,
         **window(5, SLIDING),
         dflash_config={
@@ -74,7 +74,7 @@ PAIRS = {
             "input_embedding_scale": 1.4,
         },
         narrower=(5,),
-        weights=((1, 0.3, 0.3),),
+        weights=((54, 0.2, 0.2), (33, 0.5, 0.5)),
     ),
     "one tap, mixed layers": pair(
         TargetSpec("mistral", vocab=4, head_dim=16),
@@ -82,7 +82,7 @@ PAIRS = {
         conv=(1, 32),
         block_size=2,
         **window(7, FULL, SLIDING),
-        weights=((1, 0.3, 0.3),),
+        weights=((1, 0.5, 0.5), (20, 0.4, 0.3)),
     ),
 }
 

@@ -518,7 +518,7 @@ def test_clocks_of_one_request_leave_out_the_others() -> None:
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     document = manifest_document()
-    document["target"]["vocab_size"] = VOCAB
+    document["target"]["vocab_size"] = document["drafter"]["vocab_size"] = VOCAB
     for graph in document["graphs"].values():
         for tensor in (*graph["inputs"], *graph["outputs"]):
             tensor["shape"] = [

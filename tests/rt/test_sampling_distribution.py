@@ -22,7 +22,7 @@ import torch
 import transformers
 from transformers.generation import logits_process
 
-from dflash_rt.backends.base import Backend, Inject, IntArray, StepOutput
+from dflash_rt.backends.base import Backend, DraftSampling, Inject, IntArray, StepOutput
 from dflash_rt.backends.scripted import ScriptedBackend
 from dflash_rt.distribution import Distribution, distribution, penalised
 from dflash_rt.generator import Generator
@@ -126,7 +126,15 @@ class TableBackend(ScriptedBackend):
         self._output, self._now = (), target(PROMPT)[None, None]
         return self._prefilled
 
-    def step(self, anchors: IntArray, start: IntArray, *, width: int, inject: Inject | None) -> StepOutput:
+    def step(
+        self,
+        anchors: IntArray,
+        start: IntArray,
+        *,
+        width: int,
+        inject: Inject | None,
+        sampling: DraftSampling | None = None,
+    ) -> StepOutput:
         self._output = (*self._output[: int(start[0]) - len(PROMPT)], int(anchors[0]))
         if (self._output, width) not in self._said:
             self._said[self._output, width] = self._play(width)
