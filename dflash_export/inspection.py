@@ -63,6 +63,8 @@ class Inspection:
         has_template = tokenizer is not None and tokenizer.chat_template is not None
         text = "token ids only" if tokenizer is None else "text, chats" if has_template else "text"
         window = "" if drafter.sliding_window is None else f", window {drafter.sliding_window}"
+        if drafter.vocab_size != target.vocab_size:
+            window += f", vocabulary {drafter.vocab_size}"
         tied = ", tied" if target.tie_word_embeddings else ""
         layers = ", ".join(map(str, drafter.feature_layers))
         template = "".join(

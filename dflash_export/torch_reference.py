@@ -25,6 +25,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from dflash_export.drafter_config import load_drafter_config
 from dflash_export.sources import Source, resolve_drafter, resolve_target
 from dflash_rt.errors import VerifyError
 from dflash_rt.manifest import SourceInfo
@@ -158,10 +159,14 @@ def load_target(source: Source, dtype: torch.dtype = torch.float32) -> Any:
 
 def load_drafter(source: Source) -> Any:
     """The drafter as PyPI ``dflash`` loads it, in float32. Raises VerifyError when it can't."""
+    kind = load_drafter_config(source).kind
+    if kind == "speculators":
+        raise _cannot_load("drafter", source, "the speculators format, which PyPI dflash doesn't read")
     try:
         module = importlib.import_module("dflash.model")
+        model = module.DFlash2DraftModel if kind == "dflash-v2" else module.DFlashDraftModel
         with _quiet_transformers():
-            return module.DFlashDraftModel.from_pretrained(
+            return model.from_pretrained(
                 source.folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
             ).eval()
     except Exception as error:  # as above; and the reference reads configs without checking them

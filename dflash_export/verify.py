@@ -131,10 +131,12 @@ def _find_drafter(
 ) -> tuple[Source | None, str | None]:
     """The drafter's checkpoint, or why the reference's loop is skipped. One that is named has to be right."""
     info = manifest.drafter.source
-    if drafter is not None:
-        return find_source("drafter", info, drafter), None
-    if not wanted:
-        return None, "not asked for"
+    named = None if drafter is None else find_source("drafter", info, drafter)
+    unread = manifest.drafter.kind == "speculators"
+    if unread or (named is None and not wanted):
+        return None, "PyPI dflash doesn't read the speculators format" if unread else "not asked for"
+    if named is not None:
+        return named, None
     if reference_version() is None:
         return None, "PyPI dflash is not installed"
     if info.kind != "hub":

@@ -421,7 +421,7 @@ SPOILED: dict[str, Spoiled] = {
         "drafter", UnsupportedModelError, "DFlash", architectures=["Eagle3Model"]
     ),
     "DFlash 2": spoiled("drafter", UnsupportedModelError, "DFlash 2", dflash_config={"conv_kernel_size": 2}),
-    "speculators": spoiled("drafter", UnsupportedModelError, "speculators", speculators_model_type="dflash"),
+    "speculators": spoiled("drafter", UnsupportedModelError, "speculators", speculators_model_type="eagle3"),
     "no block size": spoiled("drafter", CheckpointError, "block_size", dflash_config={"block_size": None}),
     "a negative mask token": spoiled(
         "drafter", CheckpointError, "mask_token_id", dflash_config={"mask_token_id": -1}

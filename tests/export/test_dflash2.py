@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 import torch
 from dflash.model import DFlash2DraftModel
 
+from dflash_rt import Generator, SamplingParams
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from tests.rt.test_sampling_distribution import p_value
 
 from ._pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 from .test_reference_loop import CHUNK, FULL, LEAST_MARGIN, SLIDING, Reference, window
@@ -154,3 +157,45 @@ def test_same_tokens_and_counts_as_the_reference(name: str, tmp_path: Path) -> N
         counts += compare(PAIRS[name], weights, tmp_path / str(number))
     block_size = PAIRS[name].raw["dflash_config"]["block_size"]
     assert [count for count in range(block_size) if not counts[count]] == [], counts
+
+
+# --- Sampling ---
+
+RUNS, LENGTH, LEVEL = 3000, 3, 1e-6
+
+
+def test_sampled_tokens_have_the_targets_distribution(tmp_path: Path) -> None:
+    """Whole requests on the graphs: the first three tokens of 3,000 seeds against PyTorch's probabilities.
+
+    A chi-square test that a correct sampler fails by chance with probability 1e-6; the seeds are fixed.
+    """
+    used = PAIRS["as published"]
+    spec = TargetSpec("qwen3", vocab=6)
+    target = make_target(tmp_path / "target", spec, seed=6, spread=0.3)
+    make_drafter(tmp_path / "drafter", used.raw, seed=1006, spread=0.3)
+    bundle = build(tmp_path / "target", tmp_path / "drafter", tmp_path / "bundle", prefill_chunk=CHUNK)
+    prompt, accepted = [1, 4, 0], Counter[int]()
+    counts = np.zeros((spec.vocab,) * LENGTH)
+    with Generator(bundle.root, threads=1) as generator:
+        for seed in range(RUNS):
+            sampling = SamplingParams(temperature=1.0, seed=seed)
+            result = generator.generate(prompt, max_new_tokens=LENGTH, sampling=sampling)
+            counts[result.token_ids] += 1
+            accepted[result.stats.accepted_per_step[0]] += 1
+        again = generator.generate(prompt, max_new_tokens=LENGTH, sampling=sampling)
+        assert again.token_ids == result.token_ids  # same seed, same tokens
+    assert set(accepted) == {0, 1, 2, 3}
+    assert p_value(counts.ravel(), _joint(target, prompt, spec.vocab)) > LEVEL
+    # What it can see: a tenth off in temperature.
+    assert p_value(counts.ravel(), _joint(target, prompt, spec.vocab, 1.1)) < LEVEL
+
+
+def _joint(target: Any, prompt: list[int], vocab: int, temperature: float = 1.0) -> Any:
+    """Probability of every output, float64 ``[vocab ** LENGTH]``."""
+    joint = np.ones(1)
+    for length in range(LENGTH):
+        prefixes = [[*prompt, *output] for output in product(range(vocab), repeat=length)]
+        with torch.inference_mode():
+            logits = target(torch.tensor(prefixes)).logits[:, -1].double()
+        joint = (joint[:, None] * (logits / temperature).softmax(-1).numpy()).ravel()
+    return joint

@@ -230,10 +230,11 @@ def nested(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("raw", "fragment"),
     [
-        (bad(architectures=["DFlash2DraftModel"]), "DFlash 2"),
+        (bad(architectures=["DFlashDraftModel", "DFlash2DraftModel"]), "not a DFlash drafter"),
+        (bad(sample_from_anchor=True), "sample_from_anchor"),
         (nested(conv_kernel_size=2, selector_rank=256), "conv_kernel_size, selector_rank"),
         (bad(selector_top_k=16), "selector_top_k"),
-        ({"speculators_model_type": "dflash", "transformer_layer_config": {}}, "speculators format"),
+        ({"speculators_model_type": "eagle3", "transformer_layer_config": {}}, "'eagle3'"),
         (bad(speculators_config={}), "speculators format"),
         (bad(architectures=["Qwen3ForCausalLM"]), "swapped"),
         (bad(architectures=...), "not a DFlash drafter"),
