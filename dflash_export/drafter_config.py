@@ -132,6 +132,11 @@ class DrafterConfig:
         return tuple(self.sliding_window if slides else None for slides in sliding)
 
     @property
+    def is_windowed(self) -> bool:
+        """Whether no layer sees further back than its window, so that the caches need hold no more."""
+        return None not in self.layer_windows
+
+    @property
     def has_logit_transform(self) -> bool:
         """Whether draft logits differ from the target head's own logits, so that a graph of their own is
         needed.

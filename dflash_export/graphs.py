@@ -15,7 +15,17 @@ from dflash_rt.manifest import cache_names, output_name
 
 from .drafter_modules import DraftLmHead, Select
 from .graph_passes import GraphOutput, TracedGraph, finish_graph
-from .modules import Draft, DrafterLayers, DraftLogits, Embed, Inject, LmHead, Target
+from .modules import (
+    Draft,
+    DrafterLayers,
+    DraftLogits,
+    Embed,
+    Inject,
+    LmHead,
+    Target,
+    WindowedDraft,
+    WindowedInject,
+)
 from .target_config import target_facts
 from .tracing import ATTENTION, GraphInput, emit_operators, fake_mode, trace
 
@@ -104,17 +114,18 @@ def trace_drafter(
     hidden = config.hidden_size
     caches = _cache_inputs(config.num_layers, config.num_key_value_heads, config.head_dim, dtype)
     constants = _rotary_constants("drafter.rotary_emb", drafter.rotary_emb)
+    place = (_START, _OFFSET) if config.is_windowed else (_START,)
     graphs = {}
     graphs["inject"] = _trace(
-        Inject(drafter),
-        [GraphInput("features", dtype, _rows(len(config.feature_layers) * hidden)), _START, *caches],
+        (WindowedInject if config.is_windowed else Inject)(drafter),
+        [GraphInput("features", dtype, _rows(len(config.feature_layers) * hidden)), *place, *caches],
         _cache_outputs(caches),
         constants,
     )
     traced("inject")
     graphs["draft"] = _trace(
-        Draft(drafter, config.input_embedding_scale),
-        [GraphInput("embeddings", dtype, _rows(hidden)), _START, *caches],
+        (WindowedDraft if config.is_windowed else Draft)(drafter, config.input_embedding_scale),
+        [GraphInput("embeddings", dtype, _rows(hidden)), *place, *caches],
         [_out("hidden", dtype, *_rows(hidden)), *_cache_outputs(caches)],
         constants,
     )
@@ -184,6 +195,7 @@ def _own_vocabulary(
 
 
 _START = GraphInput("start", torch.int64, ("batch",))
+_OFFSET = GraphInput("offset", torch.int64, ("batch",))
 
 
 def _rows(width: int) -> tuple[str | int, ...]:

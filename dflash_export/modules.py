@@ -21,7 +21,17 @@ from .tracing import GraphCache, Visibility, attention, rotary, scatter
 if TYPE_CHECKING:
     from .drafter_config import DrafterConfig
 
-__all__ = ["Draft", "DraftLogits", "DrafterLayers", "Embed", "Inject", "LmHead", "Target"]
+__all__ = [
+    "Draft",
+    "DraftLogits",
+    "DrafterLayers",
+    "Embed",
+    "Inject",
+    "LmHead",
+    "Target",
+    "WindowedDraft",
+    "WindowedInject",
+]
 
 
 def _positions(start: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -194,15 +204,35 @@ class Inject(nn.Module):
         self, features: torch.Tensor, start: torch.Tensor, *caches: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Keys and values per draft layer."""
+        return self.write(features, start, _positions(start, features), caches)
+
+    def write(
+        self,
+        features: torch.Tensor,
+        start: torch.Tensor,
+        positions: torch.Tensor,
+        caches: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """Rows go to the caches from ``start`` on, and are rotated to ``positions``."""
         drafter = self.drafter
         context = drafter.hidden_norm(drafter.fc(features.to(drafter.fc.weight.dtype))).to(caches[0].dtype)
-        cos, sin = drafter.rotary_table(context, _positions(start, features))
+        cos, sin = drafter.rotary_table(context, positions)
         keys, values = list(caches[0::2]), list(caches[1::2])
         for i, layer in enumerate(drafter.layers):
             assert isinstance(layer, _Layer)
             key, value = layer.self_attn.key_value(context, cos, sin)
             keys[i], values[i] = scatter(keys[i], key, start), scatter(values[i], value, start)
         return tuple(_interleave(keys, values))
+
+
+class WindowedInject(Inject):
+    """The same where caches hold a window only: their row 0 is at position ``offset [batch]``."""
+
+    def forward(  # type: ignore[override]
+        self, features: torch.Tensor, start: torch.Tensor, offset: torch.Tensor, *caches: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Keys and values per draft layer."""
+        return self.write(features, start, _positions(start + offset, features), caches)
 
 
 class Draft(nn.Module):
@@ -217,10 +247,19 @@ class Draft(nn.Module):
         self, embeddings: torch.Tensor, start: torch.Tensor, *caches: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Hidden states after the final norm, then keys and values per draft layer."""
+        return self.attend(embeddings, start, _positions(start, embeddings), caches)
+
+    def attend(
+        self,
+        embeddings: torch.Tensor,
+        start: torch.Tensor,
+        positions: torch.Tensor,
+        caches: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """The block goes to the caches from ``start`` on, and is rotated to ``positions``."""
         drafter = self.drafter
         hidden = embeddings if self.embedding_scale == 1.0 else embeddings * self.embedding_scale
-        positions = _positions(start, embeddings)
-        visibility = Visibility(positions, caches[0].shape[2])
+        visibility = Visibility(_positions(start, embeddings), caches[0].shape[2])
         cos, sin = drafter.rotary_table(hidden, positions)
         keys, values = list(caches[0::2]), list(caches[1::2])
         for i, layer in enumerate(drafter.layers):
@@ -236,6 +275,16 @@ class Draft(nn.Module):
             normed, finish = _convolved(layer, "mlp_conv", layer.post_attention_layernorm(hidden))
             hidden = hidden + finish(layer.mlp(normed))
         return drafter.norm(hidden), *_interleave(keys, values)
+
+
+class WindowedDraft(Draft):
+    """The same where caches hold a window only: their row 0 is at position ``offset [batch]``."""
+
+    def forward(  # type: ignore[override]
+        self, embeddings: torch.Tensor, start: torch.Tensor, offset: torch.Tensor, *caches: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Hidden states after the final norm, then keys and values per draft layer."""
+        return self.attend(embeddings, start, _positions(start + offset, embeddings), caches)
 
 
 def _convolved(

@@ -20,6 +20,10 @@ A cache is ``key.{i}`` and ``value.{i}`` per layer, ``[b,Hkv,capacity,D]``; its 
 lies in the same memory. The last four exist only for drafters that need them: ``draft_logits`` for one that
 changes the logits after the head, ``draft_embed`` and ``draft_lm_head`` for one with a vocabulary of its own,
 ``select`` for one that chooses among candidates. ``token_ids`` are always ids of the target.
+
+A drafter whose layers all slide needs no cache much longer than its window. Its ``inject`` and ``draft`` take
+one input more, ``offset[b]``: the position of row 0 of the caches, added to that of ``start``. A backend that
+drops rows from the beginning of the caches moves the others there and adds the number dropped to ``offset``.
 """
 
 from __future__ import annotations
@@ -106,14 +110,15 @@ def expected_tensors(graph: str, manifest: Manifest) -> tuple[Tensors, Tensors]:
     start = {"start": (_INT64, ("batch",))}
     own_logits = (_FLOAT32, (*rows, drafter.vocab_size))
     per_candidate: Shape = (*rows, drafter.selector_top_k or 1)
+    place = {**start, "offset": start["start"]} if drafter.is_windowed else start
     caches = _caches(target.num_layers, target.num_key_value_heads, target.head_dim)
     draft_caches = _caches(drafter.num_layers, drafter.num_key_value_heads, drafter.head_dim)
     table: dict[str, tuple[Tensors, Tensors]] = {
         "embed": ({"input_ids": (_INT64, rows)}, embeddings),
         "target": ({**embeddings, **start, **caches}, {**hidden, **features, **_as_outputs(caches)}),
         "lm_head": (hidden, {"logits": logits, **token_ids}),
-        "inject": ({**features, **start, **draft_caches}, _as_outputs(draft_caches)),
-        "draft": ({**embeddings, **start, **draft_caches}, {**hidden, **_as_outputs(draft_caches)}),
+        "inject": ({**features, **place, **draft_caches}, _as_outputs(draft_caches)),
+        "draft": ({**embeddings, **place, **draft_caches}, {**hidden, **_as_outputs(draft_caches)}),
         "draft_logits": ({"logits": logits}, {output_name("logits"): logits, **token_ids}),
         "draft_embed": ({"input_ids": (_INT64, rows)}, embeddings),
         "draft_lm_head": (hidden, {"logits": own_logits, **token_ids}),

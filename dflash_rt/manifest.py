@@ -163,6 +163,11 @@ class DrafterInfo:
     selector_top_k: Count | None
 
     @property
+    def is_windowed(self) -> bool:
+        """Whether all layers slide: the caches then hold a window, and row 0 of them is at an ``offset``."""
+        return set(self.layer_types) == {"sliding_attention"}
+
+    @property
     def draft_length(self) -> int:
         """Tokens that one whole block proposes: every row but the anchor."""
         return self.block_size - 1

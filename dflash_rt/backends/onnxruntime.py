@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from dflash_rt.backends._window import Window
 from dflash_rt.backends.base import DraftSampling, FloatArray, Inject, IntArray, Proposal, StepOutput
 from dflash_rt.errors import BackendError, NumericalError
 from dflash_rt.manifest import GraphSpec, TensorSpec, output_name
@@ -94,6 +95,11 @@ class OnnxRuntimeBackend:
         rows = max(manifest.limits.prefill_chunk, self._block_size)
         self._buffers = self._make_buffers(rows)
         self._starts = {stage: np.zeros(self._batch, np.int64) for stage in ("inject", "draft", "target")}
+        self._window: Window | None = None
+        if manifest.drafter.is_windowed:
+            size = manifest.drafter.sliding_window
+            assert size is not None  # the manifest's own rule
+            self._window = Window(size, rows, self._block_size, self._batch)
         # One value for each slot; only `select` reads them.
         self._slots: dict[str, npt.NDArray[Any]] = {
             "anchors": np.zeros(self._batch, np.int64),
@@ -111,7 +117,7 @@ class OnnxRuntimeBackend:
 
     @property
     def capacity(self) -> int:
-        """Rows that each cache buffer holds now."""
+        """Rows that each cache buffer of the target holds now; the drafter's may hold a window only."""
         return self._capacity
 
     @property
@@ -175,6 +181,8 @@ class OnnxRuntimeBackend:
         for caches in self._caches.values():
             for array in caches.values():
                 array.fill(0)
+        if self._window is not None:
+            self._window.clear()
         # Features of a failed step must not be injected by the next sequence either.
         for buffer in self._buffers.values():
             buffer.clear()
@@ -196,19 +204,25 @@ class OnnxRuntimeBackend:
         self._run("target", "target", batch, rows)
 
     def _inject(self, start: IntArray, batch: int, rows: int) -> None:
-        self._starts["inject"][:] = start
+        self._starts["inject"][:] = self._draft_rows(start, rows)
         self._run("inject", "inject", batch, rows)
 
     def _draft(self, block: IntArray, start: IntArray, sampling: DraftSampling | None) -> IntArray:
         batch, rows = block.shape[0], block.shape[1] - 1 + self._silent_rows
         self._embed(block[:, :rows], "draft_embed" if "draft_embed" in self._graphs else "embed")
-        self._starts["draft"][:] = start
+        self._starts["draft"][:] = self._draft_rows(start, rows)
         self._run("draft", "draft", batch, rows)
         hidden = self._buffers["draft_hidden"].view(batch, rows)[:, self._silent_rows :]
         if "draft_lm_head" in self._graphs:
             return self._own_head(hidden)
         best = self._head(hidden, "draft_head")
         return self._select(block[:, 0], sampling) if "select" in self._graphs else best
+
+    def _draft_rows(self, start: IntArray, rows: int) -> IntArray:
+        """Where ``rows`` from position ``start`` on lie in the drafter's caches."""
+        if self._window is None:
+            return start
+        return self._window.place(start, rows, self._caches["draft"].values())
 
     def _embed(self, token_ids: IntArray, graph: str = "embed") -> None:
         batch, rows = token_ids.shape
@@ -320,6 +334,9 @@ class OnnxRuntimeBackend:
             name = tensor.name
             if name == "start":
                 return self._starts[graph]
+            if name == "offset":
+                assert self._window is not None
+                return self._window.offset
             if name in self._slots:
                 return self._slots[name]
             cache = caches.get(spec.aliases.get(name, name) if is_output else name)
@@ -348,19 +365,20 @@ class OnnxRuntimeBackend:
     def _grow(self, capacity: int) -> None:
         """Move the caches into buffers of ``capacity`` rows; new rows are zeros."""
         self._bindings.clear()
-        for owner, graph in (("target", "target"), ("draft", "draft")):
+        draft_capacity = capacity if self._window is None else min(capacity, self._window.rows)
+        for graph, rows in (("target", capacity), ("draft", draft_capacity)):
             for tensor in self._graphs[graph].inputs:
                 if "capacity" not in tensor.shape:
                     continue
                 shape = tuple(
-                    {"batch": self._batch, "capacity": capacity}[d] if isinstance(d, str) else d
+                    {"batch": self._batch, "capacity": rows}[d] if isinstance(d, str) else d
                     for d in tensor.shape
                 )
                 grown = np.zeros(shape, _STORAGE[tensor.dtype][0])
-                old = self._caches[owner].get(tensor.name)
+                old = self._caches[graph].get(tensor.name)
                 if old is not None:
                     grown[:, :, : old.shape[2]] = old
-                self._caches[owner][tensor.name] = grown
+                self._caches[graph][tensor.name] = grown
         self._capacity = capacity
 
 
