@@ -7,7 +7,7 @@ tried on ONNX Runtime 1.32:
 - ``TensorScatter`` writes in place only if one buffer is bound as input and as output.
 - ``Attention`` costs time for every row of the cache buffer, valid or not, so the caches start small
   and grow by an eighth or a bucket when a sequence outgrows them. That is the only time a cache is
-  allocated or copied.
+  allocated or copied; rows of a windowed drafter's caches also move to the front now and then.
 - Each session has its own thread pool, whose idle threads would spin while another session works.
 """
 

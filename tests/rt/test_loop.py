@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_rt.backends.base import Inject, IntArray, StepOutput
+from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
 from dflash_rt.backends.scripted import Drafter, ScriptedBackend, Target, follow
 from dflash_rt.errors import BackendError, NumericalError
 from dflash_rt.loop import Decoded, decode
@@ -85,7 +85,13 @@ def test_plain_decoding_never_drafts_or_injects() -> None:
             return super().prefill(token_ids, start, inject=inject)
 
         def step(
-            self, anchors: IntArray, start: IntArray, *, width: int, inject: Inject | None
+            self,
+            anchors: IntArray,
+            start: IntArray,
+            *,
+            width: int,
+            inject: Inject | None,
+            sampling: DraftSampling | None = None,
         ) -> StepOutput:
             assert (width, inject) == (1, None)
             return super().step(anchors, start, width=width, inject=inject)
@@ -207,7 +213,13 @@ def test_the_backend_sees_arrays_it_may_keep() -> None:
 
     class Keeper(ScriptedBackend):
         def step(
-            self, anchors: IntArray, start: IntArray, *, width: int, inject: Inject | None
+            self,
+            anchors: IntArray,
+            start: IntArray,
+            *,
+            width: int,
+            inject: Inject | None,
+            sampling: DraftSampling | None = None,
         ) -> StepOutput:
             for array in (anchors, start, *([inject.start] if inject else [])):
                 assert (array.shape, array.dtype) == ((1,), np.int64)
