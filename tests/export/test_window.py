@@ -71,7 +71,6 @@ def test_a_block_finds_its_window(data: st.DataObject, size: int, chunk: int, bl
             write(position, block, np.arange(position, position + block))  # the verified block's features
             position += data.draw(st.integers(1, block))
         cache[:] = -1
-        kept.clear()
 
 
 # --- On graphs ---
