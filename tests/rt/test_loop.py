@@ -325,9 +325,9 @@ def test_protocol_errors_of_the_loop_would_be_seen() -> None:
     """The property tests above lean on the fake: break the loop's rule once, on purpose, and it is caught."""
 
     class Forgetful(Sequence):
-        def commit_step(self, accepted: int, width: int) -> None:
-            super().commit_step(accepted, width)
-            self.uninjected = None
+        def commit_step(self, accepted: int, width: int, *, injected: bool) -> None:
+            super().commit_step(accepted, width, injected=injected)
+            self.injected = self.fed
 
     with pytest.raises(BackendError, match="inject the last verify pass"):
         run(ScriptedBackend(follow(TEXT)), Forgetful(np.array(PROMPT, dtype=np.int64)))
