@@ -1,4 +1,4 @@
-"""Prompts for benchmarks: a few questions, and a mix in which drafting helps with some and not with others."""
+"""Prompts for benchmarks: a few questions, and a mix in which drafting helps some and not others."""
 
 from __future__ import annotations
 

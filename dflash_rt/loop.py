@@ -64,8 +64,8 @@ def decode(
     """Decode; yield what the prefill decided (one token), then what each step decided.
 
     ``width`` is the rows of a verify pass, the anchor and ``width - 1`` drafts, or a policy that says so step
-    by step; no token depends on it. ``width == 1`` is plain decoding, in which the drafter never runs and gets
-    no features. ``max_new_tokens`` and ``prefill_chunk`` are at least 1. Without a ``sampler`` tokens are
+    by step; no token depends on it. Width 1 throughout is plain decoding, in which the drafter never runs
+    and gets no features. ``max_new_tokens`` and ``prefill_chunk`` are at least 1. Without a ``sampler`` tokens are
     the backend's own greedy choices.
 
     The caller may stop after any item: between steps every cache is whole. If the backend raises, its caches
@@ -76,10 +76,10 @@ def decode(
         # 1) Prefill. The last chunk's answer is the first token. Features are injected as they come.
         #    Room is asked for as it is needed, since attention over a larger buffer takes longer.
         while not sequence.prefilled:
-            rows = sequence.next_prompt_rows(prefill_chunk)
-            backend.reserve(sequence.start + rows.shape[1])
-            choice = backend.prefill(rows, sequence.starts, inject=policy.widest > 1)
-            sequence.commit_prefill(rows.shape[1])
+            prompt = sequence.next_prompt_rows(prefill_chunk)
+            backend.reserve(sequence.start + prompt.shape[1])
+            choice = backend.prefill(prompt, sequence.starts, inject=policy.widest > 1)
+            sequence.commit_prefill(prompt.shape[1])
         tokens = [int(choice[0])] if sampler is None else sampler.choose(backend.logits()[0])
 
         while True:

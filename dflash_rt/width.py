@@ -7,10 +7,10 @@ confirmed once those before it were, the expected tokens and the expected rate a
     E(w) = 1 + q(1) + q(1) q(2) + ... + q(1)...q(w-1)        r(w) = E(w) / c(w)
 
 and the width is the one with the largest r; width 1 is plain decoding. q is estimated at two levels, since
-texts differ more than the parts of one text do. ``AcceptanceHistory`` belongs to a generator: confirmed drafts
-over tried ones by position, of all requests, old ones fading, starting from a neutral guess. A request starts from
-its history, taken as ``_HISTORY_WEIGHT`` drafts seen, and adds its own. A draft behind a rejected one tells
-nothing, so it counts as not tried. Positions are assumed to be the same at every width.
+texts differ more than the parts of one text do. ``AcceptanceHistory`` belongs to a generator: confirmed
+drafts over tried ones by position, of all requests, old ones fading, starting from a neutral guess. A request
+starts from its history, taken as ``_HISTORY_WEIGHT`` drafts seen, and adds its own. A draft behind a rejected
+one tells nothing, so it counts as not tried. Positions are assumed to be the same at every width.
 
 Two accounts, both in seconds of plain decoding, settle what estimates can't:
 
@@ -42,8 +42,8 @@ _FADE = 0.99  # of what a history holds, with each drafted step
 _REQUEST_FADE = 0.98  # the same within a request
 _HISTORY_WEIGHT = 3.0
 _CURIOSITY = 0.01
-_ALLOWANCE = 1.25
-_ALLOWANCE_RATE = 0.0075
+_ALLOWANCE = 1.5
+_ALLOWANCE_RATE = 0.005
 
 
 class WidthPolicy(Protocol):

@@ -26,7 +26,7 @@ from dflash_rt.width import StepCosts
 if TYPE_CHECKING:
     from dflash_rt.bundle import Bundle
 
-__all__ = ["CostKey", "STEP_COSTS_NAME", "cost_key", "load_step_costs", "save_step_costs"]
+__all__ = ["STEP_COSTS_NAME", "CostKey", "cost_key", "load_step_costs", "save_step_costs"]
 
 STEP_COSTS_NAME = "step_costs.json"
 _FORMAT_VERSION = 1

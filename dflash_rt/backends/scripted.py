@@ -268,7 +268,9 @@ class ScriptedBackend:
         first = _integers("start of inject", inject.start, axes=1)[0]
         if last.kind != "verify":
             raise _broken("inject", "right after a prefill", "None: a prefill injects its own rows")
-        _expect(first <= last.start, "start of inject", first, f"at most {last.start}, of the last verify pass")
+        _expect(
+            first <= last.start, "start of inject", first, f"at most {last.start}, of the last verify pass"
+        )
         end = last.start + len(last.tokens)
         _expect(first + inject.rows == end, "rows of inject", inject.rows, f"all {end - first} up to {end}")
         kept = [self._kept.get(row % self._kept_rows, (_EMPTY, _EMPTY)) for row in range(first, end)]

@@ -1,0 +1,234 @@
+"""The result of ``dflash-rt bench --widths``, as a table and as JSON values; docs/width.md explains it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+from dflash_rt.bench_report import PLAIN, Conditions
+from dflash_rt.bench_stats import Outcomes, Ratio, Summary, agreement, ratio, summarise
+from dflash_rt.bench_table import aligned
+from dflash_rt.width import StepCosts
+
+__all__ = ["ADAPTIVE", "WidthsReport"]
+
+ADAPTIVE = "adaptive"
+_FORMAT, _FORMAT_VERSION = "dflash-bench-widths", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthsReport:
+    """Outcomes of plain decoding, of each fixed width and of the width that adapts, on the same prompts.
+
+    Attributes:
+        conditions: what was run, where.
+        kinds: what each prompt is an example of.
+        outcomes: by contender: ``plain``, ``drafted-W``, and :data:`ADAPTIVE`.
+        widths: rows of a verify pass of those with a fixed width.
+        costs: of a step by width, as they were measured at load.
+    """
+
+    conditions: Conditions
+    kinds: tuple[str, ...]
+    outcomes: Mapping[str, Outcomes]
+    widths: Mapping[str, int]
+    costs: StepCosts
+
+    @cached_property
+    def summaries(self) -> dict[str, Summary]:
+        """Totals by contender, over all prompts."""
+        return {name: summarise(outcomes) for name, outcomes in self.outcomes.items()}
+
+    @property
+    def best_fixed(self) -> str:
+        """The fixed width (plain decoding is one) that was fastest over all prompts together."""
+        return max(self.widths, key=lambda name: self.summaries[name].tokens_per_second or 0.0)
+
+    @property
+    def over_best_fixed(self) -> float | None:
+        """Decode rate of the width that adapts over that of the best fixed one, all prompts together."""
+        ours = self.summaries[ADAPTIVE].tokens_per_second
+        best = self.summaries[self.best_fixed].tokens_per_second
+        return ours / best if ours and best else None
+
+    @property
+    def over_plain(self) -> dict[str, float]:
+        """By prompt, the decode rate over that of plain decoding in the same repeat; median over repeats."""
+        ratios = {kind: self._ratio(ADAPTIVE, number) for number, kind in enumerate(self.kinds)}
+        return {kind: value.median for kind, value in ratios.items() if value is not None}
+
+    @property
+    def exact(self) -> bool:
+        """Whether every contender found the tokens of plain decoding."""
+        plain = self.outcomes[PLAIN]
+        return all(agreement(outcomes, plain).exact for outcomes in self.outcomes.values())
+
+    def step_cost(self, name: str) -> Ratio | None:
+        """Time of a step of a fixed width over that of a plain step, in this run."""
+        return ratio(self.outcomes[name], self.outcomes[PLAIN], lambda o: o.seconds_per_step)
+
+    def accepted(self, name: str) -> list[float]:
+        """By position, the share of the steps with a draft there that accepted it; up to the last drafted."""
+        drafted, accepted = Counter[int](), Counter[int]()
+        for outcome in self.outcomes[name].values():
+            pairs = zip(outcome.width_per_step or (), outcome.accepted_per_step or (), strict=True)
+            for width, count in pairs:
+                drafted.update(range(width - 1))
+                accepted.update(range(count))
+        return [accepted[position] / drafted[position] for position in sorted(drafted)]
+
+    def chosen(self, prompt: int | None = None) -> dict[int, float]:
+        """Share of the adaptive steps that had each width; of one prompt, or of all."""
+        counts: Counter[int] = Counter()
+        for (number, _), outcome in self.outcomes[ADAPTIVE].items():
+            if prompt in (None, number):
+                counts.update(outcome.width_per_step or ())
+        return {width: counts[width] / counts.total() for width in sorted(counts)}
+
+    def rate(self, name: str, prompt: int) -> float | None:
+        """Tokens per second on one prompt, median over repeats."""
+        rates = [
+            o.tokens_per_second for (n, _), o in self.outcomes[name].items() if n == prompt and o.measurable
+        ]
+        return median(rates) if rates else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON values; what couldn't be measured is ``None``."""
+        conditions = asdict(self.conditions)
+        conditions["prompt_tokens"] = list(conditions["prompt_tokens"])
+        return {
+            "format": _FORMAT,
+            "format_version": _FORMAT_VERSION,
+            **conditions,
+            "load_cost_ms": [_rounded(1e3 * seconds) for seconds in self.costs.seconds],
+            "contenders": {name: self._contender(name) for name in self.outcomes},
+            "prompts": [self._prompt(number) for number in range(len(self.kinds))],
+            "same_tokens": self.exact,
+            "best_fixed": self.best_fixed,
+            "adaptive_over_best_fixed": _rounded(self.over_best_fixed),
+            "lowest_over_plain": _rounded(min(self.over_plain.values(), default=None)),
+        }
+
+    def table(self) -> str:
+        """All of it for people: sections with an empty line between them."""
+        return "\n\n".join("\n".join(lines) for lines in self._sections())
+
+    def _sections(self) -> Iterator[list[str]]:
+        c = self.conditions
+        yield [
+            f"{c.bundle} ({c.precision}) on {c.backend}, {c.threads} threads, {c.cpu}",
+            f"{len(self.kinds)} prompts, at most {c.max_new_tokens} new tokens, {c.repeats} repeats",
+        ]
+        yield self._by_width()
+        yield self._by_position()
+        yield self._by_prompt()
+        yield self._result()
+
+    def _by_width(self) -> list[str]:
+        rows = [["", "cost at load", "cost in the run", "tokens/step", "tokens/s", "over plain"]]
+        for name, total in self.summaries.items():
+            width = self.widths.get(name)
+            at_load = "-"
+            if width is not None:
+                at_load = (
+                    f"{1e3 * self.costs.seconds[width - 1]:.1f} ms, {self.costs.relative[width - 1]:.2f}"
+                )
+            cost = None if width is None else self.step_cost(name)
+            gain = ratio(self.outcomes[name], self.outcomes[PLAIN], lambda o: o.tokens_per_second)
+            rows.append(
+                [
+                    name,
+                    at_load,
+                    "-" if cost is None else str(cost),
+                    _number(total.tokens_per_step, ".2f"),
+                    _number(total.tokens_per_second, ".1f"),
+                    "-" if gain is None else str(gain),
+                ]
+            )
+        return [
+            *aligned(rows),
+            "(costs are relative to plain steps; medians and quartiles over pairs of runs)",
+        ]
+
+    def _by_position(self) -> list[str]:
+        widest = max(self.widths, key=lambda name: self.widths[name])
+        shares = {name: self.accepted(name) for name in dict.fromkeys((widest, ADAPTIVE))}
+        positions = max(map(len, shares.values()))
+        rows = [["drafts accepted", *(str(position + 1) for position in range(positions))]]
+        for name, values in shares.items():
+            cells = [f"{value:.0%}" for value in values]
+            rows.append([name, *cells, *["-"] * (positions - len(cells))])
+        return aligned(rows)
+
+    def _by_prompt(self) -> list[str]:
+        rows = [["tokens/s", "plain", "best fixed", "adaptive", "over plain", "steps by width"]]
+        over_plain = self.over_plain
+        for number, kind in enumerate(self.kinds):
+            rates = {name: self.rate(name, number) or 0.0 for name in self.widths}
+            best = max(rates, key=rates.__getitem__)
+            rows.append(
+                [
+                    kind,
+                    _number(rates[PLAIN], ".1f"),
+                    f"{rates[best]:.1f} ({self.widths[best]})",
+                    _number(self.rate(ADAPTIVE, number), ".1f"),
+                    _number(over_plain.get(kind), ".2f"),
+                    shares_text(self.chosen(number)),
+                ]
+            )
+        return aligned(rows)
+
+    def _result(self) -> list[str]:
+        over_plain, lines = self.over_plain, []
+        if over_plain:
+            lowest = min(over_plain, key=over_plain.__getitem__)
+            lines.append(f"adaptive over plain: at least {over_plain[lowest]:.3f} ({lowest})")
+        if self.over_best_fixed is not None:
+            lines.append(
+                f"adaptive over the best fixed width ({self.best_fixed}), all prompts: "
+                f"{self.over_best_fixed:.3f}"
+            )
+        lines.append(f"tokens: {'the same for all' if self.exact else 'NOT the same for all: this is a bug'}")
+        return lines
+
+    def _ratio(self, name: str, prompt: int) -> Ratio | None:
+        one = {pair: outcome for pair, outcome in self.outcomes[name].items() if pair[0] == prompt}
+        return ratio(one, self.outcomes[PLAIN], lambda o: o.tokens_per_second)
+
+    def _contender(self, name: str) -> dict[str, Any]:
+        total = self.summaries[name]
+        cost = self.step_cost(name) if name in self.widths else None
+        return {
+            "width": self.widths.get(name),
+            "tokens_per_second": _rounded(total.tokens_per_second),
+            "tokens_per_step": _rounded(total.tokens_per_step),
+            "step_cost": None if cost is None else cost.as_dict(),
+            "accepted_by_position": [_rounded(share) for share in self.accepted(name)],
+        }
+
+    def _prompt(self, number: int) -> dict[str, Any]:
+        kind = self.kinds[number]
+        return {
+            "kind": kind,
+            "tokens_per_second": {name: _rounded(self.rate(name, number)) for name in self.outcomes},
+            "over_plain": _rounded(self.over_plain.get(kind)),
+            "steps_by_width": {str(width): _rounded(share) for width, share in self.chosen(number).items()},
+        }
+
+
+def shares_text(shares: Mapping[int, float]) -> str:
+    """Such as ``1: 80%, 4: 20%``, the most frequent three."""
+    largest: Sequence[int] = sorted(shares, key=lambda width: -shares[width])[:3]
+    return ", ".join(f"{width}: {shares[width]:.0%}" for width in sorted(largest))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
