@@ -65,8 +65,8 @@ def decode(
 
     ``width`` is the rows of a verify pass, the anchor and ``width - 1`` drafts, or a policy that says so step
     by step; no token depends on it. Width 1 throughout is plain decoding, in which the drafter never runs
-    and gets no features. ``max_new_tokens`` and ``prefill_chunk`` are at least 1. Without a ``sampler`` tokens are
-    the backend's own greedy choices.
+    and gets no features. ``max_new_tokens`` and ``prefill_chunk`` are at least 1. Without a ``sampler``
+    tokens are the backend's own greedy choices.
 
     The caller may stop after any item: between steps every cache is whole. If the backend raises, its caches
     are cleared, the error passes on, and the backend can take another sequence.

@@ -38,7 +38,7 @@ from dflash_rt.errors import RequestError
 __all__ = ["AcceptanceHistory", "AdaptiveWidth", "FixedWidth", "StepCosts", "WidthPolicy"]
 
 _FIRST_GUESS, _GUESS_WEIGHT = 0.5, 2.0  # of q, before anything was seen: right after two drafts, so to say
-_FADE = 0.99  # of what a history holds, with each drafted step
+_FADE = 0.97  # of what a history holds, with each drafted step
 _REQUEST_FADE = 0.98  # the same within a request
 _HISTORY_WEIGHT = 3.0
 _CURIOSITY = 0.01

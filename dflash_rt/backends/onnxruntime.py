@@ -176,7 +176,7 @@ class OnnxRuntimeBackend:
 
     @property
     def _kept(self) -> npt.NDArray[Any]:
-        """Features of the rows that steps fed in last, ``[batch, rows, …]``: position p lies at p modulo rows."""
+        """Features of the rows that steps fed in, ``[batch, rows, …]``: position p lies at p modulo rows."""
         return self._buffers["kept_features"].view(self._batch, self._kept_rows)
 
     def _places(self, start: IntArray, rows: int) -> tuple[IntArray, IntArray]:
