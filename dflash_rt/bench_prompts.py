@@ -49,17 +49,17 @@ _MIX = (
         "random words",
         "gravel oboe seventeen lint purple under sixpence walrus hinge oatmeal forty lamp evict",
         chat=False,
-        sampling=SamplingParams(temperature=1.0, seed=_SEED),
+        sampling=SamplingParams(temperature=1.0, top_k=50, seed=_SEED),
     ),
     BenchPrompt(
         "temperature 0.8",
         "Explain how a bicycle stays upright.",
-        sampling=SamplingParams(temperature=0.8, seed=_SEED),
+        sampling=SamplingParams(temperature=0.8, top_p=0.95, seed=_SEED),
     ),
     BenchPrompt(
         "temperature 1.5",
         "Tell me about the sea.",
-        sampling=SamplingParams(temperature=1.5, seed=_SEED),
+        sampling=SamplingParams(temperature=1.5, top_k=50, seed=_SEED),
     ),
 )
 

@@ -109,6 +109,7 @@ def run_widths(
         report = WidthsReport(
             conditions=conditions_of(opened, backend, threads, encoded, max_new_tokens, repeats, load_before),
             kinds=tuple(kind for kind, _, _ in mix),
+            sampled=tuple(sampling.temperature > 0 for _, _, sampling in mix),
             outcomes=outcomes,
             widths={"plain": 1, **{f"drafted-{width}": width for width in widths}},
             costs=adaptive.step_costs,

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from dflash_rt.bench_report import PLAIN, Conditions
-from dflash_rt.bench_stats import Outcomes, Ratio, Summary, agreement, ratio, summarise
+from dflash_rt.bench_stats import Agreement, Outcomes, Ratio, Summary, agreement, ratio, summarise
 from dflash_rt.bench_table import aligned
 from dflash_rt.width import StepCosts
 
@@ -26,7 +26,8 @@ class WidthsReport:
 
     Attributes:
         conditions: what was run, where.
-        kinds: what each prompt is an example of.
+        kinds: what each prompt is an example of; no two are the same.
+        sampled: for each prompt, whether its answer was sampled.
         outcomes: by contender: ``plain``, ``drafted-W``, and :data:`ADAPTIVE`.
         widths: rows of a verify pass of those with a fixed width.
         costs: of a step by width, as they were measured at load.
@@ -34,6 +35,7 @@ class WidthsReport:
 
     conditions: Conditions
     kinds: tuple[str, ...]
+    sampled: tuple[bool, ...]
     outcomes: Mapping[str, Outcomes]
     widths: Mapping[str, int]
     costs: StepCosts
@@ -61,11 +63,34 @@ class WidthsReport:
         ratios = {kind: self._ratio(ADAPTIVE, number) for number, kind in enumerate(self.kinds)}
         return {kind: value.median for kind, value in ratios.items() if value is not None}
 
-    @property
-    def exact(self) -> bool:
-        """Whether every contender found the tokens of plain decoding."""
-        plain = self.outcomes[PLAIN]
-        return all(agreement(outcomes, plain).exact for outcomes in self.outcomes.values())
+    def by_costs(self, name: str, prompt: int | None = None) -> float | None:
+        """Decode rate over plain decoding's if every step had taken what its width cost at load.
+
+        It tells what the widths were worth, whatever else the machine did meanwhile. Of one prompt or of all.
+        """
+        tokens, plain_steps = 0, 0.0
+        for (number, _), outcome in self.outcomes[name].items():
+            if prompt in (None, number):
+                tokens += outcome.decoded_tokens
+                plain_steps += sum(self.costs.relative[width - 1] for width in outcome.width_per_step or ())
+        return tokens / plain_steps if plain_steps else None
+
+    def agreement(self, *, sampled: bool) -> Agreement:
+        """How far greedy answers, or sampled ones, of all contenders are those of plain decoding."""
+        every = [
+            agreement(
+                {pair: found for pair, found in outcomes.items() if self.sampled[pair[0]] == sampled}, plain
+            )
+            for plain in [self.outcomes[PLAIN]]
+            for name, outcomes in self.outcomes.items()
+            if name != PLAIN
+        ]
+        return Agreement(
+            equal_tokens=sum(one.equal_tokens for one in every),
+            tokens=sum(one.tokens for one in every),
+            equal_answers=sum(one.equal_answers for one in every),
+            answers=sum(one.answers for one in every),
+        )
 
     def step_cost(self, name: str) -> Ratio | None:
         """Time of a step of a fixed width over that of a plain step, in this run."""
@@ -107,7 +132,8 @@ class WidthsReport:
             "load_cost_ms": [_rounded(1e3 * seconds) for seconds in self.costs.seconds],
             "contenders": {name: self._contender(name) for name in self.outcomes},
             "prompts": [self._prompt(number) for number in range(len(self.kinds))],
-            "same_tokens": self.exact,
+            "greedy_answers": self._agreement_dict(sampled=False),
+            "sampled_answers": self._agreement_dict(sampled=True),
             "best_fixed": self.best_fixed,
             "adaptive_over_best_fixed": _rounded(self.over_best_fixed),
             "lowest_over_plain": _rounded(min(self.over_plain.values(), default=None)),
@@ -165,7 +191,7 @@ class WidthsReport:
         return aligned(rows)
 
     def _by_prompt(self) -> list[str]:
-        rows = [["tokens/s", "plain", "best fixed", "adaptive", "over plain", "steps by width"]]
+        rows = [["tokens/s", "plain", "best fixed", "adaptive", "over plain", "by costs", "steps by width"]]
         over_plain = self.over_plain
         for number, kind in enumerate(self.kinds):
             rates = {name: self.rate(name, number) or 0.0 for name in self.widths}
@@ -177,27 +203,50 @@ class WidthsReport:
                     f"{rates[best]:.1f} ({self.widths[best]})",
                     _number(self.rate(ADAPTIVE, number), ".1f"),
                     _number(over_plain.get(kind), ".2f"),
+                    _number(self.by_costs(ADAPTIVE, number), ".2f"),
                     shares_text(self.chosen(number)),
                 ]
             )
-        return aligned(rows)
+        return [*aligned(rows), "(by costs: over plain, had each step taken what its width cost at load)"]
 
     def _result(self) -> list[str]:
         over_plain, lines = self.over_plain, []
-        if over_plain:
-            lowest = min(over_plain, key=over_plain.__getitem__)
-            lines.append(f"adaptive over plain: at least {over_plain[lowest]:.3f} ({lowest})")
+        costs = {
+            kind: value
+            for number, kind in enumerate(self.kinds)
+            if (value := self.by_costs(ADAPTIVE, number)) is not None
+        }
+        for what, values in (("", over_plain), (" by costs", costs)):
+            if values:
+                lowest = min(values, key=values.__getitem__)
+                lines.append(f"adaptive over plain{what}: at least {values[lowest]:.3f} ({lowest})")
         if self.over_best_fixed is not None:
             lines.append(
                 f"adaptive over the best fixed width ({self.best_fixed}), all prompts: "
                 f"{self.over_best_fixed:.3f}"
             )
-        lines.append(f"tokens: {'the same for all' if self.exact else 'NOT the same for all: this is a bug'}")
+        by_costs = {name: self.by_costs(name) or 0.0 for name in self.widths}
+        best = max(by_costs, key=by_costs.__getitem__)
+        ours = self.by_costs(ADAPTIVE)
+        if ours is not None and by_costs[best]:
+            lines.append(f"the same by costs ({best}): {ours / by_costs[best]:.3f}")
+        greedy, sampled = self.agreement(sampled=False), self.agreement(sampled=True)
+        if greedy.answers:
+            what = "as in plain decoding" + ("" if greedy.exact else ": a near tie, or a bug")
+            lines.append(f"greedy: {greedy.equal_answers} of {greedy.answers} answers {what}")
+        if sampled.answers:
+            lines.append(
+                f"sampled: {sampled.equal_answers} of {sampled.answers} answers (rounding may move one)"
+            )
         return lines
 
     def _ratio(self, name: str, prompt: int) -> Ratio | None:
         one = {pair: outcome for pair, outcome in self.outcomes[name].items() if pair[0] == prompt}
         return ratio(one, self.outcomes[PLAIN], lambda o: o.tokens_per_second)
+
+    def _agreement_dict(self, *, sampled: bool) -> dict[str, int]:
+        found = self.agreement(sampled=sampled)
+        return {"equal": found.equal_answers, "all": found.answers}
 
     def _contender(self, name: str) -> dict[str, Any]:
         total = self.summaries[name]
@@ -207,6 +256,7 @@ class WidthsReport:
             "tokens_per_second": _rounded(total.tokens_per_second),
             "tokens_per_step": _rounded(total.tokens_per_step),
             "step_cost": None if cost is None else cost.as_dict(),
+            "over_plain_by_costs": _rounded(self.by_costs(name)),
             "accepted_by_position": [_rounded(share) for share in self.accepted(name)],
         }
 
@@ -216,6 +266,7 @@ class WidthsReport:
             "kind": kind,
             "tokens_per_second": {name: _rounded(self.rate(name, number)) for name in self.outcomes},
             "over_plain": _rounded(self.over_plain.get(kind)),
+            "over_plain_by_costs": _rounded(self.by_costs(ADAPTIVE, number)),
             "steps_by_width": {str(width): _rounded(share) for width, share in self.chosen(number).items()},
         }
 
