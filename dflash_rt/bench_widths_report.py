@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from statistics import median
@@ -11,7 +11,6 @@ from typing import Any
 
 from dflash_rt.bench_report import PLAIN, Conditions
 from dflash_rt.bench_stats import Agreement, Outcomes, Ratio, Summary, agreement, ratio, summarise
-from dflash_rt.bench_table import aligned
 from dflash_rt.width import StepCosts
 
 __all__ = ["ADAPTIVE", "WidthsReport"]
@@ -140,105 +139,10 @@ class WidthsReport:
         }
 
     def table(self) -> str:
-        """All of it for people: sections with an empty line between them."""
-        return "\n\n".join("\n".join(lines) for lines in self._sections())
+        """All of it for people, in plain text."""
+        from dflash_rt.bench_widths_table import render
 
-    def _sections(self) -> Iterator[list[str]]:
-        c = self.conditions
-        yield [
-            f"{c.bundle} ({c.precision}) on {c.backend}, {c.threads} threads, {c.cpu}",
-            f"{len(self.kinds)} prompts, at most {c.max_new_tokens} new tokens, {c.repeats} repeats",
-        ]
-        yield self._by_width()
-        yield self._by_position()
-        yield self._by_prompt()
-        yield self._result()
-
-    def _by_width(self) -> list[str]:
-        rows = [["", "cost at load", "cost in the run", "tokens/step", "tokens/s", "over plain"]]
-        for name, total in self.summaries.items():
-            width = self.widths.get(name)
-            at_load = "-"
-            if width is not None:
-                at_load = (
-                    f"{1e3 * self.costs.seconds[width - 1]:.1f} ms, {self.costs.relative[width - 1]:.2f}"
-                )
-            cost = None if width is None else self.step_cost(name)
-            gain = ratio(self.outcomes[name], self.outcomes[PLAIN], lambda o: o.tokens_per_second)
-            rows.append(
-                [
-                    name,
-                    at_load,
-                    "-" if cost is None else str(cost),
-                    _number(total.tokens_per_step, ".2f"),
-                    _number(total.tokens_per_second, ".1f"),
-                    "-" if gain is None else str(gain),
-                ]
-            )
-        return [
-            *aligned(rows),
-            "(costs are relative to plain steps; medians and quartiles over pairs of runs)",
-        ]
-
-    def _by_position(self) -> list[str]:
-        widest = max(self.widths, key=lambda name: self.widths[name])
-        shares = {name: self.accepted(name) for name in dict.fromkeys((widest, ADAPTIVE))}
-        positions = max(map(len, shares.values()))
-        rows = [["drafts accepted", *(str(position + 1) for position in range(positions))]]
-        for name, values in shares.items():
-            cells = [f"{value:.0%}" for value in values]
-            rows.append([name, *cells, *["-"] * (positions - len(cells))])
-        return aligned(rows)
-
-    def _by_prompt(self) -> list[str]:
-        rows = [["tokens/s", "plain", "best fixed", "adaptive", "over plain", "by costs", "steps by width"]]
-        over_plain = self.over_plain
-        for number, kind in enumerate(self.kinds):
-            rates = {name: self.rate(name, number) or 0.0 for name in self.widths}
-            best = max(rates, key=rates.__getitem__)
-            rows.append(
-                [
-                    kind,
-                    _number(rates[PLAIN], ".1f"),
-                    f"{rates[best]:.1f} ({self.widths[best]})",
-                    _number(self.rate(ADAPTIVE, number), ".1f"),
-                    _number(over_plain.get(kind), ".2f"),
-                    _number(self.by_costs(ADAPTIVE, number), ".2f"),
-                    shares_text(self.chosen(number)),
-                ]
-            )
-        return [*aligned(rows), "(by costs: over plain, had each step taken what its width cost at load)"]
-
-    def _result(self) -> list[str]:
-        over_plain, lines = self.over_plain, []
-        costs = {
-            kind: value
-            for number, kind in enumerate(self.kinds)
-            if (value := self.by_costs(ADAPTIVE, number)) is not None
-        }
-        for what, values in (("", over_plain), (" by costs", costs)):
-            if values:
-                lowest = min(values, key=values.__getitem__)
-                lines.append(f"adaptive over plain{what}: at least {values[lowest]:.3f} ({lowest})")
-        if self.over_best_fixed is not None:
-            lines.append(
-                f"adaptive over the best fixed width ({self.best_fixed}), all prompts: "
-                f"{self.over_best_fixed:.3f}"
-            )
-        by_costs = {name: self.by_costs(name) or 0.0 for name in self.widths}
-        best = max(by_costs, key=by_costs.__getitem__)
-        ours = self.by_costs(ADAPTIVE)
-        if ours is not None and by_costs[best]:
-            lines.append(f"the same by costs ({best}): {ours / by_costs[best]:.3f}")
-        greedy, sampled = self.agreement(sampled=False), self.agreement(sampled=True)
-        if greedy.answers:
-            what = "as in plain decoding" + ("" if greedy.exact else ": a near tie, or a bug")
-            lines.append(f"greedy: {greedy.equal_answers} of {greedy.answers} answers {what}")
-        if sampled.answers:
-            lines.append(
-                f"sampled: {sampled.equal_answers} of {sampled.answers} answers (rounding may move one)"
-            )
-        return lines
+        return render(self)
 
     def _ratio(self, name: str, prompt: int) -> Ratio | None:
         one = {pair: outcome for pair, outcome in self.outcomes[name].items() if pair[0] == prompt}
@@ -269,16 +173,6 @@ class WidthsReport:
             "over_plain_by_costs": _rounded(self.by_costs(ADAPTIVE, number)),
             "steps_by_width": {str(width): _rounded(share) for width, share in self.chosen(number).items()},
         }
-
-
-def shares_text(shares: Mapping[int, float]) -> str:
-    """Such as ``1: 80%, 4: 20%``, the most frequent three."""
-    largest: Sequence[int] = sorted(shares, key=lambda width: -shares[width])[:3]
-    return ", ".join(f"{width}: {shares[width]:.0%}" for width in sorted(largest))
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
 
 
 def _rounded(value: float | None) -> float | None:
