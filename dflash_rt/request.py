@@ -81,7 +81,7 @@ class ModelLimits:
             draft_width=width,
             stop_token_ids=frozenset(manifest.generation.stop_token_ids),
             sampling=SamplingParams(**asdict(manifest.generation.sampling)),
-            adaptive=width > 1 and not isinstance(draft_width, int),
+            adaptive=width > 1 and (draft_width is None or isinstance(draft_width, str)),
         )
 
 

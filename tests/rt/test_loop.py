@@ -368,9 +368,8 @@ def test_any_sequence_of_widths_gives_the_same_tokens(
     assert state.width_per_step == [widths[step % len(widths)] for step in range(steps)]
     said = 1
     for width, accepted in zip(state.width_per_step, state.accepted_per_step, strict=True):
-        one = oracle_accepted(
-            game.target, game.drafter, [*prompt, *expected[: said - 1]], expected[said - 1 :], width
-        )
+        before, here = [*prompt, *expected[: said - 1]], expected[said - 1 : said + 1]
+        one = oracle_accepted(game.target, game.drafter, before, here, width)
         if said + width <= len(expected):  # the oracle sees no further than the text
             assert accepted == one[0]
         said += accepted + 1

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import dflash_rt.width_cost
@@ -297,7 +298,7 @@ def test_measured_once_and_read_the_next_time(bundle: Bundle, by_name: type[Name
 
 
 def test_no_costs_without_a_choice(bundle: Bundle, by_name: type[Named]) -> None:
-    for width in (1, 2, 4):
+    for width in (1, 2, 4, np.int64(3)):
         with Generator(bundle, draft_width=width) as generator:
             assert generator.step_costs is None
             assert not generator.limits.adaptive
