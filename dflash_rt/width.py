@@ -41,8 +41,8 @@ _FIRST_GUESS, _GUESS_WEIGHT = 0.5, 2.0  # of q, before anything was seen: right 
 _FADE = 0.97  # of what a history holds, with each drafted step
 _REQUEST_FADE = 0.98  # the same within a request
 _HISTORY_WEIGHT = 3.0
-_CURIOSITY = 0.01
-_ALLOWANCE = 1.5
+_CURIOSITY = 0.0075
+_ALLOWANCE = 1.0
 _ALLOWANCE_RATE = 0.005
 
 

@@ -375,7 +375,7 @@ def test_any_sequence_of_widths_gives_the_same_tokens(
         said += accepted + 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     seed=st.integers(0, 99), widths=WIDTHS, chunk=st.integers(1, 8), temperature=st.sampled_from([0.5, 1.0])
 )
