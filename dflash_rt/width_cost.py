@@ -26,8 +26,8 @@ def measure_step_costs(
 ) -> StepCosts:
     """Seconds of a step at each width from 1 to ``limits.draft_width``, by decoding a few made-up tokens.
 
-    All widths take turns, and each counts with its fastest step: what a step costs when nothing disturbs it.
-    The first round is a warm-up. ``budget_seconds`` ends it after the step that is running; where a round
+    All widths take turns, and each counts with its fastest step: what a step costs when nothing disturbs it
+    and everything is warm. ``budget_seconds`` ends it after the step that is running; where a round
     takes longer, widths that were left out are interpolated. Costs are those of a short context.
 
     The backend is left cleared. Raises BackendError as any request does.
@@ -49,7 +49,7 @@ def measure_step_costs(
     steps.close()
     backend.clear()
     whole = [times for times in rounds if len(times) == len(order)]
-    counted = whole[1:] or whole[:1] or rounds[:1]
+    counted = whole or rounds[:1]
     best = {width: min(times[width] for times in counted) for width in sorted(counted[0])}
     seconds_by_width = np.interp(range(1, widest + 1), list(best), list(best.values()))
     return StepCosts(tuple(float(seconds) for seconds in seconds_by_width))
