@@ -60,6 +60,7 @@ def _draw_accepted(axes: Any, report: WidthsReport) -> None:
     axes.set_title("Drafts accepted, by position", fontsize=11, color=_INK)
     axes.set_xlabel("position of the draft after the anchor")
     axes.set_ylabel("% of the steps that drafted it")
+    axes.set_xticks(range(1, report.costs.widest))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
     tidy(axes, grid="y")
@@ -94,9 +95,7 @@ def _draw_result(axes: Any, report: WidthsReport) -> None:
         plain, fixed = report.rate("plain", row), report.rate(best, row)
         if kind in over_plain:
             axes.barh(row, over_plain[kind], height=0.7, color=_OURS, label=None if row else ADAPTIVE)
-            axes.text(
-                over_plain[kind] + 0.02, row, f"{over_plain[kind]:.2f}", va="center", fontsize=9, color=_INK
-            )
+            axes.text(0.02, row, f"{over_plain[kind]:.2f}", va="center", fontsize=9, color="white")
         if plain and fixed:
             axes.plot(fixed / plain, row, "D", color=_OTHER, label=None if row else f"{best}, best fixed")
     axes.axvline(1.0, color=_INK, linewidth=0.8)
