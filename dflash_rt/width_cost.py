@@ -30,7 +30,7 @@ def measure_step_costs(
     and everything is warm. ``budget_seconds`` ends it after the step that is running; where a round
     takes longer, widths that were left out are interpolated. Costs are those of a short context.
 
-    The backend is left cleared. Raises BackendError as any request does.
+    No width counts as cheaper than a narrower one. The backend is left cleared. Raises BackendError as any request does.
     """
     widest = limits.draft_width
     if limits.max_seq_len < 3:  # the prompt, the prefill's token, and no room for a step's
@@ -51,7 +51,9 @@ def measure_step_costs(
     whole = [times for times in rounds if len(times) == len(order)]
     counted = whole or rounds[:1]
     best = {width: min(times[width] for times in counted) for width in sorted(counted[0])}
-    seconds_by_width = np.interp(range(1, widest + 1), list(best), list(best.values()))
+    # More rows never cost less: a step that seems cheaper than a narrower one met a quieter moment.
+    rising = np.maximum.accumulate(list(best.values()))
+    seconds_by_width = np.interp(range(1, widest + 1), list(best), rising)
     return StepCosts(tuple(float(seconds) for seconds in seconds_by_width))
 
 

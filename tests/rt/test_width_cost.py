@@ -96,6 +96,17 @@ def test_the_budget_ends_it_after_a_whole_round(clock: Clock) -> None:
     assert costs.seconds == (61, 62, 63, 64)
 
 
+def test_a_wider_step_never_counts_as_cheaper(clock: Clock) -> None:
+    class Uneven(Timed):
+        def step(
+            self, anchors: IntArray, start: IntArray, *, width: int, inject: Inject | None
+        ) -> StepOutput:
+            self.clock.now += 30 * (width == 2)  # disturbed every time
+            return super().step(anchors, start, width=width, inject=inject)
+
+    assert measure_step_costs(Uneven(clock), limits(), budget_seconds=1e9).seconds == (11, 42, 42, 42)
+
+
 def test_a_slow_backend_is_measured_at_both_ends(clock: Clock) -> None:
     backend = Timed(clock)
     costs = measure_step_costs(backend, limits(), budget_seconds=1)
