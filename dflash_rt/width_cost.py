@@ -30,7 +30,8 @@ def measure_step_costs(
     and everything is warm. ``budget_seconds`` ends it after the step that is running; where a round
     takes longer, widths that were left out are interpolated. Costs are those of a short context.
 
-    No width counts as cheaper than a narrower one. The backend is left cleared. Raises BackendError as any request does.
+    No width counts as cheaper than a narrower one. The backend is left cleared. Raises BackendError
+    as any request does.
     """
     widest = limits.draft_width
     if limits.max_seq_len < 3:  # the prompt, the prefill's token, and no room for a step's
