@@ -88,7 +88,8 @@ def build(
         precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``: dtype of weights, activations and caches.
         max_seq_len: most tokens of prompt and output; default: what both models were made for.
         prefill_chunk: rows of one prefill pass at most; default 256, or 16 for a mixture of experts.
-        draft_width: rows of a block that requests use by default, anchor included; default ``block_size``.
+        draft_width: rows of a verify pass at most unless a user says otherwise, anchor included; default
+            ``block_size``.
         target_revision: branch, tag or commit of a hub id. Refused for local files.
         drafter_revision: the same for the drafter.
         chat_template_kwargs: defaults for the chat template, such as ``{"enable_thinking": False}``.

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeAlias
-
-import numpy as np
+from typing import Protocol, TypeAlias, TypeVar
 
 from dflash_rt.backends import create_backend
 from dflash_rt.bench_contenders import BenchSetup, Contender, OurContender, Outcome, make_contenders
 from dflash_rt.bench_floor import StepFloor, measure_read_bandwidth, step_floor
 from dflash_rt.bench_machine import cpu_name, load_average, package_versions, physical_cores
+from dflash_rt.bench_prompts import default_prompts
 from dflash_rt.bench_report import PLAIN, BenchReport, Conditions
 from dflash_rt.bundle import Bundle
 from dflash_rt.errors import PromptError, RequestError
@@ -28,21 +27,36 @@ from dflash_rt.generator import Generator
 from dflash_rt.prompts import Prompt
 from dflash_rt.request import check_count
 
-__all__ = ["default_prompts", "measure", "run_bench"]
+__all__ = [
+    "Decoder",
+    "Say",
+    "check_counts",
+    "checked_widths",
+    "conditions_of",
+    "encode_prompts",
+    "measure",
+    "run_bench",
+]
 
 Say: TypeAlias = Callable[[str], None]
+
+_Prompt = TypeVar("_Prompt")
+_Prompt_contra = TypeVar("_Prompt_contra", contravariant=True)
 
 # Idle threads of the last contender's pool may spin for a few milliseconds into the next one's time.
 _PAUSE_SECONDS = 0.02
 _WARM_UP_TOKENS = 8
 
-_QUESTIONS = (
-    "Why is the sky blue?",
-    "Write an email to my landlord about a broken window.",
-    "Explain how a bicycle stays upright.",
-    "List five things to take on a hike, with a reason for each.",
-)
-_RANDOM_PROMPT_TOKENS = 32
+
+class Decoder(Protocol[_Prompt_contra]):
+    """What :func:`measure` needs of a contender."""
+
+    @property
+    def name(self) -> str:
+        """Name of its row."""
+
+    def decode(self, prompt: _Prompt_contra, max_new_tokens: int, /) -> Outcome:
+        """Decode until a stop token, or until there are ``max_new_tokens``."""
 
 
 def run_bench(
@@ -87,17 +101,10 @@ def run_bench(
         OutputError: the plot can't be written.
         DFlashError: the bundle, a prompt or a checkpoint can't be used.
     """
-    check_count("repeats", repeats)
-    if check_count("max_new_tokens", max_new_tokens) < 2:
-        raise RequestError(
-            "max_new_tokens is too small to measure decoding",
-            found=max_new_tokens,
-            expected="at least 2: the first token is the prefill's",
-            todo="pass more",
-        )
+    check_counts(max_new_tokens, repeats)
     say = progress or _silent
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    widths = _checked_widths(draft_widths, opened)
+    widths = checked_widths(draft_widths, opened)
     setup = BenchSetup(
         bundle=opened,
         threads=physical_cores() if threads is None else check_count("threads", threads),
@@ -115,7 +122,9 @@ def run_bench(
     with ExitStack() as stack:
         say(f"loading {opened.manifest.name}")
         ours = _our_contenders(setup, backend, stack)
-        encoded = _encode(ours[0], default_prompts(opened) if prompts is None else prompts, max_new_tokens)
+        encoded = encode_prompts(
+            ours[0], default_prompts(opened) if prompts is None else prompts, max_new_tokens
+        )
         others, skipped = make_contenders(compare, setup)
         for other in others:
             stack.callback(other.close)
@@ -126,19 +135,8 @@ def run_bench(
         # Again, since other programs may have been busy the first time: it is a property of the machine.
         bandwidth = max(bandwidth, measure_read_bandwidth(setup.threads))
     report = BenchReport(
-        conditions=Conditions(
-            bundle=opened.manifest.name,
-            precision=opened.manifest.precision,
-            backend=backend,
-            threads=setup.threads,
-            prompt_tokens=tuple(map(len, encoded)),
-            max_new_tokens=max_new_tokens,
-            repeats=repeats,
-            created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            cpu=cpu_name(),
-            packages=package_versions(),
-            load_before=load_before,
-            load_after=load_average(),
+        conditions=conditions_of(
+            opened, backend, setup.threads, encoded, max_new_tokens, repeats, load_before
         ),
         outcomes=outcomes,
         widths={c.name: c.width for c in contenders if c.width is not None},
@@ -151,9 +149,47 @@ def run_bench(
     return report
 
 
-def measure(
-    contenders: Sequence[Contender],
+def check_counts(max_new_tokens: int, repeats: int) -> None:
+    """Raise RequestError unless that much can be measured."""
+    check_count("repeats", repeats)
+    if check_count("max_new_tokens", max_new_tokens) < 2:
+        raise RequestError(
+            "max_new_tokens is too small to measure decoding",
+            found=max_new_tokens,
+            expected="at least 2: the first token is the prefill's",
+            todo="pass more",
+        )
+
+
+def conditions_of(
+    bundle: Bundle,
+    backend: str,
+    threads: int,
     prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    repeats: int,
+    load_before: float | None,
+) -> Conditions:
+    """What a run that has just ended was run with."""
+    return Conditions(
+        bundle=bundle.manifest.name,
+        precision=bundle.manifest.precision,
+        backend=backend,
+        threads=threads,
+        prompt_tokens=tuple(map(len, prompts)),
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        cpu=cpu_name(),
+        packages=package_versions(),
+        load_before=load_before,
+        load_after=load_average(),
+    )
+
+
+def measure(
+    contenders: Sequence[Decoder[_Prompt]],
+    prompts: Sequence[_Prompt],
     *,
     max_new_tokens: int,
     repeats: int,
@@ -182,20 +218,8 @@ def measure(
     return outcomes
 
 
-def default_prompts(bundle: Bundle) -> list[Prompt]:
-    """A few prompts that suit a bundle: chats, texts, or random ids if there is no tokenizer."""
-    tokenizer = bundle.manifest.tokenizer
-    if tokenizer is None:
-        numbers = np.random.default_rng(0).integers(
-            bundle.manifest.target.vocab_size, size=(len(_QUESTIONS), _RANDOM_PROMPT_TOKENS)
-        )
-        return [list(map(int, row)) for row in numbers]
-    if tokenizer.chat_template is None:
-        return list(_QUESTIONS)
-    return [[{"role": "user", "content": question}] for question in _QUESTIONS]
-
-
-def _checked_widths(widths: Sequence[int], bundle: Bundle) -> tuple[int, ...]:
+def checked_widths(widths: Sequence[int], bundle: Bundle) -> tuple[int, ...]:
+    """Widths to measure, each once; without any the bundle's own. Raises RequestError."""
     block_size = bundle.manifest.drafter.block_size
     own = bundle.manifest.generation.draft_width
     # A bundle may be set to plain decoding; drafting is what is measured here all the same.
@@ -218,7 +242,7 @@ def _our_contenders(setup: BenchSetup, backend: str, stack: ExitStack) -> list[G
     return [Generator(setup.bundle, shared, draft_width=width) for width in (1, *setup.draft_widths)]
 
 
-def _encode(generator: Generator, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+def encode_prompts(generator: Generator, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
     """Token ids of all prompts. Whatever a request would be refused for is found here, before the run."""
     if not prompts:
         raise PromptError(

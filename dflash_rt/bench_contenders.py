@@ -56,6 +56,7 @@ class Outcome:
         accepted_per_step: drafts that the target confirmed in each step; ``None`` if that isn't known.
         stage_seconds: part of ``decode_seconds`` spent inside the backend's runs, by stage; ``None`` for
             contenders that aren't ours.
+        width_per_step: rows of the verify pass of each step; ``None`` if that isn't known.
     """
 
     token_ids: tuple[int, ...]
@@ -64,6 +65,7 @@ class Outcome:
     steps: int
     accepted_per_step: tuple[int, ...] | None = None
     stage_seconds: Mapping[str, float] | None = None
+    width_per_step: tuple[int, ...] | None = None
 
     @property
     def decoded_tokens(self) -> int:
@@ -145,7 +147,7 @@ ContenderFactory: TypeAlias = Callable[[BenchSetup], Sequence[Contender]]
 
 
 class OurContender:
-    """This package's own decoding: plain at width 1, drafted above.
+    """This package's own decoding: plain at width 1, drafted above, or adaptive.
 
     ``generator``'s ``draft_width`` decides. Several may share a backend, so that they run on the same
     sessions and the same caches.
@@ -156,13 +158,17 @@ class OurContender:
         rows = generator.limits.draft_width
         self.width = rows if rows > 1 else None
         self.name = f"drafted-{rows}" if rows > 1 else "plain"
+        if generator.limits.adaptive:
+            self.name = "adaptive"
 
     def decode(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Outcome:
         """See :class:`Contender`."""
         # Greedy, whatever the bundle's own defaults are: every contender has to find the same tokens.
-        result = self._generator.generate(
-            list(prompt_ids), max_new_tokens=max_new_tokens, sampling=SamplingParams()
-        )
+        return self.sample(prompt_ids, max_new_tokens, SamplingParams())
+
+    def sample(self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: SamplingParams) -> Outcome:
+        """The same with a sampling of one's own; with a seed, all of ours find the same tokens."""
+        result = self._generator.generate(list(prompt_ids), max_new_tokens=max_new_tokens, sampling=sampling)
         stats = result.stats
         return Outcome(
             token_ids=result.token_ids,
@@ -171,6 +177,7 @@ class OurContender:
             steps=stats.steps,
             accepted_per_step=stats.accepted_per_step,
             stage_seconds=stats.stage_seconds,
+            width_per_step=stats.width_per_step,
         )
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from dflash_rt.errors import OutputError, RequestError
 if TYPE_CHECKING:
     from dflash_rt.bench_report import BenchReport
 
-__all__ = ["check_plot", "draw_plot"]
+__all__ = ["cannot_write", "check_plot", "draw_plot", "tidy"]
 
 # The drafter's stages in one hue, the target's in another; outside is what should not be seen.
 _STAGE_COLORS = {
@@ -64,7 +64,7 @@ def check_plot(path: str | os.PathLike[str]) -> Path:
         if path.stat().st_size == 0:
             path.unlink()
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     return path
 
 
@@ -91,7 +91,7 @@ def draw_plot(report: BenchReport, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def _draw_acceptance(axes: Any, report: BenchReport) -> None:
@@ -121,7 +121,7 @@ def _draw_acceptance(axes: Any, report: BenchReport) -> None:
     axes.set_ylim(0, min(105, 20 * (1.08 * highest // 20 + 1)))
     if names:
         axes.legend(frameon=False, fontsize=9)
-    _tidy(axes, grid="y")
+    tidy(axes, grid="y")
 
 
 def _draw_stages(axes: Any, report: BenchReport) -> None:
@@ -160,7 +160,7 @@ def _draw_stages(axes: Any, report: BenchReport) -> None:
     axes.set_ylim(len(splits) - 0.45, -0.55)
     axes.set_xlim(0, 1.33 * longest)
     _add_stage_legend(axes, {stage for split in splits.values() for stage in split}, bool(report.floors))
-    _tidy(axes, grid="x")
+    tidy(axes, grid="x")
 
 
 def _add_stage_legend(axes: Any, stages: set[str], with_floor: bool) -> None:
@@ -185,7 +185,8 @@ def _ink_on(color: str) -> str:
     return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "white"
 
 
-def _tidy(axes: Any, *, grid: str) -> None:
+def tidy(axes: Any, *, grid: str) -> None:
+    """No frame, and faint lines behind what is drawn."""
     axes.grid(axis=grid, color=_FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -193,7 +194,8 @@ def _tidy(axes: Any, *, grid: str) -> None:
     axes.tick_params(colors=_INK, length=0)
 
 
-def _cannot_write(path: Path, error: OSError) -> OutputError:
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """The error for a plot whose file the system refuses."""
     return OutputError(
         f"the plot {path} can't be written",
         found=error.strerror or error,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dflash_rt.bench_report import PLAIN, BenchReport
 from dflash_rt.bench_stats import OUTSIDE, STAGES
 
-__all__ = ["render"]
+__all__ = ["aligned", "render"]
 
 
 def render(report: BenchReport) -> str:
@@ -62,7 +62,7 @@ def _speeds(report: BenchReport) -> list[str]:
                 "all" if same.exact else f"{same.equal_tokens} of {same.tokens}",
             ]
         )
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _ratios(report: BenchReport) -> list[str]:
@@ -71,7 +71,7 @@ def _ratios(report: BenchReport) -> list[str]:
     for name in report.ours:
         ratios = [None if other == name else report.speed_ratio(name, other) for other in others]
         rows.append([name, *("-" if value is None else str(value) for value in ratios)])
-    return [*_aligned(rows), "(median and quartiles over the pairs of runs)"]
+    return [*aligned(rows), "(median and quartiles over the pairs of runs)"]
 
 
 def _drafting(report: BenchReport) -> list[str]:
@@ -88,7 +88,7 @@ def _drafting(report: BenchReport) -> list[str]:
                 "-" if gain is None else str(gain),
             ]
         )
-    return [*_aligned(rows), "(cost of a step and gain are relative to plain decoding)"]
+    return [*aligned(rows), "(cost of a step and gain are relative to plain decoding)"]
 
 
 def _stages(report: BenchReport) -> list[str]:
@@ -97,7 +97,7 @@ def _stages(report: BenchReport) -> list[str]:
     order = [*(s for s in STAGES if s in found), *sorted(found - {*STAGES, OUTSIDE}), OUTSIDE]
     rows = [["ms of a step", *order]]
     rows += [[name, *(_number(split.get(s), ".2f") for s in order)] for name, split in splits.items()]
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _floors(report: BenchReport) -> list[str]:
@@ -117,7 +117,7 @@ def _floors(report: BenchReport) -> list[str]:
         )
     bandwidth = next(iter(report.floors.values())).bytes_per_second / 1e9
     return [
-        *_aligned(rows),
+        *aligned(rows),
         f"(reading memory at {bandwidth:.1f} GB/s; the more rows, the more arithmetic counts)",
     ]
 
@@ -126,7 +126,7 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width, the first to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -16,6 +16,8 @@ from dflash_rt.console import CommandGroup, JsonPair, as_chats, echo_json, read_
 from dflash_rt.errors import RequestError
 
 if TYPE_CHECKING:
+    from dflash_rt.bench_report import BenchReport
+    from dflash_rt.bench_widths_report import WidthsReport
     from dflash_rt.stream import GenerationResult
 
 __all__ = ["main"]
@@ -37,6 +39,20 @@ _SAMPLING_HELP = {
     "seed": (int, "Same seed, same text. By default drawn; --json tells it."),
     "logprobs": (int, "With --json: log-probability of each token and of this many best ones."),
 }
+
+
+class _DraftWidth(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A number of rows, or ``auto``."""
+
+    name = "N|auto"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | Literal["auto"]:
+        """The number or ``auto``, or a usage error."""
+        if value == "auto":
+            return "auto"
+        return int(_COUNT.convert(value, param, ctx))
 
 
 class _Contenders(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
@@ -95,7 +111,12 @@ def main() -> None:
 @click.option("--stop", metavar="TEXT", multiple=True, help="Stop before this text. May be repeated.")
 @_sampling_options
 @click.option("--no-draft", is_flag=True, help="Plain decoding: the same tokens, one at a time.")
-@click.option("--draft-width", type=_COUNT, metavar="N", help="Rows of a verify pass, anchor included.")
+@click.option(
+    "--draft-width",
+    type=_DraftWidth(),
+    help="Rows of a verify pass, anchor included: one number for all steps, or auto. By default each step's "
+    "own, up to the bundle's.",
+)
 @_BACKEND
 @_THREADS
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text.")
@@ -110,7 +131,7 @@ def generate(
     max_new_tokens: int | None,
     stop: tuple[str, ...],
     no_draft: bool,
-    draft_width: int | None,
+    draft_width: int | Literal["auto"] | None,
     backend: str,
     threads: int | None,
     as_json: bool,
@@ -190,18 +211,32 @@ def generate(
 @_THREADS
 @click.option("--cache-folder", type=click.Path(path_type=Path), help="Keeps what was converted for genai.")
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG file to write.")
+@click.option(
+    "--widths", is_flag=True, help="Instead: the width that adapts against fixed ones, over a mix of prompts."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON line only, without the table.")
 def bench(
-    prompts: Path | None, limit: int | None, chat: bool, as_json: bool, bundle: Path, **options: Any
+    prompts: Path | None,
+    limit: int | None,
+    chat: bool,
+    as_json: bool,
+    bundle: Path,
+    widths: bool,
+    **options: Any,
 ) -> None:
     """Measure drafted against plain decoding, and both against others. Ends with one line of JSON."""
     if prompts is None and (limit is not None or chat):
         raise click.UsageError("--limit and --chat are about a file: give --prompts as well")
+    others = {name: options.pop(name) for name in _ABOUT_OTHERS} if widths else {}
+    if given := [f"--{name.replace('_', '-')}" for name, value in others.items() if value]:
+        raise click.UsageError(f"--widths compares no others: leave out {', '.join(given)}")
 
     from dflash_rt.bench import run_bench
+    from dflash_rt.bench_widths import run_widths
 
+    run: Callable[..., BenchReport | WidthsReport] = run_widths if widths else run_bench
     texts = None if prompts is None else read_prompts(prompts, limit)
-    report = run_bench(
+    report = run(
         bundle,
         prompts=as_chats(texts) if chat and texts is not None else texts,
         progress=lambda line: click.echo(line, err=True),
@@ -210,6 +245,9 @@ def bench(
     if not as_json:
         click.echo(report.table())
     echo_json(report.to_dict())
+
+
+_ABOUT_OTHERS = ("compare", "recipe", "target", "drafter", "cache_folder")
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
@@ -246,9 +284,11 @@ def _stats_text(result: GenerationResult) -> str:
         f"output: {stats.new_tokens} tokens ({result.finish_reason}) in {speed}",
     ]
     if stats.draft_width > 1 and stats.steps:
-        shares = " ".join(f"{accepted / stats.steps:.0%}" for accepted in stats.accepted_by_position)
+        pairs = zip(stats.accepted_by_position, stats.drafted_by_position, strict=True)
+        shares = " ".join(f"{accepted / drafted:.0%}" for accepted, drafted in pairs if drafted)
+        by_width = ", ".join(f"{width}: {steps}" for width, steps in stats.steps_by_width.items())
         lines.append(
-            f"drafts: {stats.tokens_per_step:.2f} tokens a step at width {stats.draft_width}, "
-            f"accepted by position: {shares}"
+            f"drafts: {stats.tokens_per_step:.2f} tokens a step, steps by width: {by_width}; "
+            f"accepted by position: {shares or '-'}"
         )
     return "\n".join(lines)

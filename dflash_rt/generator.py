@@ -13,11 +13,14 @@ from dflash_rt.backends.base import Backend
 from dflash_rt.bundle import Bundle
 from dflash_rt.errors import BackendError, BundleError, RequestError
 from dflash_rt.prompts import Prompt, PromptEncoder
-from dflash_rt.request import ModelLimits, Request, check_count, check_ids
+from dflash_rt.request import DraftWidth, ModelLimits, Request, check_count, check_ids
 from dflash_rt.sampling import SamplingParams
 from dflash_rt.stopping import TextAssembler
 from dflash_rt.stream import GenerationResult, TokenStream
 from dflash_rt.turns import Turns
+from dflash_rt.width import AcceptanceHistory, AdaptiveWidth, FixedWidth, StepCosts, WidthPolicy
+from dflash_rt.width_cache import cost_key, load_step_costs, save_step_costs
+from dflash_rt.width_cost import measure_step_costs
 
 __all__ = ["Generator"]
 
@@ -36,8 +39,11 @@ class Generator:
         backend: a name of :data:`dflash_rt.backends.BACKEND_NAMES`, or a backend object, which the generator
             then owns and closes.
         threads: CPU threads of the backend; ``None`` leaves it to the backend.
-        draft_width: rows of a verify pass, the anchor included, from 1 (no drafting) to the drafter's block
-            size; ``None`` is the bundle's default.
+        draft_width: rows of a verify pass, the anchor included. A number, 1 (no drafting) to the drafter's
+            block size, is that of every step. ``None``: each step has the width that promises most tokens
+            per second, from 1 to the bundle's ``draft_width``; ``"auto"``: from 1 to the block size. For
+            these two the cost of a step at each width is read from the bundle's ``reports/``, or measured,
+            which takes a second, and written there if that is possible. See docs/width.md.
         verify_files: compare the SHA-256 of every file first, which reads the whole bundle.
 
     Raises:
@@ -52,37 +58,71 @@ class Generator:
         backend: str | Backend = "onnxruntime",
         *,
         threads: int | None = None,
-        draft_width: int | None = None,
+        draft_width: DraftWidth = None,
         verify_files: bool = False,
     ) -> None:
         opened = _open(bundle, verify_files)
         limits = ModelLimits.from_manifest(opened.manifest, draft_width=draft_width)
         prompts = PromptEncoder.from_bundle(opened)
-        # Last, since it is what would have to be closed again.
-        self._set_parts(limits, _backend(opened, backend, threads), prompts)
+        # Last, since it is what has to be closed when something fails after it.
+        runner = _backend(opened, backend, threads)
+        try:
+            costs = None
+            if limits.adaptive:
+                # Nothing is known of how a ready backend object was made: its costs aren't kept.
+                kept = opened if isinstance(backend, str) else None
+                costs = _step_costs(kept, runner, limits, threads)
+            self._set_parts(limits, runner, prompts, costs)
+        except BaseException:
+            runner.close()
+            raise
 
     @classmethod
     def from_parts(
-        cls, limits: ModelLimits, backend: Backend, prompts: PromptEncoder | None = None
+        cls,
+        limits: ModelLimits,
+        backend: Backend,
+        prompts: PromptEncoder | None = None,
+        *,
+        step_costs: StepCosts | None = None,
     ) -> Generator:
         """A generator without a bundle, such as one on :class:`dflash_rt.backends.scripted.ScriptedBackend`.
 
-        It owns ``backend`` and closes it. Without ``prompts`` it takes token ids only.
+        It owns ``backend`` and closes it. Without ``prompts`` it takes token ids only. ``step_costs`` of
+        adaptive limits, for widths 1 to their ``draft_width``, are measured if they aren't given.
         """
         generator = cls.__new__(cls)
-        generator._set_parts(limits, backend, prompts or PromptEncoder())
+        if limits.adaptive and step_costs is None:
+            step_costs = measure_step_costs(backend, limits)
+        generator._set_parts(limits, backend, prompts or PromptEncoder(), step_costs)
         return generator
 
-    def _set_parts(self, limits: ModelLimits, backend: Backend, prompts: PromptEncoder) -> None:
+    def _set_parts(
+        self, limits: ModelLimits, backend: Backend, prompts: PromptEncoder, costs: StepCosts | None
+    ) -> None:
+        if limits.adaptive and (costs is None or costs.widest != limits.draft_width):
+            raise RequestError(
+                "the step costs don't fit the draft width",
+                found=None if costs is None else f"costs of {costs.widest} widths",
+                expected=f"costs of widths 1 to {limits.draft_width}",
+                todo="measure them with these limits, or leave them out",
+            )
         self._limits = limits
         self._backend = backend
         self._prompts = prompts
+        self._costs = costs
+        self._history = AcceptanceHistory(limits.draft_width)
         self._turns = Turns()
 
     @property
     def limits(self) -> ModelLimits:
         """Sizes and defaults that requests are checked against."""
         return self._limits
+
+    @property
+    def step_costs(self) -> StepCosts | None:
+        """Seconds of a step by width, as they were measured or read; ``None`` if the width is fixed."""
+        return self._costs
 
     @property
     def closed(self) -> bool:
@@ -165,8 +205,18 @@ class Generator:
         )
         text = TextAssembler(self._prompts.tokenizer, [stop] if isinstance(stop, str) else stop)
         return TokenStream(
-            self._backend, request, text, prefill_chunk=self._limits.prefill_chunk, turns=self._turns
+            self._backend,
+            request,
+            text,
+            prefill_chunk=self._limits.prefill_chunk,
+            turns=self._turns,
+            widths=self._widths(request),
         )
+
+    def _widths(self, request: Request) -> WidthPolicy:
+        if request.adaptive and self._costs is not None:
+            return AdaptiveWidth(self._costs, self._history)
+        return FixedWidth(request.width)
 
     def close(self) -> None:
         """Free the backend. Safe to call twice; later requests raise GeneratorStateError.
@@ -198,6 +248,20 @@ def _open(bundle: str | os.PathLike[str] | Bundle, verify_files: bool) -> Bundle
         expected="the path of a bundle's folder, or a dflash_rt.Bundle",
         todo="pass the folder that `dflash-export build` wrote",
     )
+
+
+def _step_costs(
+    bundle: Bundle | None, backend: Backend, limits: ModelLimits, threads: int | None
+) -> StepCosts:
+    """Costs kept in ``bundle``, or measured and kept there; only measured without one."""
+    if bundle is None:
+        return measure_step_costs(backend, limits)
+    key = cost_key(bundle, backend.name, threads)
+    costs = load_step_costs(bundle, key, limits.draft_width)
+    if costs is None:
+        costs = measure_step_costs(backend, limits)
+        save_step_costs(bundle, key, costs)
+    return costs
 
 
 def _backend(bundle: Bundle, backend: str | Backend, threads: int | None) -> Backend:

@@ -3,19 +3,24 @@
 Who owns which state:
 
 - ``Sequence`` (sequence.py): tokens, committed rows, features not injected yet, counters. One per slot.
+- ``WidthPolicy`` (width.py): how many rows the next step has, and what was learned for that.
 - ``Sampler`` (sampler.py): random numbers, counts of emitted tokens, logprobs. A greedy request has none.
 - ``Backend`` (backends/): caches and all other buffers. It knows neither tokens nor acceptance.
 - ``TokenStream`` (stream.py): text, times, and the generator's lock while it runs.
 - ``decode`` below: nothing that outlives a step.
 
-Why one integer is a whole rollback. A step at ``start`` first injects ALL ``width`` feature rows of the
-previous verify pass at that pass's start, rejected rows too, and then writes its own block at ``start``. At
-least one row of the previous pass was kept (the anchor's), so every rejected row lies inside the new block::
+Why one integer is a whole rollback. A step at ``start`` first injects ALL feature rows of the previous
+verify pass at that pass's start, rejected rows too, and then writes its own block at ``start``::
 
     previous pass   a d d x x x          a: anchor  d: accepted  x: rejected
     this block            a m m m m m    overwrites every x before anything reads it
 
-The target's cache heals in the same way: the next verify pass covers what the last one got wrong.
+A narrower block leaves some x behind itself. They are masked there like all rows behind a block, and every
+pass begins at or before the end of the one before it: a row is written again before it is ever committed.
+The target's cache heals in the same way: later verify passes cover what the last one got wrong.
+
+A plain step (width 1) doesn't need the drafter's cache and injects nothing; the backend keeps the features,
+and all of them are injected in one pass when a step drafts again, or before they would be overwritten.
 """
 
 from __future__ import annotations
@@ -25,9 +30,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dflash_rt.accept import accept_greedy
-from dflash_rt.backends.base import Backend
+from dflash_rt.backends.base import Backend, Inject
 from dflash_rt.sampler import Sampler
 from dflash_rt.sequence import Sequence
+from dflash_rt.width import FixedWidth, WidthPolicy
 
 __all__ = ["Decoded", "decode"]
 
@@ -50,28 +56,30 @@ def decode(
     sequence: Sequence,
     *,
     max_new_tokens: int,
-    width: int,
+    width: int | WidthPolicy,
     prefill_chunk: int,
     stop_token_ids: Set[int] = frozenset(),
     sampler: Sampler | None = None,
 ) -> Generator[Decoded, None, None]:
     """Decode; yield what the prefill decided (one token), then what each step decided.
 
-    ``width`` is the rows of a verify pass: the anchor and ``width - 1`` drafts. ``width == 1`` is plain
-    decoding, in which the drafter never runs and gets no features. ``max_new_tokens`` and ``prefill_chunk``
-    are at least 1. Without a ``sampler`` tokens are the backend's own greedy choices.
+    ``width`` is the rows of a verify pass, the anchor and ``width - 1`` drafts, or a policy that says so step
+    by step; no token depends on it. Width 1 throughout is plain decoding, in which the drafter never runs
+    and gets no features. ``max_new_tokens`` and ``prefill_chunk`` are at least 1. Without a ``sampler``
+    tokens are the backend's own greedy choices.
 
     The caller may stop after any item: between steps every cache is whole. If the backend raises, its caches
     are cleared, the error passes on, and the backend can take another sequence.
     """
+    policy = FixedWidth(width) if isinstance(width, int) else width
     try:
         # 1) Prefill. The last chunk's answer is the first token. Features are injected as they come.
         #    Room is asked for as it is needed, since attention over a larger buffer takes longer.
         while not sequence.prefilled:
-            rows = sequence.next_prompt_rows(prefill_chunk)
-            backend.reserve(sequence.start + rows.shape[1])
-            choice = backend.prefill(rows, sequence.starts, inject=width > 1)
-            sequence.commit_prefill(rows.shape[1])
+            prompt = sequence.next_prompt_rows(prefill_chunk)
+            backend.reserve(sequence.start + prompt.shape[1])
+            choice = backend.prefill(prompt, sequence.starts, inject=policy.widest > 1)
+            sequence.commit_prefill(prompt.shape[1])
         tokens = [int(choice[0])] if sampler is None else sampler.choose(backend.logits()[0])
 
         while True:
@@ -82,14 +90,16 @@ def decode(
             if finish_reason is not None:
                 return
 
-            # 3) Inject the last pass's features, draft, verify: one call, so that a backend may fuse them.
+            # 3) Inject features, draft, verify: one call, so that a backend may fuse them.
             backend.reserve(sequence.start)
+            rows = policy.choose()
+            inject = _due(sequence, rows, prefill_chunk) if policy.widest > 1 else None
             output = backend.step(
                 sequence.anchors,
                 sequence.starts,
-                width=width,
-                inject=sequence.uninjected,
-                sampling=None if sampler is None else sampler.draft_sampling(width - 1),
+                width=rows,
+                inject=inject,
+                sampling=None if sampler is None else sampler.draft_sampling(rows - 1),
             )
 
             # 4) Accept the drafts up to the first one that the target would not have chosen. Accepted drafts
@@ -101,13 +111,23 @@ def decode(
                 tokens = sampler.choose(backend.logits()[0], output.drafted[0].tolist(), output.proposal)
 
             # 5) Commit them.
-            sequence.commit_step(len(tokens) - 1, width)
+            sequence.commit_step(len(tokens) - 1, rows, injected=inject is not None)
+            policy.observe(rows, len(tokens) - 1)
     except GeneratorExit:
         raise  # the caller left between two steps: nothing is broken
     except BaseException:
         # Also on KeyboardInterrupt: a half-done step may have left values that are not finite.
         backend.clear()
         raise
+
+
+def _due(sequence: Sequence, width: int, kept_rows: int) -> Inject | None:
+    """The features to inject before a step of ``width`` rows; a plain one waits while they are kept anyway.
+
+    A backend keeps ``kept_rows`` at least, whose last would be the plain step's own.
+    """
+    waits = width == 1 and sequence.start + 1 - sequence.injected <= kept_rows
+    return None if waits else sequence.uninjected
 
 
 def _cut(

@@ -215,7 +215,7 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
-    """What a request gets unless it says otherwise. ``draft_width`` counts the anchor; 1 is no drafting."""
+    """What a request gets unless it says otherwise. ``draft_width`` is a most, anchor included; 1: none."""
 
     stop_token_ids: tuple[TokenId, ...]
     draft_width: Count

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from dflash_rt.manifest import Manifest
     from dflash_rt.prompts import TokenIds
 
-__all__ = ["ModelLimits", "Request", "check_count", "check_ids"]
+__all__ = ["DraftWidth", "ModelLimits", "Request", "check_count", "check_ids"]
+
+DraftWidth: TypeAlias = int | Literal["auto"] | None
+"""Rows of a verify pass: a number for all steps; ``"auto"``: each step's own, up to the drafter's block size;
+``None``: each step's own, up to the bundle's ``draft_width``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,10 @@ class ModelLimits:
         max_seq_len: prompt and output tokens together, at most.
         prefill_chunk: rows of one prefill pass, at most.
         block_size: rows of a draft block at most, the anchor included.
-        draft_width: rows of a verify pass in a drafted step; 1 is no drafting.
+        draft_width: rows of a verify pass in a drafted step, at most; 1 is no drafting.
+        adaptive: whether each step takes the width that promises most; otherwise all take ``draft_width``.
+        samples_drafts: the drafter samples its proposals at a temperature above 0. Then a seed's text depends
+            on the widths, so that such a request never takes widths that depend on the clock.
         stop_token_ids: ids that end a text unless a request says otherwise.
         sampling: how tokens are chosen unless a request says otherwise.
     """
@@ -41,17 +48,25 @@ class ModelLimits:
     draft_width: int
     stop_token_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    adaptive: bool = False
+    samples_drafts: bool = False
 
     @classmethod
-    def from_manifest(cls, manifest: Manifest, *, draft_width: int | None = None) -> ModelLimits:
-        """A bundle's limits; ``draft_width=None`` is the bundle's own.
+    def from_manifest(cls, manifest: Manifest, *, draft_width: DraftWidth = None) -> ModelLimits:
+        """A bundle's limits; for ``draft_width`` see :data:`DraftWidth`.
 
         Raises:
-            RequestError: ``draft_width`` isn't from 1 to the drafter's block size.
+            RequestError: ``draft_width`` is neither ``"auto"`` nor from 1 to the drafter's block size.
         """
         block_size = manifest.drafter.block_size
         if draft_width is None:
             width = manifest.generation.draft_width
+        elif isinstance(draft_width, str):
+            if draft_width != "auto":
+                raise _wrong(
+                    "draft_width", draft_width, f'"auto", or 1 to {block_size}', 'pass "auto" or a number'
+                )
+            width = block_size
         else:
             width = check_count("draft_width", draft_width)
         if width > block_size:
@@ -69,6 +84,8 @@ class ModelLimits:
             draft_width=width,
             stop_token_ids=frozenset(manifest.generation.stop_token_ids),
             sampling=SamplingParams(**asdict(manifest.generation.sampling)),
+            adaptive=width > 1 and (draft_width is None or isinstance(draft_width, str)),
+            samples_drafts=manifest.drafter.selector_top_k is not None,
         )
 
 
@@ -76,13 +93,14 @@ class ModelLimits:
 class Request:
     """A request that can be run.
 
-    ``prompt`` is int64 ``[rows]``; ``width`` is the rows of a verify pass; ``sampling`` has a seed if it
-    needs one.
+    ``prompt`` is int64 ``[rows]``; ``width`` is the rows of a verify pass, at most if ``adaptive``;
+    ``sampling`` has a seed if it needs one.
     """
 
     prompt: IntArray
     max_new_tokens: int
     width: int
+    adaptive: bool
     stop_token_ids: frozenset[int]
     sampling: SamplingParams
 
@@ -128,12 +146,15 @@ class Request:
             stop_ids = frozenset(
                 check_ids("stop_token_ids", stop_token_ids, limits.vocab_size, error=RequestError)
             )
+        params = limits.sampling if sampling is None else sampling
+        draws_drafts = limits.samples_drafts and params.temperature > 0
         return cls(
             prompt=np.array(ids, dtype=np.int64),
             max_new_tokens=_room(limits, len(ids), max_new_tokens),
             width=limits.draft_width if speculative else 1,
+            adaptive=limits.adaptive and speculative and not draws_drafts,
             stop_token_ids=stop_ids,
-            sampling=(limits.sampling if sampling is None else sampling).seeded(),
+            sampling=params.seeded(),
         )
 
 

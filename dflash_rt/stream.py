@@ -19,6 +19,7 @@ from dflash_rt.sequence import Sequence
 from dflash_rt.stats import GenerationStats
 from dflash_rt.stopping import TextAssembler
 from dflash_rt.turns import Turns
+from dflash_rt.width import FixedWidth, WidthPolicy
 
 __all__ = ["Chunk", "FinishReason", "GenerationResult", "TokenStream"]
 
@@ -75,7 +76,14 @@ class TokenStream(Iterator[Chunk]):
     """
 
     def __init__(
-        self, backend: Backend, request: Request, text: TextAssembler, *, prefill_chunk: int, turns: Turns
+        self,
+        backend: Backend,
+        request: Request,
+        text: TextAssembler,
+        *,
+        prefill_chunk: int,
+        turns: Turns,
+        widths: WidthPolicy | None = None,
     ) -> None:
         self._state: Literal["new", "waiting", "running", "ended"] = "new"
         self._backend = backend
@@ -90,7 +98,7 @@ class TokenStream(Iterator[Chunk]):
             backend,
             self._sequence,
             max_new_tokens=request.max_new_tokens,
-            width=request.width,
+            width=widths if widths is not None else FixedWidth(request.width),
             prefill_chunk=prefill_chunk,
             stop_token_ids=request.stop_token_ids,
             sampler=self._sampler,
@@ -236,6 +244,7 @@ class TokenStream(Iterator[Chunk]):
             new_tokens=len(token_ids),
             draft_width=self._request.width,
             accepted_per_step=tuple(self._sequence.accepted_per_step),
+            width_per_step=tuple(self._sequence.width_per_step),
             prefill_seconds=self._prefill_seconds,
             decode_seconds=self._decode_seconds,
             stage_seconds={}

@@ -99,6 +99,7 @@ def test_backends_come_from_the_registry() -> None:
         ("dflash-rt generate b --prompt x --chat-template-kwarg a=1", "give --chat"),
         ("dflash-rt generate b --prompt x --no-draft --draft-width 4", "exclude each other"),
         ("dflash-rt generate b --prompt x --draft-width 0", "not in the range"),
+        ("dflash-rt generate b --prompt x --draft-width wide", "not a valid integer"),
         ("dflash-rt generate b --prompt x --threads 0", "not in the range"),
         ("dflash-rt generate b --prompt x --max-new-tokens 0", "not in the range"),
         ("dflash-rt generate b --prompt x --max-new-tokens many", "not a valid integer"),
@@ -111,6 +112,7 @@ def test_backends_come_from_the_registry() -> None:
         ("dflash-rt bench b --compare hf,vllm", "nothing of that name to compare with"),
         ("dflash-rt bench b --compare ,", "nothing of that name"),
         ("dflash-rt bench b --limit 3", "give --prompts"),
+        ("dflash-rt bench b --widths --compare hf --target x", "leave out --compare, --target"),
         ("dflash-export build", "--target and --drafter and --output must be given, or --recipe"),
         ("dflash-export build --target a/b --drafter c/d", "--output must be given"),
         ("dflash-export build --recipe engines/x", "--output must be given"),
@@ -337,7 +339,7 @@ def test_generate_streams_text(smollm2_bundle: Bundle) -> None:
     assert (result.exit_code, result.stdout) == (0, " Paris.\n\n")
     assert "prompt: 5 tokens in" in result.stderr
     assert "output: 4 tokens (length)" in result.stderr
-    assert "tokens a step at width 4" in result.stderr
+    assert "tokens a step, steps by width: " in result.stderr
 
 
 def test_generate_samples(smollm2_bundle: Bundle) -> None:

@@ -22,10 +22,12 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Inject:
-    """Feature rows of the last verify pass that the drafter's cache doesn't hold yet.
+    """Feature rows that the drafter's cache doesn't hold yet.
 
-    ``start`` is int64 ``[batch]``, where these rows begin; ``rows`` is how many rows that verify
-    pass had. Rejected rows are injected too: the block that is drafted next overwrites them.
+    ``start`` is int64 ``[batch]``, where these rows begin; ``rows`` is how many there are, up to the end of
+    the last verify pass. After a drafted step these are the rows of its pass; after plain steps, in which
+    nothing was injected, there are more. Rejected rows are injected too: nothing reads them before a later
+    pass overwrites them.
     """
 
     start: IntArray
@@ -113,11 +115,14 @@ class Backend(Protocol):
     ) -> StepOutput:
         """Draft ``width - 1`` tokens after ``anchors`` ``[batch]`` and verify them in one target pass.
 
-        ``start`` ``[batch]`` is where the anchors go. ``inject`` names features of the previous verify pass
+        ``start`` ``[batch]`` is where the anchors go. ``inject`` names features of earlier verify passes
         that are to be injected first; ``None`` leaves the drafter's cache as it is. ``width == 1`` is plain
         decoding: no draft. ``sampling`` is for a drafter that can sample what it proposes, which it then
         tells in ``proposal``; without it every drafter proposes what it thinks best. Raises
         :class:`~dflash_rt.errors.NumericalError` when logits are not finite.
+
+        A step keeps the features of its rows by position, those of the last ``max(prefill_chunk,
+        block_size)`` positions at least, so that a later step can inject them.
         """
 
     def logits(self) -> FloatArray:

@@ -92,7 +92,7 @@ class OnnxRuntimeBackend:
         self._stage_seconds: dict[str, float] = {}
         self._batch = 1
         self._head_shape = (self._batch, 0)  # batch and rows of what lies in the buffer `logits`
-        rows = max(manifest.limits.prefill_chunk, self._block_size)
+        self._kept_rows = rows = max(manifest.limits.prefill_chunk, self._block_size)
         self._buffers = self._make_buffers(rows)
         self._starts = {stage: np.zeros(self._batch, np.int64) for stage in ("inject", "draft", "target")}
         self._window: Window | None = None
@@ -163,12 +163,15 @@ class OnnxRuntimeBackend:
         batch = anchors.shape[0]
         block = np.full((batch, width), self._mask_token_id, np.int64)
         block[:, 0] = anchors
+        if inject is not None:
+            places = self._places(inject.start, inject.rows)
+            self._buffers["features"].view(batch, inject.rows)[:] = self._kept[places]
+            self._inject(inject.start, batch, inject.rows)
         if width > 1:
-            if inject is not None:
-                self._inject(inject.start, batch, inject.rows)
             block[:, 1:] = self._draft(block, start, sampling)
         proposal = self._proposal(batch, width - 1) if width > 1 and sampling is not None else None
         self._target(block, start)
+        self._kept[self._places(start, width)] = self._buffers["features"].view(batch, width)
         verified = self._head(self._buffers["hidden"].view(batch, width), "target_head")
         return StepOutput(drafted=block[:, 1:], verified=verified, proposal=proposal)
 
@@ -194,6 +197,16 @@ class OnnxRuntimeBackend:
         self._caches = {"target": {}, "draft": {}}
         self._buffers = {}
         self._capacity = 0
+
+    @property
+    def _kept(self) -> npt.NDArray[Any]:
+        """Features of the rows that steps fed in, ``[batch, rows, …]``: position p lies at p modulo rows."""
+        return self._buffers["kept_features"].view(self._batch, self._kept_rows)
+
+    def _places(self, start: IntArray, rows: int) -> tuple[IntArray, IntArray]:
+        """Where ``rows`` positions from ``start`` on lie in ``_kept``."""
+        positions = start[:, None] + np.arange(rows)
+        return np.arange(start.shape[0])[:, None], positions % self._kept_rows
 
     # One method per graph. Each fills its inputs, runs, and leaves its outputs in the buffers.
 
@@ -310,6 +323,8 @@ class OnnxRuntimeBackend:
             "embeddings": make("embed", "embeddings", rows),
             "hidden": make("target", "hidden", rows),
             "features": make("target", "features", rows),
+            # Copied out of `features`, and back to be injected: a few rows, once a step.
+            "kept_features": make("target", "features", rows),
             "draft_hidden": make("draft", "hidden", block),
             # Rows that want logits, gathered: never more than a block.
             "head_hidden": make("lm_head", "hidden", block),

@@ -98,6 +98,8 @@ class ScriptedBackend:
         self._failed = False
         self._rows: list[int] = []  # target cache: the token that was fed in at each row
         self._features: list[int] = []  # drafter cache: the token whose features each row holds
+        self._kept_rows = max(block_size, prefill_chunk or 2**31)
+        self._kept: dict[int, tuple[int, int]] = {}  # features of steps: position and token, by place
         self._last: _Pass | None = None
 
     @classmethod
@@ -157,6 +159,7 @@ class ScriptedBackend:
             _write(self._rows, first, tokens)
             if inject:
                 _write(self._features, first, tokens)
+            self._kept.clear()
             self._finish_call()
             choice = self._target(tuple(self._rows[:end]))
             self._chosen_outside = False
@@ -188,6 +191,8 @@ class ScriptedBackend:
             drafted = self._draft(anchor, first, width) if width > 1 else ()
             block = (anchor, *drafted)
             _write(self._rows, first, block)
+            for row, token in enumerate(block, start=first):
+                self._kept[row % self._kept_rows] = row, token
             self._finish_call()
             verified = [self._target(tuple(self._rows[: first + row + 1])) for row in range(width)]
             accepted = next((i for i, token in enumerate(drafted) if token != verified[i]), width - 1)
@@ -223,6 +228,7 @@ class ScriptedBackend:
     def _reset(self) -> None:
         self._rows.clear()
         self._features.clear()
+        self._kept.clear()
         self._last = None
         self._failed = False
 
@@ -270,10 +276,16 @@ class ScriptedBackend:
         first = _integers("start of inject", inject.start, axes=1)[0]
         if last.kind != "verify":
             raise _broken("inject", "right after a prefill", "None: a prefill injects its own rows")
-        _expect(first == last.start, "start of inject", first, f"{last.start}, that of the last verify pass")
-        rows = len(last.tokens)
-        _expect(inject.rows == rows, "rows of inject", inject.rows, f"all {rows} that were verified")
-        _write(self._features, first, last.tokens)
+        _expect(
+            first <= last.start, "start of inject", first, f"at most {last.start}, of the last verify pass"
+        )
+        end = last.start + len(last.tokens)
+        _expect(first + inject.rows == end, "rows of inject", inject.rows, f"all {end - first} up to {end}")
+        kept = [self._kept.get(row % self._kept_rows, (_EMPTY, _EMPTY)) for row in range(first, end)]
+        lost = [row for row, (position, _) in enumerate(kept, start=first) if row != position]
+        if lost:
+            raise _broken("inject", f"rows {lost}, which are not kept", "rows that steps fed in of late")
+        _write(self._features, first, [token for _, token in kept])
 
     def _draft(self, anchor: int, first: int, width: int) -> tuple[int, ...]:
         committed = self._rows[:first]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from dflash_rt import Bundle
-from dflash_rt.bench import default_prompts, measure, run_bench
+from dflash_rt.bench import measure, run_bench
 from dflash_rt.bench_contenders import (
     ENTRY_POINT_GROUP,
     BenchSetup,
@@ -36,6 +36,7 @@ from dflash_rt.bench_floor import (
 )
 from dflash_rt.bench_machine import cpu_name, load_average, package_versions, physical_cores
 from dflash_rt.bench_plot import check_plot, draw_plot
+from dflash_rt.bench_prompts import default_prompts
 from dflash_rt.bench_report import BenchReport, Conditions
 from dflash_rt.bench_stats import OUTSIDE, agreement, ratio, summarise
 from dflash_rt.errors import (

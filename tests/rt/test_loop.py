@@ -13,7 +13,10 @@ from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
 from dflash_rt.backends.scripted import Drafter, ScriptedBackend, Target, follow
 from dflash_rt.errors import BackendError, NumericalError
 from dflash_rt.loop import Decoded, decode
+from dflash_rt.sampler import Sampler
+from dflash_rt.sampling import SamplingParams
 from dflash_rt.sequence import Sequence
+from dflash_rt.width import WidthPolicy
 
 PROMPT = [100, 101, 102]
 TEXT = [*PROMPT, *range(103, 160)]  # what the target says, the prompt included
@@ -39,7 +42,7 @@ def run(
     state: Sequence | None = None,
     *,
     max_new_tokens: int = 20,
-    width: int = 4,
+    width: int | WidthPolicy = 4,
     prefill_chunk: int = 512,
     stop: tuple[int, ...] = (),
 ) -> list[Decoded]:
@@ -94,7 +97,7 @@ def test_plain_decoding_never_drafts_or_injects() -> None:
             sampling: DraftSampling | None = None,
         ) -> StepOutput:
             assert (width, inject) == (1, None)
-            return super().step(anchors, start, width=width, inject=inject)
+            return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
 
     items = run(Watched(follow(TEXT), draft), width=1, max_new_tokens=3)
     assert items == [Decoded((103,), 0, None), Decoded((104,), 0, None), Decoded((105,), 0, "length")]
@@ -224,7 +227,7 @@ def test_the_backend_sees_arrays_it_may_keep() -> None:
             for array in (anchors, start, *([inject.start] if inject else [])):
                 assert (array.shape, array.dtype) == ((1,), np.int64)
                 seen.append((array, array.tolist()))
-            return super().step(anchors, start, width=width, inject=inject)
+            return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
 
     run(Keeper(follow(TEXT)))
     assert len(seen) > 10
@@ -333,13 +336,129 @@ def test_old_rows_never_leak_into_a_new_sequence(game: Game, prompts: list[int],
         assert tokens_of(seen) == oracle_tokens(game.target, prompt, 12, ())[: len(tokens_of(seen))]
 
 
+@dataclass
+class Told:
+    """A policy that is told its widths, again and again."""
+
+    widths: list[int]
+    widest: int
+    chosen: int = 0
+
+    def choose(self) -> int:
+        self.chosen += 1
+        return self.widths[(self.chosen - 1) % len(self.widths)]
+
+    def observe(self, width: int, accepted: int) -> None:
+        assert width == self.widths[(self.chosen - 1) % len(self.widths)]
+        assert 0 <= accepted < width
+
+
+WIDTHS = st.lists(st.sampled_from([1, 1, 1, 2, 3, 4, 5, 6]), min_size=1, max_size=25)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    game=GAMES,
+    prompt_rows=st.integers(1, 12),
+    chunk=st.integers(1, 12),
+    widths=WIDTHS,
+    limit=st.integers(1, 60),
+)
+def test_any_sequence_of_widths_gives_the_same_tokens(
+    game: Game, prompt_rows: int, chunk: int, widths: list[int], limit: int
+) -> None:
+    """The backend refuses drafts over rows whose features were forgotten, and features it no longer keeps."""
+    prompt = [position % game.vocabulary for position in range(prompt_rows)]
+    backend = ScriptedBackend(
+        game.target, game.drafter, block_size=6, prefill_chunk=chunk, max_rows=prompt_rows + limit
+    )
+    state = sequence(prompt)
+    items = run(backend, state, width=Told(widths, 6), prefill_chunk=chunk, max_new_tokens=limit)
+    expected = oracle_tokens(game.target, prompt, limit, ())
+    assert tokens_of(items) == state.new_tokens == expected
+    steps = len(state.accepted_per_step)
+    assert state.width_per_step == [widths[step % len(widths)] for step in range(steps)]
+    said = 1
+    for width, accepted in zip(state.width_per_step, state.accepted_per_step, strict=True):
+        before, here = [*prompt, *expected[: said - 1]], expected[said - 1 : said + 1]
+        one = oracle_accepted(game.target, game.drafter, before, here, width)
+        if said + width <= len(expected):  # the oracle sees no further than the text
+            assert accepted == one[0]
+        said += accepted + 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 99), widths=WIDTHS, chunk=st.integers(1, 8), temperature=st.sampled_from([0.5, 1.0])
+)
+def test_any_sequence_of_widths_samples_the_same_text(
+    seed: int, widths: list[int], chunk: int, temperature: float
+) -> None:
+    def logits(prefix: tuple[int, ...]) -> list[float]:
+        return [zlib.crc32(repr((seed, prefix, token)).encode()) % 1000 / 250 for token in range(7)]
+
+    def drafter(prefix: tuple[int, ...], count: int) -> list[int]:
+        return [(sum(prefix) + i) % 7 for i in range(count)]
+
+    params = SamplingParams(temperature=temperature, top_p=0.9, presence_penalty=0.3, seed=seed)
+
+    def text(width: int | WidthPolicy) -> list[int]:
+        state = sequence([1, 2, 3])
+        backend = ScriptedBackend.with_logits(logits, drafter, block_size=6, prefill_chunk=chunk)
+        sampler = Sampler(params, state.prompt)
+        items = decode(backend, state, max_new_tokens=30, width=width, prefill_chunk=chunk, sampler=sampler)
+        return tokens_of(list(items))
+
+    assert text(Told(widths, 6)) == text(1)
+
+
+class Injections(ScriptedBackend):
+    """Notes each step's width and how many rows it injected first."""
+
+    def __init__(self, **options: int) -> None:
+        super().__init__(follow(TEXT), **options)
+        self.steps: list[tuple[int, int]] = []
+
+    def step(
+        self,
+        anchors: IntArray,
+        start: IntArray,
+        *,
+        width: int,
+        inject: Inject | None,
+        sampling: DraftSampling | None = None,
+    ) -> StepOutput:
+        self.steps.append((width, inject.rows if inject else 0))
+        return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
+
+
+def test_plain_steps_inject_nothing_until_a_step_drafts_again() -> None:
+    backend = Injections(block_size=4, prefill_chunk=16)
+    run(backend, width=Told([4, 1, 1, 1, 2, 3], 4), max_new_tokens=1 + 4 + 3 + 2 + 3, prefill_chunk=16)
+    assert backend.steps == [(4, 0), (1, 0), (1, 0), (1, 0), (2, 7), (3, 2)]  # 7: a block and 3 plain rows
+
+
+def test_plain_steps_inject_before_features_would_be_lost() -> None:
+    backend = Injections(block_size=4, prefill_chunk=6)
+    run(backend, width=Told([*[1] * 20, 4], 4), max_new_tokens=25, prefill_chunk=6)
+    injected = [(number, rows) for number, (_, rows) in enumerate(backend.steps) if rows]
+    assert injected == [(6, 6), (12, 6), (18, 6), (20, 2)]  # once in as many steps as the backend keeps rows
+
+
+def test_features_wait_behind_a_block_that_was_rejected() -> None:
+    """The pass of a rejected block ends behind the rows that follow it; they overwrite it one by one."""
+    backend = ScriptedBackend(follow(TEXT), drafter_right_for(0, 0, 3, 3), block_size=4, prefill_chunk=8)
+    items = run(backend, width=Told([4, 1, 2, 1, 1, 4], 4), max_new_tokens=12, prefill_chunk=8)
+    assert tokens_of(items) == TEXT[3:15]
+
+
 def test_protocol_errors_of_the_loop_would_be_seen() -> None:
     """The property tests above lean on the fake: break the loop's rule once, on purpose, and it is caught."""
 
     class Forgetful(Sequence):
-        def commit_step(self, accepted: int, width: int) -> None:
-            super().commit_step(accepted, width)
-            self.uninjected = None
+        def commit_step(self, accepted: int, width: int, *, injected: bool) -> None:
+            super().commit_step(accepted, width, injected=injected)
+            self.injected = self.fed
 
     with pytest.raises(BackendError, match="inject the last verify pass"):
         run(ScriptedBackend(follow(TEXT)), Forgetful(np.array(PROMPT, dtype=np.int64)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import numpy as np
@@ -132,6 +133,10 @@ WRONG_AFTER_STEP = {
         lambda b: b.step(ints(15), ints(5), width=4, inject=Inject(ints(3), 4)),
         "start of a step",
     ),
+    "features of the prompt": (
+        lambda b: b.step(ints(16), ints(6), width=4, inject=Inject(ints(2), 5)),
+        "inject",
+    ),
     "prefill after a step": (lambda b: b.prefill(ints(1)[None], ints(6), inject=True), "start of a prefill"),
 }
 
@@ -141,6 +146,34 @@ def test_refuses_after_a_step(name: str) -> None:
     call, what = WRONG_AFTER_STEP[name]
     with pytest.raises(BackendError, match=f"the backend protocol is broken: {what}"):
         call(stepped())
+
+
+def plain_steps(backend: ScriptedBackend, count: int) -> None:
+    """Plain steps from the end of the prompt 10, 11, 12 on, none of which injects."""
+    for start in range(3, 3 + count):
+        backend.step(ints(start + 10), ints(start), width=1, inject=None)
+
+
+def test_features_of_plain_steps_are_injected_later() -> None:
+    backend = prefilled()
+    plain_steps(backend, 3)
+    with pytest.raises(BackendError, match=r"rows without the features of their token\n.*\[3, 4, 5\]"):
+        backend.step(ints(16), ints(6), width=4, inject=None)
+    backend = prefilled()
+    plain_steps(backend, 3)
+    backend.step(ints(16), ints(6), width=1, inject=Inject(ints(3), 3))  # a plain step may inject, too
+    backend.step(ints(17), ints(7), width=4, inject=Inject(ints(6), 1))
+
+
+def test_features_are_kept_for_a_while() -> None:
+    for count, kept in ((5, True), (6, False)):
+        backend = ScriptedBackend(plus_one, block_size=4, prefill_chunk=5)
+        backend.reserve(20)
+        backend.prefill(ints(10, 11, 12)[None], ints(0), inject=True)
+        plain_steps(backend, count)
+        end = 3 + count
+        with contextlib.nullcontext() if kept else pytest.raises(BackendError, match="not kept"):
+            backend.step(ints(10 + end), ints(end), width=4, inject=Inject(ints(3), count))
 
 
 def test_drafting_needs_features_of_the_prompt() -> None:

@@ -1,0 +1,102 @@
+"""Prompts for benchmarks: a few questions, and a mix in which drafting helps some and not others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dflash_rt.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from dflash_rt.bundle import Bundle
+    from dflash_rt.prompts import Prompt
+
+__all__ = ["BenchPrompt", "default_prompts", "mixed_prompts"]
+
+_QUESTIONS = (
+    "Why is the sky blue?",
+    "Write an email to my landlord about a broken window.",
+    "Explain how a bicycle stays upright.",
+    "List five things to take on a hike, with a reason for each.",
+)
+_RANDOM_PROMPT_TOKENS = 32
+_SEED = 1  # of sampled answers: any fixed one, so that every contender decodes the same text
+
+
+@dataclass(frozen=True)
+class BenchPrompt:
+    """One prompt of a mix: what it is an example of, its text, and how its answer is sampled."""
+
+    kind: str
+    text: str
+    chat: bool = True
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+_MIX = (
+    BenchPrompt("question", "Why is the sky blue?"),
+    BenchPrompt("letter", "Write an email to my landlord about a broken window."),
+    BenchPrompt("list", "List five things to take on a hike, with a reason for each."),
+    BenchPrompt("code", "Write a Python function that returns the n-th Fibonacci number."),
+    BenchPrompt("repetition", "The cat sat on the mat. The cat sat on the mat. The cat sat", chat=False),
+    BenchPrompt("counting", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,", chat=False),
+    BenchPrompt("story", "Once upon a time there was a lighthouse keeper who", chat=False),
+    BenchPrompt("German", "Warum ist der Himmel blau? Bitte antworte auf Deutsch."),
+    BenchPrompt("French", "La Révolution française a commencé en", chat=False),
+    BenchPrompt(
+        "random words",
+        "gravel oboe seventeen lint purple under sixpence walrus hinge oatmeal forty lamp evict",
+        chat=False,
+        sampling=SamplingParams(temperature=1.0, top_k=50, seed=_SEED),
+    ),
+    BenchPrompt(
+        "temperature 0.8",
+        "Explain how a bicycle stays upright.",
+        sampling=SamplingParams(temperature=0.8, top_p=0.95, seed=_SEED),
+    ),
+    BenchPrompt(
+        "temperature 1.5",
+        "Tell me about the sea.",
+        sampling=SamplingParams(temperature=1.5, top_k=50, seed=_SEED),
+    ),
+)
+
+
+def default_prompts(bundle: Bundle) -> list[Prompt]:
+    """A few prompts that suit a bundle: chats, texts, or random ids if there is no tokenizer."""
+    tokenizer = bundle.manifest.tokenizer
+    if tokenizer is None:
+        return _random_prompts(bundle, len(_QUESTIONS))
+    if tokenizer.chat_template is None:
+        return list(_QUESTIONS)
+    return [_as_chat(question) for question in _QUESTIONS]
+
+
+def mixed_prompts(bundle: Bundle) -> list[tuple[str, Prompt, SamplingParams]]:
+    """The mix for a bundle: kind, prompt and sampling of each.
+
+    Without a chat template questions become plain texts, and without a tokenizer all are random ids.
+    """
+    tokenizer = bundle.manifest.tokenizer
+    prompts: list[Prompt]
+    if tokenizer is None:
+        prompts = _random_prompts(bundle, len(_MIX))
+        return [
+            (f"random ids {i}", prompt, item.sampling)
+            for i, (prompt, item) in enumerate(zip(prompts, _MIX, strict=True))
+        ]
+    chats = tokenizer.chat_template is not None
+    prompts = [_as_chat(item.text) if item.chat and chats else item.text for item in _MIX]
+    return [(item.kind, prompt, item.sampling) for item, prompt in zip(_MIX, prompts, strict=True)]
+
+
+def _as_chat(text: str) -> Prompt:
+    return [{"role": "user", "content": text}]
+
+
+def _random_prompts(bundle: Bundle, count: int) -> list[Prompt]:
+    vocabulary = bundle.manifest.target.vocab_size
+    numbers = np.random.default_rng(0).integers(vocabulary, size=(count, _RANDOM_PROMPT_TOKENS))
+    return [list(map(int, row)) for row in numbers]

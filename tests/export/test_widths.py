@@ -1,0 +1,118 @@
+"""Steps of changing width on exported graphs: drafts are as if the drafter had seen every row at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from dflash_rt import Bundle, Generator
+from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
+from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.loop import decode
+from dflash_rt.sequence import Sequence
+
+from ._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+
+BLOCK, CHUNK = 5, 8
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("widths")
+    spec = TargetSpec("qwen3", vocab=12, tied=False)
+    make_target(folder / "target", spec, seed=3, spread=0.3)
+    raw = drafter_config(spec, layers=2, block_size=BLOCK)
+    make_drafter(folder / "drafter", raw, seed=3, spread=0.2)
+    return build(folder / "target", folder / "drafter", folder / "bundle", prefill_chunk=CHUNK)
+
+
+@dataclass
+class Told:
+    """A policy that is told its widths, again and again."""
+
+    widths: list[int]
+    widest: int = BLOCK
+    chosen: int = 0
+
+    def choose(self) -> int:
+        self.chosen += 1
+        return self.widths[(self.chosen - 1) % len(self.widths)]
+
+    def observe(self, width: int, accepted: int) -> None:
+        pass
+
+
+class Watched(OnnxRuntimeBackend):
+    """Notes what every step drafted."""
+
+    drafts: list[tuple[int, IntArray]]
+
+    def step(
+        self,
+        anchors: IntArray,
+        start: IntArray,
+        *,
+        width: int,
+        inject: Inject | None,
+        sampling: DraftSampling | None = None,
+    ) -> StepOutput:
+        output = super().step(anchors, start, width=width, inject=inject, sampling=sampling)
+        self.drafts.append((int(start[0]), output.drafted[0]))
+        return output
+
+
+PATTERNS = {
+    "wide and plain": [BLOCK, 1],
+    "all widths": [5, 1, 4, 1, 1, 3, 2, 1],
+    "a wide one after more plain ones than are kept": [*[1] * (3 * CHUNK + 1), BLOCK, BLOCK],
+    "just as many as are kept": [*[1] * CHUNK, BLOCK],
+    "one more": [*[1] * (CHUNK + 1), 2, BLOCK],
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("rows", [3, 11, 220])  # 220: the caches grow while features are kept
+def test_drafts_are_those_of_a_drafter_that_saw_every_row(bundle: Bundle, name: str, rows: int) -> None:
+    prompt = np.random.default_rng(rows).integers(0, 12, rows)
+    backend = Watched(bundle, threads=1)
+    backend.drafts = []
+    sequence, widths = Sequence(prompt), Told(PATTERNS[name])
+    for _ in decode(backend, sequence, max_new_tokens=60, width=widths, prefill_chunk=CHUNK):
+        pass
+    plain = Sequence(prompt)
+    for _ in decode(backend, plain, max_new_tokens=60, width=1, prefill_chunk=CHUNK):
+        pass
+    assert sequence.new_tokens == plain.new_tokens
+    text = np.array([*prompt, *plain.new_tokens])
+    drafted = [(start, tokens) for start, tokens in backend.drafts if tokens.size]
+    assert len(drafted) >= 2
+    for start, tokens in drafted:
+        backend.reserve(start)
+        for first in range(0, start, CHUNK):
+            chunk = text[None, first : min(first + CHUNK, start)]
+            backend.prefill(chunk, np.array([first]), inject=True)
+        fresh = OnnxRuntimeBackend.step(
+            backend, text[start : start + 1], np.array([start]), width=tokens.size + 1, inject=None
+        )
+        assert fresh.drafted[0].tolist() == tokens.tolist(), f"row {start}"
+
+
+def test_auto_gives_the_tokens_of_plain_decoding(bundle: Bundle) -> None:
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    with Generator(bundle, threads=1, draft_width="auto") as generator:
+        assert generator.step_costs is not None
+        assert generator.step_costs.widest == BLOCK
+        plain = generator.generate(prompt, max_new_tokens=80, stop_token_ids=[], speculative=False)
+        for _ in range(3):
+            adapted = generator.generate(prompt, max_new_tokens=80, stop_token_ids=[])
+            assert adapted.token_ids == plain.token_ids
+        assert adapted.stats.draft_width == BLOCK
+    # Kept in the bundle, which stays whole.
+    kept = bundle.root / "reports" / "step_costs.json"
+    before = kept.read_bytes()
+    with Generator(Bundle.open(bundle.root, verify_files=True), threads=1, draft_width="auto") as again:
+        assert again.step_costs == generator.step_costs
+    assert kept.read_bytes() == before
+    assert bundle.unlisted_files() == ()
