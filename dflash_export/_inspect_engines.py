@@ -29,6 +29,11 @@ class EngineStatus:
     problems: tuple[str, ...]
     changed: tuple[str, ...] = ()
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all engines."""
+        return 0 if self.engines is None else sum(file.size for file in self.engines.files.values())
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, with the record's main facts."""
         facts: dict[str, Any] = {}
@@ -41,7 +46,7 @@ class EngineStatus:
                 "precision": build.precision,
                 "max_seq_len": limits.max_seq_len,
                 "max_batch": limits.max_batch,
-                "bytes": sum(file.size for file in self.engines.files.values()),
+                "bytes": self.total_bytes,
             }
         return {
             "folder": self.folder,
@@ -58,10 +63,9 @@ class EngineStatus:
         if self.engines is None:
             return self.folder, "", state
         build, limits = self.engines.build, self.engines.limits
-        size = sum(file.size for file in self.engines.files.values()) / 1e6
         facts = (
             f"{build.backend} {build.backend_version}, {built_for(build)}, {build.precision}, "
-            f"{limits.max_seq_len} tokens, batch {limits.max_batch}, {size:.1f} MB"
+            f"{limits.max_seq_len} tokens, batch {limits.max_batch}, {self.total_bytes / 1e6:.1f} MB"
         )
         return self.folder, facts, state
 

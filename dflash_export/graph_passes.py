@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from .head_layout import share_head_layout
+from .head_layout import int64_constant, only_reader, share_head_layout
 from .quantization import WeightFormat
 from .tracing import GraphInput
 
@@ -203,7 +203,7 @@ def _join(
         bias = _joined_weight(graph, [found[1] for found in biases if found], weights, transpose=False)
         added.append(ir.node("Add", [product.outputs[0], bias]))
         ends = [found[0] for found in biases if found]
-    split_sizes = ir.node("Constant", [], {"value": ir.tensor(np.array(sizes, np.int64))})
+    split_sizes = int64_constant(sizes)
     split = ir.node(
         "Split", [added[-1].outputs[0], split_sizes.outputs[0]], {"axis": -1}, num_outputs=len(nodes)
     )
@@ -217,11 +217,10 @@ def _join(
 
 def _bias(node: ir.Node, weights: Mapping[str, StoredWeight]) -> tuple[ir.Node, ir.Value] | None:
     """The only reader of a product, if it adds a weight, and that weight."""
-    uses = list(node.outputs[0].uses())
-    if len(uses) != 1 or uses[0].node.op_type != "Add":
+    add = only_reader(node.outputs[0])
+    if add is None or add.op_type != "Add":
         return None
-    add = uses[0].node
-    other = add.inputs[1 - uses[0].idx]
+    other = add.inputs[1] if add.inputs[0] is node.outputs[0] else add.inputs[0]
     return (add, other) if other is not None and other.name in weights else None
 
 
@@ -262,11 +261,11 @@ def _transpose_in_gemm(graph: ir.Graph) -> None:
         assert source is not None
         assert weight is not None
         vocab, width = _fixed_shape(weight)
-        flat_shape = ir.node("Constant", [], {"value": ir.tensor(np.array([-1, width], np.int64))})
+        flat_shape = int64_constant([-1, width])
         flat = ir.node("Reshape", [source, flat_shape.outputs[0]])
         product = ir.node("Gemm", [flat.outputs[0], weight], {"transB": 1})
         rows = ir.node("Shape", [source], {"start": 0, "end": 2})
-        last = ir.node("Constant", [], {"value": ir.tensor(np.array([vocab], np.int64))})
+        last = int64_constant([vocab])
         shape = ir.node("Concat", [rows.outputs[0], last.outputs[0]], {"axis": 0})
         back = ir.node("Reshape", [product.outputs[0], shape.outputs[0]])
         graph.insert_before(node, [flat_shape, flat, product, rows, last, shape, back])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["share_head_layout"]
+__all__ = ["int64_constant", "only_reader", "share_head_layout"]
 
 _HEADS_FIRST = (0, 2, 1, 3)  # [batch, rows, heads, head_dim] <-> [batch, heads, rows, head_dim]
 
@@ -47,14 +47,14 @@ def share_head_layout(graph: ir.Graph) -> None:
 
 
 def _branch(value: ir.Value) -> _Branch | None:
-    reshape = _only_reader(value)
+    reshape = only_reader(value)
     if reshape is None or reshape.op_type != "Reshape":
         return None
-    norm, transpose = None, _only_reader(reshape.outputs[0])
+    norm, transpose = None, only_reader(reshape.outputs[0])
     if transpose is not None and transpose.op_type == "RMSNormalization":
         if transpose.attributes["axis"].as_int() != -1:
             return None
-        norm, transpose = transpose, _only_reader(transpose.outputs[0])
+        norm, transpose = transpose, only_reader(transpose.outputs[0])
     if transpose is None or transpose.op_type != "Transpose":
         return None
     if tuple(transpose.attributes["perm"].as_ints()) != _HEADS_FIRST:
@@ -71,10 +71,10 @@ def _share(graph: ir.Graph, split: ir.Node, branches: Sequence[_Branch], head_di
     constant = sizes.producer()
     assert constant is not None
     heads = [size // head_dim for size in constant.attributes["value"].as_tensor().numpy().tolist()]
-    shape = _constant([0, 0, sum(heads), head_dim])
+    shape = int64_constant([0, 0, sum(heads), head_dim])
     reshape = ir.node("Reshape", [product, shape.outputs[0]])
     transpose = ir.node("Transpose", [reshape.outputs[0]], {"perm": list(_HEADS_FIRST)})
-    counts = _constant(heads)
+    counts = int64_constant(heads)
     shared = ir.node(
         "Split", [transpose.outputs[0], counts.outputs[0]], {"axis": 1}, num_outputs=len(branches)
     )
@@ -91,10 +91,12 @@ def _share(graph: ir.Graph, split: ir.Node, branches: Sequence[_Branch], head_di
     graph.remove([split, *(node for b in branches for node in (b.reshape, b.transpose))], safe=True)
 
 
-def _only_reader(value: ir.Value) -> ir.Node | None:
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The one node that reads ``value``; None if there are others, or if it leaves the graph."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
-def _constant(values: Sequence[int]) -> ir.Node:
+def int64_constant(values: Sequence[int]) -> ir.Node:
+    """A ``Constant`` node of a list of integers."""
     return ir.node("Constant", [], {"value": ir.tensor(np.array(values, np.int64))})

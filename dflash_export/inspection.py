@@ -148,15 +148,13 @@ def inspect_bundle(bundle: Bundle, *, verify_files: bool = True, progress: Progr
     Raises :class:`~dflash_rt.errors.IntegrityError` when a file can't be read.
     """
     recorded = bundle.manifest.files
-    if not verify_files:
-        engines = inspect_engines(bundle, verify_files=False)
-        return Inspection(bundle, dict.fromkeys(recorded, "not checked"), bundle.unlisted_files(), engines)
-    states: dict[str, FileStatus] = {}
-    with progress.stage("hashing files", total=bundle.total_bytes) as stage:
-        for name, record in recorded.items():
-            found = hash_file(bundle.root / name, name=name, progress=lambda _, size: stage.advance(size))
-            states[name] = "ok" if found == record else "changed"
-    engines = inspect_engines(bundle, progress=progress)
+    states: dict[str, FileStatus] = dict.fromkeys(recorded, "not checked")
+    if verify_files:
+        with progress.stage("hashing files", total=bundle.total_bytes) as stage:
+            for name, record in recorded.items():
+                found = hash_file(bundle.root / name, name=name, progress=lambda _, size: stage.advance(size))
+                states[name] = "ok" if found == record else "changed"
+    engines = inspect_engines(bundle, verify_files=verify_files, progress=progress)
     return Inspection(bundle, states, bundle.unlisted_files(), engines)
 
 

@@ -158,7 +158,12 @@ def load_target(source: Source, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_drafter(source: Source) -> Any:
-    """The drafter as PyPI ``dflash`` loads it, in float32. Raises VerifyError when it can't."""
+    """The drafter as PyPI ``dflash`` loads it, in float32.
+
+    Raises:
+        VerifyError: it can't load it.
+        UnsupportedModelError, CheckpointError: this is no drafter.
+    """
     kind = load_drafter_config(source).kind
     if kind == "speculators":
         raise _cannot_load("drafter", source, "the speculators format, which PyPI dflash doesn't read")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dflash_export.sources import resolve_target
+from dflash_export.sources import resolve_drafter, resolve_target
 from dflash_export.torch_reference import (
     find_source,
     generate_greedy,
@@ -21,7 +21,7 @@ from dflash_export.torch_reference import (
     reference_version,
     teacher_forced,
 )
-from dflash_rt.errors import VerifyError
+from dflash_rt.errors import UnsupportedModelError, VerifyError
 from dflash_rt.manifest import FileRecord, SourceInfo
 from tests.export._pairs import TargetSpec, drafter_config, make_drafter, make_target
 
@@ -82,8 +82,12 @@ def test_a_config_that_transformers_refuses(tmp_path: Path, folder: Path) -> Non
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     with pytest.raises(VerifyError, match="PyTorch can't load the target"):
         load_target(resolve_target(tmp_path))
-    with pytest.raises(VerifyError, match="PyTorch can't load the drafter"):
+    with pytest.raises(UnsupportedModelError, match="not a DFlash drafter"):
         load_drafter(resolve_target(tmp_path))
+    make_drafter(tmp_path / "drafter", drafter_config(SPEC))
+    (tmp_path / "drafter" / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(VerifyError, match="PyTorch can't load the drafter"):
+        load_drafter(resolve_drafter(tmp_path / "drafter"))
 
 
 def test_loading_is_quiet(tmp_path: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
