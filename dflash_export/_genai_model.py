@@ -29,8 +29,8 @@ _NAMES: dict[Precision, str] = {"fp32": "genai", "int4": "genai-int4"}
 def genai_model(setup: BenchSetup, load_target: Callable[[], Any], precision: Precision = "fp32") -> Path:
     """Folder of the target in genai's own format; made from ``load_target()`` if the cache doesn't have it.
 
-    ``int4`` is what the builder makes of it by default: of version 0.18 its whole linear layers and its head in
-    blocks of 32, activations rounded to 8 bits.
+    ``int4`` is what the builder makes of it by default: in version 0.18 layers, head and embedding in blocks
+    of 32, and activations rounded to 8 bits.
 
     Raises:
         BackendUnavailableError: genai's builder can't convert the target.

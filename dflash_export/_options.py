@@ -109,6 +109,7 @@ _RULES: dict[str, _Rule] = {
     "quantize_block": (_is_block_size, ", ".join(map(str, BLOCK_SIZES)), "choose one of these"),
     "quantize_head": _FLAG,
     "measure_quantization": _FLAG,
+    "measure_tokens": _COUNT,
     "target_revision": _NAME,
     "drafter_revision": _NAME,
     "chat_template_kwargs": (

@@ -47,15 +47,25 @@ class QuantizePlan:
 
 
 def make_plan(
-    quantize: str | None, block_size: int | None, *, head: bool | None, measure: bool | None
+    quantize: str | None,
+    block_size: int | None,
+    *,
+    head: bool | None,
+    measure: bool | None,
+    measure_tokens: int | None = None,
 ) -> QuantizePlan | None:
     """The plan behind a build's options, each of which may be ``None``; ``None`` if nothing is quantised.
 
     Raises:
-        RecipeError: an option about quantisation without ``quantize``.
+        RecipeError: an option about quantisation without ``quantize``, or one about a measurement without it.
     """
     if quantize is None:
-        given = {"quantize_block": block_size, "quantize_head": head, "measure_quantization": measure}
+        given = {
+            "quantize_block": block_size,
+            "quantize_head": head,
+            "measure_quantization": measure,
+            "measure_tokens": measure_tokens,
+        }
         useless = [name for name, value in given.items() if value is not None]
         if useless:
             raise RecipeError(
@@ -65,6 +75,13 @@ def make_plan(
                 todo="add --int4 or --int8, or leave the option out",
             )
         return None
+    if measure is False and measure_tokens is not None:
+        raise RecipeError(
+            "measure_tokens without a measurement",
+            found="measure_quantization: false",
+            expected="a measurement, whose length the option is about",
+            todo="leave one of the two out",
+        )
     size = _DEFAULT_BLOCK if block_size is None else block_size
     # The head chooses the tokens, of the target and of the drafter: 4 bits cost too much there.
     form = WeightFormat(quantize, size)  # type: ignore[arg-type]  # checked with the other options

@@ -77,6 +77,7 @@ def build(
     quantize_block: int | None = None,
     quantize_head: bool | None = None,
     measure_quantization: bool | None = None,
+    measure_tokens: int | None = None,
     target_revision: str | None = None,
     drafter_revision: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -103,6 +104,7 @@ def build(
         quantize_block: inputs that share a scale; default 32.
         quantize_head: store the LM head in int8 as well; default: no.
         measure_quantization: load the target in PyTorch and measure what quantisation changed; default: yes.
+        measure_tokens: length of each of the eight answers that this is measured over, at most; default 32.
         target_revision: branch, tag or commit of a hub id. Refused for local files.
         drafter_revision: the same for the drafter.
         chat_template_kwargs: defaults for the chat template, such as ``{"enable_thinking": False}``.
@@ -131,11 +133,18 @@ def build(
         quantize_block=quantize_block,
         quantize_head=quantize_head,
         measure_quantization=measure_quantization,
+        measure_tokens=measure_tokens,
         target_revision=target_revision,
         drafter_revision=drafter_revision,
         chat_template_kwargs=chat_template_kwargs,
     )
-    plan = make_plan(quantize, quantize_block, head=quantize_head, measure=measure_quantization)
+    plan = make_plan(
+        quantize,
+        quantize_block,
+        head=quantize_head,
+        measure=measure_quantization,
+        measure_tokens=measure_tokens,
+    )
     output = Path(os.path.abspath(output))
     check_output(output, force=force)
     with progress.stage("checking the pair"):
@@ -178,7 +187,8 @@ def build(
         quantization = None if plan is None else plan.info(unquantised, graphs)
         if plan is not None and quantization is not None and plan.measure:
             encoder = _encoder(folder, tokenizer, chat_template_kwargs)
-            room = max(1, limits.max_seq_len - QUALITY_TOKENS)
+            new_tokens = _measure_tokens(measure_tokens, limits)
+            room = limits.max_seq_len - new_tokens
             cost = measure_cost(
                 folder,
                 target_source,
@@ -186,6 +196,7 @@ def build(
                 quality_prompts(encoder, facts.vocab_size, room),
                 quantization=quantization,
                 width=width,
+                new_tokens=new_tokens,
                 stop_token_ids=stop_ids,
                 progress=progress,
             )
@@ -217,6 +228,7 @@ def build(
                     quantize_block=quantize_block,
                     quantize_head=quantize_head,
                     measure_quantization=measure_quantization,
+                    measure_tokens=measure_tokens,
                     target_revision=target_revision,
                     drafter_revision=drafter_revision,
                 ),
@@ -255,6 +267,20 @@ def _draft_width(draft_width: int | None, block_size: int) -> int:
             todo="choose a width in that range; a drafter can't draft wider than it was trained for",
         )
     return draft_width
+
+
+def _measure_tokens(wanted: int | None, limits: Limits) -> int:
+    """Tokens of an answer that quantisation is measured over; at least one row is left for the prompt."""
+    if wanted is None:
+        return min(QUALITY_TOKENS, limits.max_seq_len - 1)
+    if wanted >= limits.max_seq_len:
+        raise RecipeError(
+            "measure_tokens is out of range",
+            found=wanted,
+            expected=f"less than max_seq_len, {limits.max_seq_len}: the prompt needs room, too",
+            todo="choose a smaller number",
+        )
+    return wanted
 
 
 def _check_disk(folder: Path, target: Weights, drafter: Weights, precision: str) -> None:

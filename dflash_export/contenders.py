@@ -1,7 +1,8 @@
 """What ``dflash-rt bench`` compares with: Hugging Face, the reference's loop and onnxruntime-genai.
 
-All of them decode the checkpoint that the bundle was built from, in fp32 (genai also in its own int4), greedily,
-on as many threads as the bundle does. ``dflash_rt`` finds the factories below by entry points, so that it never imports PyTorch.
+All of them decode the checkpoint that the bundle was built from, in fp32 (genai also in its own int4),
+greedily, on as many threads as the bundle does. ``dflash_rt`` finds the factories below by entry points, so
+that it never imports PyTorch.
 """
 
 from __future__ import annotations

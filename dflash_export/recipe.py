@@ -44,6 +44,7 @@ class Recipe:
     quantize_block: int | None = None
     quantize_head: bool | None = None
     measure_quantization: bool | None = None
+    measure_tokens: int | None = None
     target_revision: str | None = None
     drafter_revision: str | None = None
     chat_template_kwargs: Mapping[str, JsonScalar] | None = None
@@ -264,6 +265,7 @@ _RULES: dict[str, tuple[Callable[[object], bool], str, str]] = {
     "quantize_block": (_is_block_size, "16, 32, 64, 128 or 256", "choose one of them"),
     "quantize_head": _FLAG,
     "measure_quantization": _FLAG,
+    "measure_tokens": _COUNT,
     "target_revision": _TEXT,
     "drafter_revision": _TEXT,
     "chat_template_kwargs": _JSON_OBJECT,
