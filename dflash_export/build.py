@@ -154,6 +154,7 @@ def build(
         drafter_config = load_drafter_config(drafter_source)
         facts = target_facts(config)
         limits = _limits(facts, drafter_config, config, max_seq_len, prefill_chunk)
+        measured_tokens = _measured_tokens(measure_tokens, limits)
         stop_ids = stop_token_ids(target_source, config)
         width = _draft_width(draft_width, drafter_config.block_size)
     with (
@@ -187,8 +188,7 @@ def build(
         quantization = None if plan is None else plan.info(unquantised, graphs)
         if plan is not None and quantization is not None and plan.measure:
             encoder = _encoder(folder, tokenizer, chat_template_kwargs)
-            new_tokens = _measure_tokens(measure_tokens, limits)
-            room = limits.max_seq_len - new_tokens
+            room = max(1, limits.max_seq_len - measured_tokens)
             cost = measure_cost(
                 folder,
                 target_source,
@@ -196,7 +196,7 @@ def build(
                 quality_prompts(encoder, facts.vocab_size, room),
                 quantization=quantization,
                 width=width,
-                new_tokens=new_tokens,
+                new_tokens=measured_tokens,
                 stop_token_ids=stop_ids,
                 progress=progress,
             )
@@ -269,10 +269,10 @@ def _draft_width(draft_width: int | None, block_size: int) -> int:
     return draft_width
 
 
-def _measure_tokens(wanted: int | None, limits: Limits) -> int:
+def _measured_tokens(wanted: int | None, limits: Limits) -> int:
     """Tokens of an answer that quantisation is measured over; at least one row is left for the prompt."""
     if wanted is None:
-        return min(QUALITY_TOKENS, limits.max_seq_len - 1)
+        return max(1, min(QUALITY_TOKENS, limits.max_seq_len - 1))
     if wanted >= limits.max_seq_len:
         raise RecipeError(
             "measure_tokens is out of range",
