@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dflash_export.engine_builder.monitor import make_logger
 from dflash_export.sampling_graph import OPSET, sampling_graph
 from dflash_rt.distribution import GROUP, Distribution, distribution, noise_size, penalised
 from dflash_rt.sampler import Sampler
@@ -202,3 +203,27 @@ def test_only_standard_operators() -> None:
     assert {node.domain for node in model.graph.node} == {""}
     assert "TopK" not in {node.op_type for node in model.graph.node}
     assert [item.name for item in model.graph.input] == [item.name for item in session().get_inputs()]
+
+
+def test_tensorrt_rtx_builds_it() -> None:
+    """Parsed whole, without an unused input, and built for a vocabulary of a real size."""
+    trt = pytest.importorskip(
+        "tensorrt_rtx", reason="engines are built: pip install 'dflash-export[tensorrt-rtx]'"
+    )
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(sampling_graph().SerializeToString()), logger.errors
+    model = sampling_graph()
+    assert {network.get_input(i).name for i in range(network.num_inputs)} == {
+        i.name for i in model.graph.input
+    }
+    profile, config = builder.create_optimization_profile(), builder.create_builder_config()
+    sizes = {"batch": 1, "vocab": 49152, "members": 256, "groups": 192}
+    for tensor in model.graph.input:
+        axes = [axis.dim_param for axis in tensor.type.tensor_type.shape.dim]
+        shapes = [[(sizes | {"rows": n, "drafts": n - 1})[axis] for axis in axes] for n in (2, 8, 16)]
+        profile.set_shape(tensor.name, *shapes)
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None, logger.errors
