@@ -117,8 +117,12 @@ def expected_tensors(graph: str, manifest: Manifest) -> tuple[Tensors, Tensors]:
     token_ids = {"token_ids": (_INT64, rows)}
     logits = (_FLOAT32, (*rows, target.vocab_size))
     start = {"start": (_INT64, ("batch",))}
-    per_slot = {"accepted": start["start"], "anchors": start["start"], output_name("start"): start["start"]}
-    finite = {"finite": start["start"]}
+    per_slot: Tensors = {
+        "accepted": start["start"],
+        "anchors": start["start"],
+        output_name("start"): start["start"],
+    }
+    finite: Tensors = {"finite": start["start"]}
     own_logits = (_FLOAT32, (*rows, drafter.vocab_size))
     per_candidate: Shape = (*rows, drafter.selector_top_k or 1)
     place = {**start, "offset": start["start"]} if drafter.is_windowed else start
