@@ -130,7 +130,7 @@ class Planner:
     def _copy_rows(
         self, source: str, of: int, begin: int, target: str, into: int, at: int, rows: int
     ) -> Copy:
-        """Copy ``rows`` rows from ``begin`` on of a tensor of ``of`` rows to row ``at`` of one of ``into``."""
+        """``rows`` rows from ``begin`` on of a tensor of ``of`` rows, to row ``at`` of one of ``into``."""
         buffer = self.layout.buffers[source]
         row = item_size(buffer.dtype) * _product(buffer.shape[2:])
         return Copy(
