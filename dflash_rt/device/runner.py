@@ -19,8 +19,9 @@ from dflash_rt.errors import BackendError
 __all__ = ["Runner"]
 
 # Steps at which a new graph is compared. At the first one the drafter's cache holds what an earlier step
-# put there, at the second `start` has moved on: a graph that keeps an old value shows. An anchor that isn't
-# moved on shows only where the next one is another token, which is waited for within reason.
+# put there, at the second `start` has moved on: a graph that keeps an old value shows. But an anchor that isn't
+# moved on shows only where the next one is another token, and drafts that aren't written only where they aren't
+# the zeros that were put there: such steps are waited for, within reason.
 _COMPARED, _MOST_COMPARED = 2, 8
 # Besides the report: what no token may show. The buffer, and the one that has the size of a block of it.
 _SEEN = {"features": "saved.features", "draft_hidden": "draft_hidden"}
@@ -31,7 +32,8 @@ _ROUNDING = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.02}  # of the large
 class _Step:
     """One kind of step. ``warm``: it has run operation by operation, so that nothing is set up any more.
 
-    ``compared``: how often its graph was; ``anchor_moved``: whether the anchor changed in one of these steps.
+    ``compared``: how often its graph was; ``anchor_moved``, ``drafts_show``: whether one of these steps went to
+    another anchor, and whether one had drafts other than token 0.
     """
 
     operations: tuple[Operation, ...]
@@ -39,11 +41,14 @@ class _Step:
     warm: bool = False
     compared: int = 0
     anchor_moved: bool = False
+    drafts_show: bool = False
     scratch: tuple[str, ...] = ()
 
     @property
     def trusted(self) -> bool:
-        return self.compared >= (_COMPARED if self.anchor_moved else _MOST_COMPARED)
+        """Whether the graph may run alone."""
+        tells = self.anchor_moved and self.drafts_show
+        return self.compared >= (_COMPARED if tells else _MOST_COMPARED)
 
 
 class Runner:
@@ -139,8 +144,9 @@ class Runner:
                 todo="run without graphs (cuda_graph=False), and report this",
             )
         step.compared += 1
-        first = by_operations.rows("block", width)[:, 0]
-        step.anchor_moved |= not np.array_equal(first, by_operations.values["anchors"])
+        block = by_operations.rows("block", width)
+        step.anchor_moved |= not np.array_equal(block[:, 0], by_operations.values["anchors"])
+        step.drafts_show |= width == 1 or bool(block[:, 1:].any())
 
     def _save(self, target: str, source: str) -> None:
         """Copy what a step starts from, or put it back."""
