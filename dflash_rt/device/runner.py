@@ -19,9 +19,9 @@ from dflash_rt.errors import BackendError
 __all__ = ["Runner"]
 
 # Steps at which a new graph is compared. At the first one the drafter's cache holds what an earlier step
-# put there, at the second `start` has moved on: a graph that keeps an old value shows. But an anchor that isn't
-# moved on shows only where the next one is another token, and drafts that aren't written only where they aren't
-# the zeros that were put there: such steps are waited for, within reason.
+# put there, at the second `start` has moved on: a graph that keeps an old value shows. But an anchor that
+# isn't moved on shows only where the next one is another token, and drafts that aren't written only where
+# they aren't the zeros that were put there: such steps are waited for, within reason.
 _COMPARED, _MOST_COMPARED = 2, 8
 # Besides the report: what no token may show. The buffer, and the one that has the size of a block of it.
 _SEEN = {"features": "saved.features", "draft_hidden": "draft_hidden"}
@@ -32,8 +32,8 @@ _ROUNDING = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.02}  # of the large
 class _Step:
     """One kind of step. ``warm``: it has run operation by operation, so that nothing is set up any more.
 
-    ``compared``: how often its graph was; ``anchor_moved``, ``drafts_show``: whether one of these steps went to
-    another anchor, and whether one had drafts other than token 0.
+    ``compared``: how often its graph was; ``anchor_moved``, ``drafts_show``: whether one of these steps went
+    to another anchor, and whether one had drafts other than token 0.
     """
 
     operations: tuple[Operation, ...]

@@ -5,6 +5,7 @@ The device is the host, and works as a GPU's stream does: later, and in order.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from dflash_rt import Bundle, Generator, SamplingParams
 from dflash_rt.backends import create_backend
+from dflash_rt.backends._cuda_device import CudaDevice
 from dflash_rt.backends._device import DeviceBackend, DeviceOptions
 from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
@@ -26,6 +28,7 @@ from dflash_rt.device.host import HostDevice, Recorded
 from dflash_rt.errors import BackendError, NumericalError
 from dflash_rt.loop import decode
 from dflash_rt.sequence import Sequence
+from tests.rt.fake_cuda import FakeRuntime
 
 from ._pairs import Run, TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 from ._speculators import make_speculators, speculators_config
@@ -306,6 +309,28 @@ def test_too_many_launches_are_refused(bundle: Bundle) -> None:
         backend.logits()
     backend.collect()
     assert backend.logits().shape == (1, 2, 6)
+
+
+# --- CUDA's calls, on a stand-in of its runtime ---
+
+
+@pytest.mark.parametrize("name", ["full", "own vocabulary, from the anchor"])
+def test_the_loop_by_cudas_calls(
+    name: str, bundles: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without graphs: ONNX Runtime's CPU kernels run at once, and can't be captured."""
+    runtime = FakeRuntime()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)  # type: ignore[arg-type]
+    bundle = bundles(name)
+    engines = OnnxRuntimeEngines(bundle, cuda=False, threads=1)
+    options = DeviceOptions(cuda_graph=False)
+    backend = DeviceBackend(bundle, CudaDevice("test"), engines, name="test", options=options)
+    reference = OnnxRuntimeBackend(bundle, threads=1)
+    for prompt in (PROMPT, [2]):
+        wanted = run_loop(reference, bundle, prompt, 40, 3)
+        assert run_loop(backend, bundle, prompt, 40, 3) == wanted
+    backend.close()
+    assert runtime.live == {}
 
 
 # --- A graph that isn't the step ---
