@@ -1,1 +1,5 @@
 """A step that never leaves a device: its plan, the device's memory and stream, and who runs graphs."""
+
+from __future__ import annotations
+
+__all__: list[str] = []
