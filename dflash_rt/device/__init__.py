@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from dflash_rt.device.base import Device, Engines
+
+__all__ = ["Device", "Engines"]
