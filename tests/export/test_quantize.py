@@ -214,13 +214,14 @@ def test_the_cpu_backend_reads_the_codes(pair: Path, bundle: Bundle, tmp_path: P
 
 
 def _step_logits(backend: OnnxRuntimeBackend, width: int) -> np.ndarray[Any, Any]:
-    """float32 ``[rows, vocab]`` of NEW, fed in steps of ``width`` after PROMPT."""
+    """float32 ``[rows, vocab]`` of NEW, fed in steps of ``width`` after a longer prompt."""
     backend.clear()
-    backend.reserve(len(PROMPT) + len(NEW))
-    backend.prefill(np.array([PROMPT]), np.array([0]), inject=True)
+    prompt = list(range(3, 40)) * 2
+    backend.reserve(len(prompt) + len(NEW))
+    backend.prefill(np.array([prompt]), np.array([0]), inject=True)
     found = []
     for begin in range(0, 8, width):
-        rows, start = np.array([NEW[begin : begin + width]]), np.array([len(PROMPT) + begin])
+        rows, start = np.array([NEW[begin : begin + width]]), np.array([len(prompt) + begin])
         backend._target(rows, start)
         backend._head(backend._buffers["hidden"].view(1, width), "target_head")
         found.append(backend.logits()[0].copy())
