@@ -42,7 +42,7 @@ from ._options import check_options
 from ._quantize_plan import make_plan
 from .drafter_config import DrafterConfig, load_drafter_config
 from .graph_passes import TracedGraph
-from .graphs import PRECISIONS, trace_drafter, trace_target
+from .graphs import PRECISIONS, step_graphs, trace_drafter, trace_target
 from .pairing import require_pair
 from .progress import SILENT, Progress
 from .publish import check_output, new_folder
@@ -183,6 +183,7 @@ def build(
         if plan is not None:
             graphs = plan.apply(graphs)
         write_weights(folder, graphs, facts, drafter_config, target_weights, drafter_weights, progress)
+        graphs |= step_graphs(facts.vocab_size, drafter_config.draft_vocab_size or facts.vocab_size)
         for graph_name, graph in graphs.items():
             _write_graph(folder / f"{graph_name}.onnx", graph)
         quantization = None if plan is None else plan.info(unquantised, graphs)
