@@ -442,7 +442,7 @@ def test_a_shorter_max_seq_len_is_the_generators_limit(bundle: Bundle) -> None:
 
 
 def test_options_from_the_command_line(bundle: Bundle) -> None:
-    """They reach the backend: one that doesn't have an option refuses it, one that has it runs."""
+    """They reach the backend: one that doesn't have an option refuses it, one that has it checks it."""
     command = ["generate", str(bundle.root), "--prompt", "x", "--backend-option", "max_seq_len=0"]
     for backend, message in (
         ("onnxruntime", "no such option"),
