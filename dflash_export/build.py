@@ -38,7 +38,7 @@ from dflash_rt.manifest import (
 from ._options import check_options
 from .drafter_config import DrafterConfig, load_drafter_config
 from .graph_passes import TracedGraph
-from .graphs import PRECISIONS, trace_drafter, trace_target
+from .graphs import PRECISIONS, step_graphs, trace_drafter, trace_target
 from .pairing import require_pair
 from .progress import SILENT, Progress
 from .publish import check_output, new_folder
@@ -152,6 +152,7 @@ def build(
             graphs = trace_target(config, drafter_config.feature_layers, precision, lambda _: stage.advance())
             graphs |= trace_drafter(drafter_config, precision, facts.vocab_size, lambda _: stage.advance())
         write_weights(folder, graphs, facts, drafter_config, target_weights, drafter_weights, progress)
+        graphs |= step_graphs(facts.vocab_size, drafter_config.draft_vocab_size or facts.vocab_size)
         for graph_name, graph in graphs.items():
             _write_graph(folder / f"{graph_name}.onnx", graph)
         with progress.stage("hashing files"):

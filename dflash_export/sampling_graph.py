@@ -31,20 +31,16 @@ It works in float32 throughout, as TensorRT has no float64. So a token may diffe
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
-from dflash_rt._version import __version__
+from ._nodes import OPSET, Nodes, Values
 
 __all__ = ["OPSET", "sampling_graph"]
 
-OPSET = 24
-
 _FLOAT, _INT = TensorProto.FLOAT, TensorProto.INT64
-_INPUTS: dict[str, tuple[int, list[str]]] = {
+_INPUTS: Values = {
     "logits": (_FLOAT, ["batch", "rows", "vocab"]),
     "drafted": (_INT, ["batch", "drafts"]),
     "uniforms": (_FLOAT, ["batch", "rows"]),
@@ -58,7 +54,7 @@ _INPUTS: dict[str, tuple[int, list[str]]] = {
     "prompt_mask": (_FLOAT, ["batch", "vocab"]),
     "counts": (_FLOAT, ["batch", "vocab"]),
 }
-_OUTPUTS: dict[str, tuple[int, list[str]]] = {
+_OUTPUTS: Values = {
     "accepted": (_INT, ["batch"]),
     "token_ids": (_INT, ["batch", "rows"]),
     "counts.out": (_FLOAT, ["batch", "vocab"]),
@@ -78,52 +74,11 @@ def sampling_graph() -> onnx.ModelProto:
     weights = _truncated(graph, scaled)
     chosen = _picked(graph, scores, weights)
     _accept(graph, chosen)
-    model = helper.make_model(
-        helper.make_graph(
-            graph.nodes,
-            "accept_and_sample",
-            [helper.make_tensor_value_info(name, *spec) for name, spec in _INPUTS.items()],
-            [helper.make_tensor_value_info(name, *spec) for name, spec in _OUTPUTS.items()],
-            graph.constants,
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=11,
-        producer_name="dflash-export",
-        producer_version=__version__,
-    )
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    return graph.model("accept_and_sample", _INPUTS, _OUTPUTS)
 
 
-class _Nodes:
-    """Nodes and constants as they are added; every value gets a name of its own."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
-
-    def op(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        output = output or f"{kind.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
-        return output
-
-    def constant(self, value: Any, dtype: type[np.generic] = np.float32) -> str:
-        name = f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.array(value, dtype), name))
-        return name
-
-    def axis(self, *axes: int) -> str:
-        return self.constant(axes, np.int64)
-
-    def per_row(self, name: str) -> str:
-        """``[b]`` as ``[b, 1, 1]``, to go with ``[b, r, V]``."""
-        return self.op("Unsqueeze", name, self.axis(1, 2))
-
-    def sum(self, value: str, axis: int, *, keep: bool = True) -> str:
-        return self.op("ReduceSum", value, self.axis(axis), keepdims=int(keep))
-
-    def floats(self, value: str) -> str:
-        return self.op("Cast", value, to=_FLOAT)
+class _Nodes(Nodes):
+    """With what only this graph needs."""
 
     def one_hot(self, ids: str) -> str:
         """int64 ``[b, n]`` -> float32 ``[b, n, V]``."""

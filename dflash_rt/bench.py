@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol, TypeAlias, TypeVar
 
-from dflash_rt.backends import create_backend
+from dflash_rt.backends import create_backend, takes_threads
 from dflash_rt.bench_contenders import BenchSetup, Contender, OurContender, Outcome, make_contenders
 from dflash_rt.bench_floor import StepFloor, measure_read_bandwidth, step_floor
 from dflash_rt.bench_machine import cpu_name, load_average, package_versions, physical_cores
@@ -237,7 +237,7 @@ def checked_widths(widths: Sequence[int], bundle: Bundle) -> tuple[int, ...]:
 
 def _our_contenders(setup: BenchSetup, backend: str, stack: ExitStack) -> list[Generator]:
     """Generators for plain decoding and each width, on one backend: the same sessions and caches for all."""
-    shared = create_backend(backend, setup.bundle, threads=setup.threads)
+    shared = create_backend(backend, setup.bundle, threads=setup.threads if takes_threads(backend) else None)
     stack.callback(shared.close)
     return [Generator(setup.bundle, shared, draft_width=width) for width in (1, *setup.draft_widths)]
 

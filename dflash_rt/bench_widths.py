@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from dflash_rt.backends import create_backend
+from dflash_rt.backends import create_backend, takes_threads
 from dflash_rt.bench import Say, check_counts, checked_widths, conditions_of, encode_prompts, measure
 from dflash_rt.bench_contenders import OurContender, Outcome
 from dflash_rt.bench_machine import load_average, physical_cores
@@ -90,7 +90,7 @@ def run_widths(
         mix = [(f"prompt {i}", prompt, SamplingParams()) for i, prompt in enumerate(prompts, 1)]
     with ExitStack() as stack:
         say(f"loading {opened.manifest.name}")
-        shared = create_backend(backend, opened, threads=threads)
+        shared = create_backend(backend, opened, threads=threads if takes_threads(backend) else None)
         stack.callback(shared.close)
         fixed = [Generator(opened, shared, draft_width=width) for width in (1, *widths)]
         encoded = encode_prompts(fixed[0], [prompt for _, prompt, _ in mix], max_new_tokens)

@@ -24,7 +24,7 @@ import onnxruntime as ort
 from dflash_rt.backends._window import Window
 from dflash_rt.backends.base import DraftSampling, FloatArray, Inject, IntArray, Proposal, StepOutput
 from dflash_rt.errors import BackendError, NumericalError
-from dflash_rt.manifest import GraphSpec, TensorSpec, output_name
+from dflash_rt.manifest import STEP_GRAPHS, GraphSpec, TensorSpec, output_name
 
 if TYPE_CHECKING:
     from dflash_rt.bundle import Bundle
@@ -87,7 +87,9 @@ class OnnxRuntimeBackend:
         self._silent_rows = 0 if manifest.drafter.samples_from_anchor else 1
         # Rejected rows of the last block may lie behind the last row that a request can commit.
         self._limit = manifest.limits.max_seq_len + self._block_size
-        self._graphs: dict[str, GraphSpec] = dict(manifest.graphs)
+        self._graphs: dict[str, GraphSpec] = {
+            name: graph for name, graph in manifest.graphs.items() if name not in STEP_GRAPHS
+        }
         self._sessions = {name: _load(name, str(bundle.graph_path(name)), threads) for name in self._graphs}
         self._stage_seconds: dict[str, float] = {}
         self._batch = 1
