@@ -19,6 +19,7 @@ from dflash_rt.backends.base import Backend
 from .budget import Budget, SkippedError
 from .bundles import DTYPES, Made, compile_for, make_bundle, seconds_to_make
 from .contest import Contender, run_contest
+from .device_clock import measure_draft_share
 from .floor import step_bytes
 from .machine import free_bytes
 from .rows import DRAFTED, HF, PLAIN, REFERENCE, Sample, make_row
@@ -125,6 +126,9 @@ def measure_row(
     width, context = manifest.drafter.block_size, len(prompt)
     contenders = _contenders(plan, measured, prompt)
     samples = run_contest(contenders, repeats=plan.repeats, budget=budget)
+    share = measure_draft_share(
+        measured.backend, prompt, width=width, prefill_chunk=manifest.limits.prefill_chunk
+    )
     published = measured.shape.published if measured.shape is not None else None
     # Halfway through the steps that were measured, of which each commits one row with random weights.
     middle = context + plan.steps // 2
@@ -140,6 +144,7 @@ def measure_row(
         bytes_per_second=bytes_per_second,
         published=published or {},
         missing=measured.missing,
+        draft_share=share,
     )
 
 

@@ -20,15 +20,14 @@ class Sample:
 
     Attributes:
         step_seconds: from token to token.
-        run_seconds: of those, inside the backend's runs (by events on a GPU); ``None`` for others than ours.
-        gap_seconds: of those, outside of them; the median over steps of each step's own difference.
-        draft_seconds: in injecting, drafting and the draft's head; ``None`` if that isn't known.
+        run_seconds: of those, on the device by events, or inside the backend's runs where there is no GPU;
+            ``None`` for others than ours.
+        gap_seconds: mean time of a step less its mean time on the device.
     """
 
     step_seconds: float
     run_seconds: float | None = None
     gap_seconds: float | None = None
-    draft_seconds: float | None = None
 
 
 def pair_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float] | None:
@@ -53,6 +52,7 @@ def make_row(
     bytes_per_second: float,
     published: Mapping[str, float],
     missing: Mapping[str, str],
+    draft_share: float | None = None,
 ) -> dict[str, Any]:
     """One row: medians over repeats, ratios over pairs of the same repeat.
 
@@ -85,7 +85,8 @@ def make_row(
         "plain_over_floor": None if plain_ms is None else plain_ms / plain_floor_ms,
         "host_gap_us": _us([s.gap_seconds for s in samples.get(DRAFTED, [])]),
         "plain_host_gap_us": _us([s.gap_seconds for s in samples.get(PLAIN, [])]),
-        "draft_share": _share(samples.get(DRAFTED, [])),
+        "device_ms": _ms([s.run_seconds for s in samples.get(DRAFTED, []) if s.run_seconds is not None]),
+        "draft_share": draft_share,
         "cycle_cost": cycle,
         "over_reference": None if over_reference is None else over_reference["median"],
         "over_reference_quartiles": over_reference,
@@ -109,8 +110,3 @@ def _ms(seconds: Sequence[float]) -> float | None:
 def _us(seconds: Sequence[float | None]) -> float | None:
     known = [value for value in seconds if value is not None]
     return 1e6 * median(known) if known else None
-
-
-def _share(samples: Sequence[Sample]) -> float | None:
-    shares = [s.draft_seconds / s.step_seconds for s in samples if s.draft_seconds is not None]
-    return median(shares) if shares else None

@@ -24,7 +24,8 @@ __all__ = ["HuggingFace", "Reference", "load_random_drafter", "load_random_targe
 def load_random_target(shape: PairShape, dtype: torch.dtype, device: str) -> Any:
     """The target's module with weights drawn on the device; for its speed, not for its tokens."""
     with torch.device(device):
-        model: Any = Qwen3ForCausalLM._from_config(Qwen3Config(**shape.target_config()), dtype=dtype)
+        config = Qwen3Config(**shape.target_config())
+        model: Any = Qwen3ForCausalLM._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     return model.eval()
 
