@@ -95,7 +95,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         scratch = Path(tempfile.gettempdir()) / f"dflash-gpu-suite-{os.getuid()}"
     return Plan(
         output=output.with_suffix(".json").absolute(),
-        scratch=scratch / ("dry-run" if dry else "gpu"),
+        scratch=scratch / ("gpu-suite-dry-run" if dry else "gpu-suite"),
         backends=options.backend or (DRY_BACKENDS if dry else BACKENDS),
         small=TINY if dry else PARITY,
         pairs=(TINY,) if dry else [PAIRS[name] for name in options.pair or PAIRS],

@@ -17,7 +17,7 @@ from dflash_rt.backends import create_backend
 from dflash_rt.backends.base import Backend
 
 from .budget import Budget, SkippedError
-from .bundles import DTYPES, Made, compile_for, make_bundle, seconds_to_make
+from .bundles import DTYPES, Made, compile_for, is_made, make_bundle, seconds_to_make
 from .contest import Contender, run_contest
 from .device_clock import measure_draft_share
 from .floor import step_bytes
@@ -50,7 +50,7 @@ class Measured:
 
         Raises SkippedError where time, disk or the exporter don't allow it; DFlashError where they fail.
         """
-        if not plan.dry_run:
+        if not plan.dry_run and not is_made(shape, precision, plan.scratch, plan.max_seq_len):
             budget.require(seconds_to_make(shape, precision, engines=backend.startswith("tensorrt")))
         made = make_bundle(
             shape, precision, plan.scratch, max_seq_len=plan.max_seq_len, progress=plan.progress
@@ -99,13 +99,17 @@ class Measured:
             reason = f"{needed / 1e9:.0f} GB of GPU memory needed, {free / 1e9:.0f} GB free beside our own"
             self.missing |= {HF: reason, REFERENCE: reason}
             return
-        target = load_random_target(self.shape, dtype, plan.device)
-        drafter = None
-        if absent := Reference.missing():
-            self.missing[REFERENCE] = absent
+        try:
+            target = load_random_target(self.shape, dtype, plan.device)
+            drafter = None
+            if absent := Reference.missing():
+                self.missing[REFERENCE] = absent
+            else:
+                drafter = load_random_drafter(self.shape, dtype, plan.device)
+        except Exception as error:  # noqa: BLE001  # our own steps are still worth measuring
+            self.missing |= dict.fromkeys((HF, REFERENCE), f"{type(error).__name__}: {error}")
         else:
-            drafter = load_random_drafter(self.shape, dtype, plan.device)
-        self.torch_models = (target, drafter)
+            self.torch_models = (target, drafter)
 
 
 def seconds_to_measure(shape: PairShape, context: int) -> float:
@@ -125,7 +129,13 @@ def measure_row(
     manifest = measured.made.bundle.manifest
     width, context = manifest.drafter.block_size, len(prompt)
     contenders = _contenders(plan, measured, prompt)
-    samples = run_contest(contenders, repeats=plan.repeats, budget=budget)
+    samples = run_contest(
+        contenders,
+        repeats=plan.repeats,
+        budget=budget,
+        optional=(HF, REFERENCE),
+        missing=measured.missing,
+    )
     share = measure_draft_share(
         measured.backend, prompt, width=width, prefill_chunk=manifest.limits.prefill_chunk
     )

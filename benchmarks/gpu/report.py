@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ def default_name(created: str, gpu: str | None, *, dry_run: bool) -> str:
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
     """Write ``path`` (JSON) and the same name ending in ``.md``, each whole or not at all."""
-    text = json.dumps(report, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    text = json.dumps(_plain(report), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     for goal, content in ((path, text), (path.with_suffix(".md"), to_markdown(report))):
         partial = goal.with_name(f".{goal.name}.partial")
@@ -99,7 +100,7 @@ def _parity(report: Mapping[str, Any]) -> list[str]:
     rows = [
         (
             *(str(item[key]) for key in keys),
-            f"{item['worst']:.1e} of {item['bound']:.1e}",
+            f"{_short(item['worst'])} of {_short(item['bound'])}",
             f"{item['equal_answers']} of {item['answers']}",
             _number(item["tokens_per_step"]),
             item["steps_as_reference"] or "",
@@ -201,6 +202,21 @@ def _one_line(text: str) -> str:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def _short(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.1e}"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no word for what isn't finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _ratio(value: Mapping[str, float] | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,14 +34,14 @@ class Plan:
     """What one run of the suite does.
 
     Attributes:
-        backends: names to try; the first that loads is measured.
+        backends: names to try; the first that loads a pair is measured.
         small: the pair of which tokens are compared.
         pairs, precisions, contexts: the rows, in this order.
         device: of PyTorch: ``"cuda"`` or ``"cpu"``.
         steps, repeats: of each measurement.
         copy_bytes: size of the copy that gives the bandwidth.
         demo: a bundle of real weights that is measured, too.
-        keep: leave what was built in the scratch folder, for another run.
+        keep: leave what was built in the scratch folder, and take what another run left there.
     """
 
     output: Path
@@ -97,6 +98,8 @@ class _Suite:
     def run(self) -> dict[str, Any]:
         """Everything, in order."""
         plan, parts = self._plan, self._parts
+        if not plan.keep:
+            shutil.rmtree(plan.scratch, ignore_errors=True)
         parts.run("environment", 0, self._environment)
         parts.run("copy bandwidth", 1, self._bandwidth)
         small = {
@@ -105,11 +108,13 @@ class _Suite:
         }
         usable = self._try_backends(small)
         self._check_parity(small, usable)
+        if plan.demo is not None:
+            self._measure_demo(plan.demo, usable)
         for precision in plan.precisions:
             for pair in plan.pairs:
                 self._measure_pair(pair, precision, usable.get(_base(precision), []))
-        if plan.demo is not None:
-            self._measure_demo(plan.demo, usable)
+        if not plan.keep:
+            shutil.rmtree(plan.scratch, ignore_errors=True)
         self._report["goals"] = [
             asdict(goal) for goal in judge_goals(self._report["rows"], dry_run=plan.dry_run)
         ]
@@ -198,8 +203,11 @@ class _Suite:
         if self._report["bytes_per_second"] is None:
             self._parts.skip(title, "the copy bandwidth isn't known")
             return
-        name = usable[0]
-        measured = self._parts.run(f"make {title}", 5, lambda: self._make(pair, precision, name))
+        measured = None
+        for name in usable:
+            measured = self._parts.run(f"make {title} for {name}", 5, self._make(pair, precision, name))
+            if measured is not None:
+                break
         if measured is None:
             self._parts.skip(title, "there is no bundle to measure, see above")
             return
@@ -210,8 +218,8 @@ class _Suite:
         if not self._plan.keep:
             measured.remove()
 
-    def _make(self, pair: PairShape, precision: str, backend: str) -> Measured:
-        return Measured.make(self._plan, self._budget, pair, precision, backend)
+    def _make(self, pair: PairShape, precision: str, backend: str) -> Callable[[], Measured]:
+        return lambda: Measured.make(self._plan, self._budget, pair, precision, backend)
 
     def _row(self, measured: Measured, precision: str, context: int) -> Callable[[], None]:
         def measure() -> None:

@@ -190,6 +190,19 @@ def test_contenders_take_turns_and_stop_after_a_whole_repeat() -> None:
         run_contest(contenders, repeats=9, budget=Budget(15, clock))
 
 
+def test_pytorch_may_fail_and_we_may_not() -> None:
+    def fails() -> Sample:
+        raise RuntimeError("CUDA out of memory")
+
+    missing: dict[str, str] = {}
+    contenders = {DRAFTED: lambda: Sample(1.0), HF: fails}
+    samples = run_contest(contenders, repeats=2, budget=Budget(60), optional=(HF,), missing=missing)
+    assert samples == {DRAFTED: [Sample(1.0)] * 2}
+    assert missing == {HF: "RuntimeError: CUDA out of memory"}
+    with pytest.raises(RuntimeError):
+        run_contest({DRAFTED: fails}, repeats=2, budget=Budget(60), optional=(HF,), missing=missing)
+
+
 # --- Report ---
 
 
@@ -238,6 +251,14 @@ def test_a_page_says_what_is_missing() -> None:
     assert "not complete: running" in page
     assert "| x | skipped | 0.0 | no \\| disk at all |" in page
     assert "hf not measured: 40 GB of GPU memory needed" in page
+
+
+def test_what_is_not_finite_does_not_stop_the_report(tmp_path: Path) -> None:
+    found = {**row(**OURS), "host_gap_us": float("nan"), "step_ms": float("inf")}
+    write_report(tmp_path / "r.json", report(rows=[found]))
+    (read,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert read["host_gap_us"] is read["step_ms"] is None
+    assert "| nan |" in (tmp_path / "r.md").read_text()
 
 
 def test_a_run_that_was_killed_keeps_what_it_had(tmp_path: Path) -> None:
