@@ -115,15 +115,14 @@ class _Suite:
                 self._measure_pair(pair, precision, usable.get(_base(precision), []))
         if not plan.keep:
             shutil.rmtree(plan.scratch, ignore_errors=True)
-        self._report["goals"] = [
-            asdict(goal) for goal in judge_goals(self._report["rows"], dry_run=plan.dry_run)
-        ]
         self._report["state"] = "finished"
         self._write()
         return self._report
 
     def _write(self) -> None:
         self._report["parts"] = [asdict(part) for part in self._parts.parts]
+        judged = judge_goals(self._report["rows"], dry_run=self._plan.dry_run)
+        self._report["goals"] = [asdict(goal) for goal in judged]
         write_report(self._plan.output, self._report)
 
     def _environment(self) -> None:
