@@ -4,14 +4,16 @@ For a step that stays on a device, as inside a captured CUDA graph: the host sen
 token ids. Opset 24, default operator domain only. There is no sort, so no limit on the vocabulary either
 (TensorRT's TopK ends at 3840): a threshold is found by bisection, which only counts and sums.
 
-Names and shapes; b is ``batch``, r is ``rows``, V is ``vocab``:
+Names and shapes; b is ``batch``, r is ``rows``, V is ``vocab``, m and g are ``members`` and ``groups``: the
+vocabulary is cut into g groups of m tokens, the last one maybe shorter (``dflash_rt.distribution.GROUP``):
 
 =====================  =====================  ===================================================
 input                  type                   meaning
 =====================  =====================  ===================================================
 ``logits``             float32 ``[b, r, V]``  the target's own, finite
 ``drafted``            int64 ``[b, r - 1]``   the block behind the anchor
-``uniforms``           float32 ``[b, r]``     of each row's position, cut to multiples of 2^-24
+``noise_within``       float32 ``[b, r, m]``  of each row's position: ``Noise.at``, its first m numbers
+``noise_between``      float32 ``[b, r, g]``  the others; where g is 1 there are none, and any will do
 ``temperature``        float32 ``[b]``        0 is greedy
 ``top_k``              int64 ``[b]``          0 is all
 ``top_p``, ``min_p``   float32 ``[b]``        1 and 0 are all
@@ -26,7 +28,7 @@ Outputs: ``accepted`` int64 ``[b]``; ``token_ids`` int64 ``[b, r]``, of which th
 count; ``counts.out`` float32 ``[b, V]``, ``counts`` with those added.
 
 It works in float32 throughout, as TensorRT has no float64. So a token may differ from that of
-``dflash_rt.sampler`` where the random number lies within rounding of a boundary between two tokens.
+``dflash_rt.sampler`` where two are within rounding of one another in its race.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ _FLOAT, _INT = TensorProto.FLOAT, TensorProto.INT64
 _INPUTS: Values = {
     "logits": (_FLOAT, ["batch", "rows", "vocab"]),
     "drafted": (_INT, ["batch", "drafts"]),
-    "uniforms": (_FLOAT, ["batch", "rows"]),
+    "noise_within": (_FLOAT, ["batch", "rows", "members"]),
+    "noise_between": (_FLOAT, ["batch", "rows", "groups"]),
     "temperature": (_FLOAT, ["batch"]),
     "top_k": (_INT, ["batch"]),
     "top_p": (_FLOAT, ["batch"]),
@@ -173,17 +176,39 @@ def _bisected(graph: _Nodes, values: str, amounts: str, wanted: str) -> tuple[st
 
 
 def _picked(graph: _Nodes, scores: str, weights: str) -> str:
-    """int64 ``[b, r]``: the first token whose running sum is above its row's number times the sum."""
-    sums = graph.op("CumSum", weights, graph.constant(2, np.int64))
-    total = graph.op("ReduceMax", sums, graph.axis(2))
-    target = graph.op("Mul", graph.op("Unsqueeze", "uniforms", graph.axis(2)), total)
-    passed = graph.op(
-        "And", graph.op("Greater", sums, target), graph.op("Greater", weights, graph.constant(0))
+    """int64 ``[b, r]``: the winner of a race of groups, and then of the winning group's tokens."""
+    groups = graph.op("Shape", "noise_between", start=2, end=3)
+    members = graph.op("Shape", "noise_within", start=2, end=3)
+    one = graph.axis(1)
+    missing = graph.op(
+        "Sub", graph.op("Mul", groups, members), graph.op("Shape", "logits", start=2, end=3)
+    )  # the last group's, without weight
+    padding = graph.op("Concat", graph.axis(0), missing, axis=0)
+    whole = graph.op("Pad", weights, padding, "", graph.axis(2))
+    # 0 keeps the batch and the rows as they are.
+    by_group = graph.op(
+        "Reshape", whole, graph.op("Concat", graph.constant([0, 0], np.int64), groups, members, axis=0)
     )
-    sampled = graph.op("ArgMax", graph.floats(passed), axis=2, keepdims=0)
+    group = _winner(graph, graph.sum(by_group, 3, keep=False), "noise_between", keep=True)
+    places = graph.op(
+        "Expand",
+        graph.op("Unsqueeze", group, graph.axis(3)),
+        graph.op("Concat", one, one, one, members, axis=0),
+    )
+    inside = graph.op("Squeeze", graph.op("GatherElements", by_group, places, axis=2), graph.axis(2))
+    member = _winner(graph, inside, "noise_within", keep=False)
+    before = graph.op("Mul", graph.op("Squeeze", group, graph.axis(2)), members)
+    sampled = graph.op("Add", before, member)
     best = graph.op("ArgMax", scores, axis=2, keepdims=0)
     greedy = graph.op("Equal", graph.op("Unsqueeze", "temperature", graph.axis(1)), graph.constant(0))
     return graph.op("Where", greedy, best, sampled, output="token_ids")
+
+
+def _winner(graph: _Nodes, weights: str, noise: str, *, keep: bool) -> str:
+    """``dflash_rt.distribution.race`` on axis 2, ``[b, r, 1]`` or ``[b, r]``."""
+    runs = graph.op("Greater", weights, graph.constant(0))
+    arrivals = graph.op("Where", runs, graph.op("Div", noise, weights), graph.constant(np.inf))
+    return graph.op("ArgMin", arrivals, axis=2, keepdims=int(keep))
 
 
 def _accept(graph: _Nodes, chosen: str) -> None:

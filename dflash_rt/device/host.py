@@ -16,7 +16,7 @@ from dflash_rt.device.base import Bytes, Captured, Mark, Work
 from dflash_rt.device.plan import ALIGNMENT
 from dflash_rt.errors import BackendError
 
-__all__ = ["HostDevice"]
+__all__ = ["HostDevice", "Recorded"]
 
 
 @dataclass
@@ -28,11 +28,14 @@ class _Mark:
 
 
 @dataclass(frozen=True)
-class _Recorded:
+class Recorded:
+    """Work to be enqueued again at each launch."""
+
     queue: deque[Work]
     work: tuple[Work, ...]
 
     def launch(self) -> None:
+        """Enqueue it."""
         self.queue.extend(self.work)
 
 
@@ -105,7 +108,7 @@ class HostDevice:
             record()
         finally:
             self._recording = None
-        return _Recorded(self._queue, tuple(recorded))
+        return Recorded(self._queue, tuple(recorded))
 
     def mark(self) -> Mark:
         """Enqueue a mark."""
