@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dflash_export.progress import LineProgress
+from dflash_rt.errors import BackendUnavailableError
 
+from .backend_spec import NO_GRAPH, BackendSpec
 from .budget import Budget
 from .bundles import PRECISIONS
 from .machine import gpu_name
@@ -26,8 +28,8 @@ from .suite import Plan, run_suite
 __all__ = ["main", "make_plan", "mark_cut_off"]
 
 ROOT = Path(__file__).resolve().parents[2]
-BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
-DRY_BACKENDS = ("onnxruntime-device",)
+BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", f"onnxruntime-cuda{NO_GRAPH}")
+DRY_BACKENDS = ("onnxruntime-device", f"onnxruntime-device{NO_GRAPH}")
 _CHILD = "DFLASH_GPU_SUITE_CHILD"
 # Of the minutes, what the parent keeps for itself: a child that is late is killed before the time is over.
 _RESERVE = 10.0
@@ -96,7 +98,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     return Plan(
         output=output.with_suffix(".json").absolute(),
         scratch=scratch / ("gpu-suite-dry-run" if dry else "gpu-suite"),
-        backends=options.backend or (DRY_BACKENDS if dry else BACKENDS),
+        backends=options.backend or [BackendSpec.parse(name) for name in (DRY_BACKENDS if dry else BACKENDS)],
         small=TINY if dry else PARITY,
         pairs=(TINY,) if dry else [PAIRS[name] for name in options.pair or PAIRS],
         precisions=("fp32", "fp8") if dry else options.precision or ("bf16", "fp8"),
@@ -120,7 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny pairs")
     parser.add_argument("--minutes", type=_minutes, default=8.0, help="the whole run takes no longer (8)")
     parser.add_argument(
-        "--backend", action="append", help="one to try; repeat for more; the first that loads"
+        "--backend",
+        action="append",
+        type=_backend,
+        help=f"NAME or NAME{NO_GRAPH}; repeat for more; pairs are measured on the first that works",
     )
     parser.add_argument("--pair", action="append", choices=list(PAIRS), help="a pair; repeat for more (all)")
     parser.add_argument(
@@ -132,6 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", action="store_true", help="leave bundles and engines there for another run")
     parser.add_argument("--output", type=Path, help="file for the JSON report; the page lies beside it")
     return parser
+
+
+def _backend(text: str) -> BackendSpec:
+    try:
+        return BackendSpec.parse(text)
+    except BackendUnavailableError as error:
+        raise argparse.ArgumentTypeError(" ".join(str(error).split())) from error
 
 
 def _minutes(text: str) -> float:

@@ -24,7 +24,8 @@ def run_contest(
     """Run each once as a warm-up that doesn't count, then ``repeats`` times, each time another one first.
 
     One of ``optional`` that fails is left out from then on, and ``missing`` is told why. Stops early, after
-    whole repeats, when the next one may not fit into the budget: judged by the slowest so far. Raises :class:`SkippedError` if there was no time for even one.
+    whole repeats, when the next one may not fit into the budget: judged by the slowest so far. Raises
+    :class:`SkippedError` if there was no time for even one.
     """
     names = list(contenders)
     samples: dict[str, list[Sample]] = {name: [] for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import shutil
 import statistics
@@ -15,7 +16,7 @@ import torch
 from dflash_export.engine_builder.devices import present_gpu
 from dflash_rt.bench_machine import cpu_name, load_average, physical_cores
 
-__all__ = ["copy_bandwidth", "environment", "free_bytes", "gpu_name", "synchronise"]
+__all__ = ["copy_bandwidth", "environment", "free_bytes", "gpu_name", "release_memory", "synchronise"]
 
 _PACKAGES = (
     "cuda-bindings",
@@ -92,6 +93,13 @@ def synchronise(device: str) -> None:
     """Wait until the device has nothing left to do."""
     if device != "cpu":
         torch.cuda.synchronize(device)
+
+
+def release_memory() -> None:
+    """Give back what PyTorch keeps of a GPU's memory for itself: others need it next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _nvidia_smi() -> dict[str, str] | None:

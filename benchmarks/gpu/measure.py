@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Self
 
 from dflash_rt import Bundle
-from dflash_rt.backends import create_backend
 from dflash_rt.backends.base import Backend
 
+from .backend_spec import BackendSpec
 from .budget import Budget, SkippedError
 from .bundles import DTYPES, Made, compile_for, is_made, make_bundle, seconds_to_make
 from .contest import Contender, run_contest
 from .device_clock import measure_draft_share
 from .floor import step_bytes
-from .machine import free_bytes
+from .machine import free_bytes, release_memory
 from .rows import DRAFTED, HF, PLAIN, REFERENCE, Sample, make_row
 from .shapes import PairShape
 from .timing import time_steps
@@ -39,38 +38,42 @@ class Measured:
 
     made: Made
     backend: Backend
+    name: str
     shape: PairShape | None
     torch_models: tuple[Any, Any] | None = None
     missing: dict[str, str] = field(default_factory=dict)
     folder: Path | None = None
 
     @classmethod
-    def make(cls, plan: Plan, budget: Budget, shape: PairShape, precision: str, backend: str) -> Self:
+    def make(cls, plan: Plan, budget: Budget, shape: PairShape, precision: str, backend: BackendSpec) -> Self:
         """Export random weights, build engines, load both sides.
 
         Raises SkippedError where time, disk or the exporter don't allow it; DFlashError where they fail.
         """
         if not plan.dry_run and not is_made(shape, precision, plan.scratch, plan.max_seq_len):
-            budget.require(seconds_to_make(shape, precision, engines=backend.startswith("tensorrt")))
+            budget.require(seconds_to_make(shape, precision, engines=backend.name.startswith("tensorrt")))
         made = make_bundle(
             shape, precision, plan.scratch, max_seq_len=plan.max_seq_len, progress=plan.progress
         )
-        compile_for(backend, made.bundle, budget, progress=plan.progress)
-        measured = cls(made, create_backend(backend, made.bundle), shape, folder=made.target.parent)
+        compile_for(backend.name, made.bundle, budget, progress=plan.progress)
+        measured = cls(made, backend.open(made.bundle), str(backend), shape, folder=made.target.parent)
         measured._load_torch(plan, precision)
         return measured
 
     @classmethod
-    def open(cls, plan: Plan, budget: Budget, folder: Path, usable: Mapping[str, Sequence[str]]) -> Self:
+    def open(
+        cls, plan: Plan, budget: Budget, folder: Path, usable: Mapping[str, Sequence[BackendSpec]]
+    ) -> Self:
         """A bundle that is there already; PyTorch isn't run beside it."""
         bundle = Bundle.open(folder)
         names = usable.get(bundle.manifest.precision, ())
         if not names:
-            raise SkippedError(f"no backend loads a bundle in {bundle.manifest.precision}")
-        compile_for(names[0], bundle, budget, progress=plan.progress)
+            raise SkippedError(f"no backend decodes the small pair in {bundle.manifest.precision}")
+        compile_for(names[0].name, bundle, budget, progress=plan.progress)
         reason = "only pairs of random weights are compared with PyTorch; for real ones see `dflash-rt bench`"
         missing = {HF: reason, REFERENCE: reason}
-        return cls(Made(bundle, folder, folder), create_backend(names[0], bundle), None, missing=missing)
+        made = Made(bundle, folder, folder)
+        return cls(made, names[0].open(bundle), str(names[0]), None, missing=missing)
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +86,7 @@ class Measured:
     ) -> None:
         self.backend.close()
         self.torch_models = None
-        gc.collect()
+        release_memory()
 
     def remove(self) -> None:
         """Free the disk. Only what was made here goes."""
@@ -145,7 +148,7 @@ def measure_row(
     return make_row(
         pair=manifest.name if measured.shape is None else measured.shape.name,
         precision=precision,
-        backend=measured.backend.name,
+        backend=measured.name,
         context=context,
         width=width,
         samples=samples,

@@ -23,8 +23,8 @@ from dflash_export.torch_reference import (
     teacher_forced,
 )
 from dflash_rt import Generator, SamplingParams
-from dflash_rt.backends.base import Backend
 
+from .backend_spec import BackendSpec
 from .bundles import DTYPES, Made
 
 __all__ = ["ParityResult", "Run", "judge_run", "run_parity"]
@@ -85,7 +85,7 @@ def judge_run(run: Run, bound: float) -> tuple[int, int, int]:
 
 def run_parity(
     made: Made,
-    runner: Backend | str,
+    backend: BackendSpec,
     device: str,
     *,
     prompts: Sequence[Sequence[int]],
@@ -93,7 +93,7 @@ def run_parity(
 ) -> list[ParityResult]:
     """Decode each prompt drafted and plainly, and by PyTorch in fp32 and in the bundle's precision.
 
-    ``runner`` is a backend's name or a backend, which is closed. The reference's loop runs too, in fp32, if
+    The reference's loop runs too, in fp32, if
     it is installed: its accepted counts are compared step by step.
     """
     manifest = made.bundle.manifest
@@ -106,7 +106,9 @@ def run_parity(
     names = ("drafted", "plain", "PyTorch")
     runs: dict[str, list[Run]] = {name: [] for name in names}
     steps: list[tuple[int, ...]] = []
-    with Generator(made.bundle, runner, draft_width=manifest.drafter.block_size) as generator:
+    with Generator(
+        made.bundle, backend.open(made.bundle), draft_width=manifest.drafter.block_size
+    ) as generator:
         for prompt in prompts:
             tokens = {}
             for name in ("drafted", "plain"):
@@ -138,11 +140,10 @@ def run_parity(
                     repeated.add(greedy.logits, forced.logits[: greedy.logits.shape[0]])
     bound = 2 * max(repeated.result().max_abs, noise.result().max_abs)
     agreed = _reference(made, exact, device, prompts, max_new_tokens, runs["drafted"], steps)
-    backend = runner if isinstance(runner, str) else runner.name
     return [
         _summarise(
             made,
-            backend,
+            str(backend),
             name,
             runs[name],
             runs["PyTorch"],

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from dflash_export.progress import SILENT, Progress
-from dflash_rt.backends import create_backend
 from dflash_rt.errors import DFlashError
 
+from .backend_spec import BackendSpec
 from .budget import Budget, Parts
 from .bundles import Made, compile_for, make_bundle
 from .goals import GOAL_CONTEXT, GOAL_PAIR, GOAL_PRECISION, judge_goals
-from .machine import copy_bandwidth, environment
+from .machine import copy_bandwidth, environment, release_memory
 from .measure import Measured, measure_row, seconds_to_measure
 from .parity import run_parity
 from .report import FORMAT, write_report
@@ -46,7 +46,7 @@ class Plan:
 
     output: Path
     scratch: Path
-    backends: Sequence[str]
+    backends: Sequence[BackendSpec]
     small: PairShape
     pairs: Sequence[PairShape]
     precisions: Sequence[str]
@@ -106,8 +106,7 @@ class _Suite:
             precision: parts.run(f"a small pair in {precision}", 5, self._small(precision))
             for precision in (("fp32",) if plan.dry_run else ("fp32", "bf16"))
         }
-        usable = self._try_backends(small)
-        self._check_parity(small, usable)
+        usable = self._check_parity(small, self._try_backends(small))
         if plan.demo is not None:
             self._measure_demo(plan.demo, usable)
         for precision in plan.precisions:
@@ -146,9 +145,9 @@ class _Suite:
 
         return make
 
-    def _try_backends(self, small: dict[str, Made | None]) -> dict[str, list[str]]:
+    def _try_backends(self, small: dict[str, Made | None]) -> dict[str, list[BackendSpec]]:
         """Load every backend on the small pair; names of those that load, by precision."""
-        usable: dict[str, list[str]] = {}
+        usable: dict[str, list[BackendSpec]] = {}
         for precision, made in small.items():
             usable[precision] = []
             for name in self._plan.backends:
@@ -160,18 +159,18 @@ class _Suite:
                     usable[precision].append(name)
         return usable
 
-    def _load(self, name: str, made: Made) -> Callable[[], bool]:
+    def _load(self, backend: BackendSpec, made: Made) -> Callable[[], bool]:
         def load() -> bool:
             found = {
-                "backend": name,
+                "backend": str(backend),
                 "precision": made.bundle.manifest.precision,
                 "loads": True,
                 "error": None,
             }
             self._report["backends"].append(found)
             try:
-                compile_for(name, made.bundle, self._budget, progress=self._plan.progress)
-                create_backend(name, made.bundle).close()
+                compile_for(backend.name, made.bundle, self._budget, progress=self._plan.progress)
+                backend.open(made.bundle).close()
             except DFlashError as error:
                 found |= {"loads": False, "error": str(error)}
                 raise
@@ -179,25 +178,35 @@ class _Suite:
 
         return load
 
-    def _check_parity(self, small: dict[str, Made | None], usable: dict[str, list[str]]) -> None:
-        for precision, made in small.items():
-            for name in usable[precision]:
-                self._parts.run(f"parity of {name} in {precision}", 10, self._parity(name, made))
+    def _check_parity(
+        self, small: dict[str, Made | None], loaded: dict[str, list[BackendSpec]]
+    ) -> dict[str, list[BackendSpec]]:
+        """Compare tokens; backends that came to the end of it, by precision, whatever their tokens were."""
+        return {
+            precision: [
+                name
+                for name in loaded[precision]
+                if self._parts.run(f"parity of {name} in {precision}", 10, self._parity(name, made))
+            ]
+            for precision, made in small.items()
+        }
 
-    def _parity(self, name: str, made: Made | None) -> Callable[[], None]:
-        def compare() -> None:
+    def _parity(self, backend: BackendSpec, made: Made | None) -> Callable[[], bool]:
+        def compare() -> bool:
             assert made is not None  # no backend is usable without one
             vocab = made.bundle.manifest.target.vocab_size
             prompts = [_random_ids(vocab, rows, rows) for rows in (1, 7, 40)]
-            found = run_parity(made, name, self._plan.device, prompts=prompts, max_new_tokens=48)
+            found = run_parity(made, backend, self._plan.device, prompts=prompts, max_new_tokens=48)
             self._report["parity"] += [result.as_dict() for result in found]
+            release_memory()
+            return True
 
         return compare
 
-    def _measure_pair(self, pair: PairShape, precision: str, usable: Sequence[str]) -> None:
+    def _measure_pair(self, pair: PairShape, precision: str, usable: Sequence[BackendSpec]) -> None:
         title = f"{pair.name} in {precision}"
         if not usable:
-            self._parts.skip(title, f"no backend loads a bundle in {_base(precision)}")
+            self._parts.skip(title, f"no backend decodes the small pair in {_base(precision)}")
             return
         if self._report["bytes_per_second"] is None:
             self._parts.skip(title, "the copy bandwidth isn't known")
@@ -217,7 +226,7 @@ class _Suite:
         if not self._plan.keep:
             measured.remove()
 
-    def _make(self, pair: PairShape, precision: str, backend: str) -> Callable[[], Measured]:
+    def _make(self, pair: PairShape, precision: str, backend: BackendSpec) -> Callable[[], Measured]:
         return lambda: Measured.make(self._plan, self._budget, pair, precision, backend)
 
     def _row(self, measured: Measured, precision: str, context: int) -> Callable[[], None]:
@@ -229,7 +238,7 @@ class _Suite:
 
         return measure
 
-    def _measure_demo(self, folder: Path, usable: dict[str, list[str]]) -> None:
+    def _measure_demo(self, folder: Path, usable: dict[str, list[BackendSpec]]) -> None:
         def open_demo() -> Measured:
             return Measured.open(self._plan, self._budget, folder, usable)
 

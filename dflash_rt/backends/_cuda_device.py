@@ -52,6 +52,7 @@ class CudaDevice:
         self._pinned: list[Any] = []
         self._graphs: list[Any] = []
         self._events: list[Any] = []
+        self._idle_events: list[Any] = []
         self.handle: Any = None
         self._runtime = runtime = _import_runtime(backend)
         status, count = runtime.cudaGetDeviceCount()
@@ -75,9 +76,7 @@ class CudaDevice:
 
     def free_bytes(self) -> int | None:
         """What the driver says is free."""
-        status, free, _ = self._runtime.cudaMemGetInfo()
-        self._require("cudaMemGetInfo", status)
-        return int(free)
+        return int(self.check("cudaMemGetInfo"))  # and the total
 
     def allocate(self, nbytes: int) -> int:
         """Zeroed memory; see the protocol."""
@@ -152,11 +151,12 @@ class CudaDevice:
 
     def mark(self) -> Mark:
         """Record an event."""
-        if self._events:
-            handle = self._events.pop()
+        if self._idle_events:
+            handle = self._idle_events.pop()
         else:
             handle = self.check("cudaEventCreateWithFlags", self._runtime.cudaEventDisableTiming)
-        event = _Event(handle, self._events)
+            self._events.append(handle)
+        event = _Event(handle, self._idle_events)
         self.check("cudaEventRecord", handle, self.handle)
         return event
 

@@ -80,7 +80,10 @@ def test_it_measures_the_loop_on_a_device(report: dict[str, Any]) -> None:
 
 
 def test_tokens_are_those_of_pytorch(report: dict[str, Any]) -> None:
-    assert [result["run"] for result in report["parity"]] == ["drafted", "plain", "PyTorch"]
+    names = ("onnxruntime-device", "onnxruntime-device:no-graph")
+    assert [(result["backend"], result["run"]) for result in report["parity"]] == [
+        (name, run) for name in names for run in ("drafted", "plain", "PyTorch")
+    ]
     for result in report["parity"]:
         assert result["verdict"] == "equal", result
         assert result["equal_answers"] == result["answers"] == 3
@@ -89,6 +92,13 @@ def test_tokens_are_those_of_pytorch(report: dict[str, Any]) -> None:
     assert report["parity"][0]["tokens_per_step"] > 1.1
     same, _, compared = report["parity"][0]["steps_as_reference"].split()
     assert int(same) >= 0.95 * int(compared) > 50
+
+
+def test_an_unknown_backend_is_wrong_usage(tmp_path: Path) -> None:
+    done = run("--dry-run", "--backend", "tensorflow", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "unknown backend" in done.stderr
+    assert "tensorrt-rtx" in done.stderr
 
 
 def test_a_dry_run_says_that_it_proves_nothing(
