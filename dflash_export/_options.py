@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dflash_export.quantization import BLOCK_SIZES
 from dflash_rt.errors import Problem, RecipeError
 
 __all__ = ["check_options"]
@@ -62,6 +63,18 @@ def _is_precision(value: object) -> bool:
     return isinstance(value, str) and value in ("fp32", "fp16", "bf16")
 
 
+def _is_weight_type(value: object) -> bool:
+    return isinstance(value, str) and value in ("int4", "int8")
+
+
+def _is_block_size(value: object) -> bool:
+    return type(value) is int and value in BLOCK_SIZES
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
 def _is_json_object(value: object) -> bool:
     return isinstance(value, Mapping) and all(
         _is_text(key) and _is_scalar(item) for key, item in value.items()
@@ -81,6 +94,7 @@ _Rule = tuple[Callable[[Any], bool], str, str]
 _SOURCE: _Rule = (_is_path, "a hub id org/name, or a path", "name the model")
 _NAME: _Rule = (_is_text, _TEXT, "choose another text, or leave the option out")
 _COUNT: _Rule = (_is_count, "a whole number of at least 1", "correct the option, or leave it out")
+_FLAG: _Rule = (_is_flag, "true or false", "correct the option, or leave it out")
 _NEEDED = ("target", "drafter", "output", "precision")
 _RULES: dict[str, _Rule] = {
     "target": _SOURCE,
@@ -91,6 +105,11 @@ _RULES: dict[str, _Rule] = {
     "max_seq_len": _COUNT,
     "prefill_chunk": _COUNT,
     "draft_width": _COUNT,
+    "quantize": (_is_weight_type, "int4 or int8", "choose one of these, or leave the option out"),
+    "quantize_block": (_is_block_size, ", ".join(map(str, BLOCK_SIZES)), "choose one of these"),
+    "quantize_head": _FLAG,
+    "measure_quantization": _FLAG,
+    "measure_tokens": _COUNT,
     "target_revision": _NAME,
     "drafter_revision": _NAME,
     "chat_template_kwargs": (

@@ -60,6 +60,7 @@ def assemble(
         bundle={
             "name": manifest.name,
             "precision": manifest.precision,
+            "quantization": None if manifest.quantization is None else manifest.quantization.weights,
             "manifest_sha256": hashlib.sha256(text).hexdigest(),
         },
         target={"kind": source.kind, "id": source.id, "revision": source.revision},

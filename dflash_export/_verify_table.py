@@ -29,11 +29,17 @@ def _head(report: VerifyReport) -> str:
     ours = ", ".join(run.name for run in report.prompts[0].runs if run.name != PYTORCH)
     revision = f" at {target['revision']}" if target["revision"] else ""
     rows = [
-        ("bundle", f"{bundle['name']}, {bundle['precision']}, manifest {bundle['manifest_sha256'][:16]}"),
+        (
+            "bundle",
+            f"{bundle['name']}, {bundle['precision']}, manifest {str(bundle['manifest_sha256'])[:16]}",
+        ),
         ("target", f"{target['id']}{revision}, the files that the bundle records"),
         ("PyTorch", f"{packages['torch']} in fp32, transformers {packages['transformers']}"),
         ("compared", f"{ours} and generate(do_sample=False), up to {report.max_new_tokens} new tokens"),
     ]
+    if bundle["quantization"] is not None:
+        rows.append(("weights", f"{bundle['quantization']}, dequantised in PyTorch and in the bundle"))
+        rows.append(("", "so this judges graphs and loop; what quantisation costs is in the manifest"))
     return _aligned(rows)
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +35,18 @@ from dflash_rt.manifest import (
     TokenizerSpec,
     output_name,
 )
+from dflash_rt.prompts import PromptEncoder
+from dflash_rt.tokenizer import Tokenizer
 
 from ._options import check_options
+from ._quantize_plan import make_plan
 from .drafter_config import DrafterConfig, load_drafter_config
 from .graph_passes import TracedGraph
 from .graphs import PRECISIONS, step_graphs, trace_drafter, trace_target
 from .pairing import require_pair
 from .progress import SILENT, Progress
 from .publish import check_output, new_folder
+from .quantization_cost import QUALITY_TOKENS, measure_cost, quality_prompts
 from .sources import Source, resolve_drafter, resolve_target
 from .target_config import TargetFacts, load_target_config, sampling_defaults, stop_token_ids, target_facts
 from .tokenizer_files import TokenizerFiles, export_tokenizer
@@ -68,6 +73,11 @@ def build(
     max_seq_len: int | None = None,
     prefill_chunk: int | None = None,
     draft_width: int | None = None,
+    quantize: str | None = None,
+    quantize_block: int | None = None,
+    quantize_head: bool | None = None,
+    measure_quantization: bool | None = None,
+    measure_tokens: int | None = None,
     target_revision: str | None = None,
     drafter_revision: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -90,6 +100,11 @@ def build(
         prefill_chunk: rows of one prefill pass at most; default 256, or 16 for a mixture of experts.
         draft_width: rows of a verify pass at most unless a user says otherwise, anchor included; default
             ``block_size``.
+        quantize: ``"int4"`` or ``"int8"``: store the target's linear layers in it (docs/quantize.md).
+        quantize_block: inputs that share a scale; default 32.
+        quantize_head: store the LM head in int8 as well; default: no.
+        measure_quantization: load the target in PyTorch and measure what quantisation changed; default: yes.
+        measure_tokens: length of each of the eight answers that this is measured over, at most; default 32.
         target_revision: branch, tag or commit of a hub id. Refused for local files.
         drafter_revision: the same for the drafter.
         chat_template_kwargs: defaults for the chat template, such as ``{"enable_thinking": False}``.
@@ -114,9 +129,21 @@ def build(
         max_seq_len=max_seq_len,
         prefill_chunk=prefill_chunk,
         draft_width=draft_width,
+        quantize=quantize,
+        quantize_block=quantize_block,
+        quantize_head=quantize_head,
+        measure_quantization=measure_quantization,
+        measure_tokens=measure_tokens,
         target_revision=target_revision,
         drafter_revision=drafter_revision,
         chat_template_kwargs=chat_template_kwargs,
+    )
+    plan = make_plan(
+        quantize,
+        quantize_block,
+        head=quantize_head,
+        measure=measure_quantization,
+        measure_tokens=measure_tokens,
     )
     output = Path(os.path.abspath(output))
     check_output(output, force=force)
@@ -127,6 +154,7 @@ def build(
         drafter_config = load_drafter_config(drafter_source)
         facts = target_facts(config)
         limits = _limits(facts, drafter_config, config, max_seq_len, prefill_chunk)
+        measured_tokens = _measured_tokens(measure_tokens, limits)
         stop_ids = stop_token_ids(target_source, config)
         width = _draft_width(draft_width, drafter_config.block_size)
     with (
@@ -151,16 +179,36 @@ def build(
         with progress.stage("tracing graphs", total=5 + len(drafter_config.own_graphs)) as stage:
             graphs = trace_target(config, drafter_config.feature_layers, precision, lambda _: stage.advance())
             graphs |= trace_drafter(drafter_config, precision, facts.vocab_size, lambda _: stage.advance())
+        unquantised = graphs
+        if plan is not None:
+            graphs = plan.apply(graphs)
         write_weights(folder, graphs, facts, drafter_config, target_weights, drafter_weights, progress)
         graphs |= step_graphs(facts.vocab_size, drafter_config.draft_vocab_size or facts.vocab_size)
         for graph_name, graph in graphs.items():
             _write_graph(folder / f"{graph_name}.onnx", graph)
+        quantization = None if plan is None else plan.info(unquantised, graphs)
+        if plan is not None and quantization is not None and plan.measure:
+            encoder = _encoder(folder, tokenizer, chat_template_kwargs)
+            room = max(1, limits.max_seq_len - measured_tokens)
+            cost = measure_cost(
+                folder,
+                target_source,
+                drafter_source,
+                quality_prompts(encoder, facts.vocab_size, room),
+                quantization=quantization,
+                width=width,
+                new_tokens=measured_tokens,
+                stop_token_ids=stop_ids,
+                progress=progress,
+            )
+            quantization = replace(quantization, cost=cost)
         with progress.stage("hashing files"):
             manifest = Manifest(
                 format="dflash-bundle",
                 format_version=FORMAT_VERSION,
                 name=name or output.name,
                 precision=precision,  # type: ignore[arg-type]  # checked above
+                quantization=quantization,
                 limits=limits,
                 target=_target_info(facts, target_source),
                 drafter=_drafter_info(drafter_config, drafter_source),
@@ -177,6 +225,11 @@ def build(
                     max_seq_len=max_seq_len,
                     prefill_chunk=prefill_chunk,
                     draft_width=draft_width,
+                    quantize=quantize,
+                    quantize_block=quantize_block,
+                    quantize_head=quantize_head,
+                    measure_quantization=measure_quantization,
+                    measure_tokens=measure_tokens,
                     target_revision=target_revision,
                     drafter_revision=drafter_revision,
                 ),
@@ -215,6 +268,20 @@ def _draft_width(draft_width: int | None, block_size: int) -> int:
             todo="choose a width in that range; a drafter can't draft wider than it was trained for",
         )
     return draft_width
+
+
+def _measured_tokens(wanted: int | None, limits: Limits) -> int:
+    """Tokens of an answer that quantisation is measured over; at least one row is left for the prompt."""
+    if wanted is None:
+        return max(1, min(QUALITY_TOKENS, limits.max_seq_len - 1))
+    if wanted >= limits.max_seq_len:
+        raise RecipeError(
+            "measure_tokens is out of range",
+            found=wanted,
+            expected=f"less than max_seq_len, {limits.max_seq_len}: the prompt needs room, too",
+            todo="choose a smaller number",
+        )
+    return wanted
 
 
 def _check_disk(folder: Path, target: Weights, drafter: Weights, precision: str) -> None:
@@ -294,6 +361,20 @@ def _drafter_info(config: DrafterConfig, source: Source) -> DrafterInfo:
         vocab_size=config.vocab_size if config.draft_vocab_size is None else config.draft_vocab_size,
         samples_from_anchor=config.samples_from_anchor,
         selector_top_k=None if config.selector is None else config.selector.top_k,
+    )
+
+
+def _encoder(
+    folder: Path, files: TokenizerFiles | None, template_kwargs: Mapping[str, Any] | None
+) -> PromptEncoder:
+    if files is None:
+        return PromptEncoder()
+    return PromptEncoder(
+        tokenizer=Tokenizer(folder / files.path),
+        chat_template=files.chat_template,
+        bos_token=files.bos_token,
+        eos_token=files.eos_token,
+        template_kwargs=template_kwargs or {},
     )
 
 

@@ -42,6 +42,22 @@ def main() -> None:
 @click.option(
     "--draft-width", type=_COUNT, metavar="N", help="Default rows of a verify pass, anchor included."
 )
+@click.option("--int4", "quantize", flag_value="int4", help="Store the target's linear layers in 4 bits.")
+@click.option("--int8", "quantize", flag_value="int8", help="The same in 8 bits.")
+@click.option(
+    "--quantize-block",
+    type=click.Choice(["16", "32", "64", "128", "256"]),
+    help="Inputs that share a scale [32].",
+)
+@click.option("--quantize-head", is_flag=True, default=None, help="Store the LM head in 8 bits as well.")
+@click.option(
+    "--measure-quantization/--no-measure-quantization",
+    default=None,
+    help="Measure what quantisation changed, in PyTorch [on].",
+)
+@click.option(
+    "--measure-tokens", type=_COUNT, metavar="N", help="Of each of the eight answers measured over [32]."
+)
 @click.option("--target-revision", metavar="REV", help="Commit, tag or branch of the target's hub id.")
 @click.option("--drafter-revision", metavar="REV", help="Commit, tag or branch of the drafter's hub id.")
 @click.option(
@@ -71,9 +87,13 @@ def build(recipe: Path | None, output: Path | None, force: bool, backend: str | 
 
     options["target"] = _located(options["target"])
     options["chat_template_kwargs"] = dict(options["chat_template_kwargs"]) or None
+    if options["quantize_block"] is not None:
+        options["quantize_block"] = int(options["quantize_block"])
     chosen = Recipe(**options) if recipe is None else read_recipe(recipe).overridden(**options)
 
     if backend is not None:
+        if chosen.quantize is not None:
+            raise click.UsageError("engines of a quantised bundle can't be built yet: leave --backend out")
         from dflash_export.engine_builder.compiler import check_options, compile_engines
 
         # Now, and not after an export that takes minutes.
@@ -85,6 +105,10 @@ def build(recipe: Path | None, output: Path | None, force: bool, backend: str | 
     bundle = build_bundle(output=destination, force=force, progress=progress, **chosen.build_options())
     if backend is not None:
         compile_engines(bundle, backend=backend, progress=progress, **engines)
+    if bundle.manifest.quantization is not None:
+        from dflash_export.inspection import describe_quantization
+
+        click.echo("\n".join(describe_quantization(bundle.manifest.quantization)), err=True)
     click.echo(bundle.root)
 
 

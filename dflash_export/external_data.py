@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +18,7 @@ import torch
 from dflash_rt.errors import OutputError
 
 from .graph_passes import StoredWeight, TracedGraph
+from .quantization import pack_int4, quantize
 
 __all__ = ["TORCH_DTYPES", "DataFile", "LoadParameter"]
 
@@ -40,6 +41,7 @@ class DataFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._places: dict[StoredWeight, tuple[int, int]] = {}
+        self._scales: dict[StoredWeight, torch.Tensor] = {}  # of codes that were just written
         try:
             self._file = path.open("xb")
         except OSError as error:
@@ -70,12 +72,26 @@ class DataFile:
         """
         for name, weight in graph.weights.items():
             if weight not in self._places:
-                self._places[weight] = self._append(_stored_tensor(weight, load))
+                self._places[weight] = self._append(self._tensor(weight, graph, load))
                 advance(self._places[weight][1])
             offset, length = self._places[weight]
             graph.model.graph.initializers[name].const_value = ir.ExternalTensor(
                 self.path.name, offset, length, weight.dtype, shape=ir.Shape(weight.shape), name=name
             )
+
+    def _tensor(self, weight: StoredWeight, graph: TracedGraph, load: LoadParameter) -> torch.Tensor:
+        if weight.form is None:
+            return _stored_tensor(weight, load)
+        if weight.is_scale:
+            return self._scales.pop(weight)
+        # Codes are chosen for their scales: both come from one pass, and the scales are written next.
+        (scale,) = (w for w in graph.weights.values() if w.is_scale and w.parameters == weight.parameters)
+        codes, scales = quantize(
+            _joined(weight.parameters, torch.float32, load), weight.form, TORCH_DTYPES[scale.dtype]
+        )
+        self._scales[scale] = _checked(scales.T, scale)
+        codes = _checked(codes.T, weight)
+        return pack_int4(codes) if weight.dtype == ir.DataType.INT4 else codes
 
     def _append(self, tensor: torch.Tensor) -> tuple[int, int]:
         data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
@@ -90,9 +106,16 @@ class DataFile:
 
 
 def _stored_tensor(weight: StoredWeight, load: LoadParameter) -> torch.Tensor:
-    parts = [load(name, TORCH_DTYPES[weight.dtype]) for name in weight.parameters]
-    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-    tensor = tensor.T if weight.transpose else tensor
+    tensor = _joined(weight.parameters, TORCH_DTYPES[weight.dtype], load)
+    return _checked(tensor.T if weight.transpose else tensor, weight)
+
+
+def _joined(parameters: Sequence[str], dtype: torch.dtype, load: LoadParameter) -> torch.Tensor:
+    parts = [load(name, dtype) for name in parameters]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _checked(tensor: torch.Tensor, weight: StoredWeight) -> torch.Tensor:
     if tuple(tensor.shape) != weight.shape:
         raise AssertionError(f"{weight.parameters}: loaded {tuple(tensor.shape)}, traced {weight.shape}")
     return tensor

@@ -16,9 +16,10 @@ import onnxscript.optimizer
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from .head_layout import int64_constant, only_reader, share_head_layout
+from .quantization import WeightFormat
 from .tracing import GraphInput
 
-__all__ = ["GraphOutput", "StoredWeight", "TracedGraph", "finish_graph"]
+__all__ = ["GraphOutput", "StoredWeight", "TracedGraph", "add_placeholder", "finish_graph"]
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,21 @@ class StoredWeight:
 
     The data is ``concatenate(parameters, axis=0)``, then transposed if ``transpose``: linear layers that read
     the same rows become one matrix, and ``[out, in]`` becomes the ``[in, out]`` that MatMul wants.
-    ``shape`` is the shape as stored.
+    ``shape`` is the shape as stored. With a ``form`` it is quantised, and ``dtype`` is that of its codes or,
+    with ``is_scale``, of its scales.
     """
 
     parameters: tuple[str, ...]
     transpose: bool
     dtype: ir.DataType
     shape: tuple[int, ...]
+    form: WeightFormat | None = None
+    is_scale: bool = False
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return int(np.prod(self.shape, dtype=np.int64) * self.dtype.itemsize)
+        return int(np.prod(self.shape, dtype=np.int64) * self.dtype.itemsize)  # 0.5 bytes for int4
 
 
 @dataclass(frozen=True)
@@ -133,11 +137,11 @@ def _inputs_to_initializers(
             weights.pop(name, None)
     for name in list(weights):
         if name in pending:
-            _placeholder(graph, pending[name], weights[name])
+            add_placeholder(graph, pending[name], weights[name])
 
 
-def _placeholder(graph: ir.Graph, value: ir.Value, weight: StoredWeight) -> None:
-    # An external tensor without a file yet: external_data.py fills in where the bytes went.
+def add_placeholder(graph: ir.Graph, value: ir.Value, weight: StoredWeight) -> None:
+    """Make ``value`` an initializer that external_data.py will point at its bytes."""
     value.const_value = ir.ExternalTensor(
         "", 0, 0, weight.dtype, shape=ir.Shape(weight.shape), name=value.name or ""
     )
@@ -238,7 +242,7 @@ def _joined_weight(
     name = f"{owner}.{'+'.join(n.rpartition('.')[0].rpartition('.')[2] for n in names)}.{leaf}"
     value = ir.Value(name=name, shape=ir.Shape(joined.shape), type=ir.TensorType(joined.dtype))
     weights[name] = joined
-    _placeholder(graph, value, joined)
+    add_placeholder(graph, value, joined)
     return value
 
 

@@ -11,9 +11,16 @@ from dflash_export._inspect_engines import EngineStatus, inspect_engines
 from dflash_export.progress import SILENT, Progress
 from dflash_rt import Bundle, SamplingParams
 from dflash_rt.bundle import hash_file
-from dflash_rt.manifest import ENGINES_FOLDER, GraphSpec, SamplingDefaults, SourceInfo, TensorSpec
+from dflash_rt.manifest import (
+    ENGINES_FOLDER,
+    GraphSpec,
+    QuantizationInfo,
+    SamplingDefaults,
+    SourceInfo,
+    TensorSpec,
+)
 
-__all__ = ["FileStatus", "Inspection", "inspect_bundle"]
+__all__ = ["FileStatus", "Inspection", "describe_quantization", "inspect_bundle"]
 
 FileStatus: TypeAlias = Literal["ok", "changed", "not checked"]
 
@@ -73,6 +80,7 @@ class Inspection:
         )
         rows = [
             ("bundle", f"{manifest.name}, {manifest.precision}, {_bytes(self.bundle.total_bytes)}"),
+            *(("quantised", line) for line in describe_quantization(manifest.quantization)),
             ("folder", str(self.bundle.root)),
             ("target", f"{target.source.id} ({target.model_type})"),
             ("", f"{target.num_layers} layers of {target.hidden_size}, vocabulary {target.vocab_size}{tied}"),
@@ -112,6 +120,26 @@ class Inspection:
             ("options", ", ".join(f"{name}={value}" for name, value in made.options.items())),
         ]
         return _aligned(rows)
+
+
+def describe_quantization(quantization: QuantizationInfo | None) -> list[str]:
+    """Lines on how a target is stored and what that cost; none for one that isn't quantised."""
+    if quantization is None:
+        return []
+    q, cost = quantization, quantization.cost
+    head = "" if q.head is None else f", head {q.head}"
+    sizes = f"{_bytes(q.bytes_before)} became {_bytes(q.bytes)}"
+    stored = f"{q.weights} in blocks of {q.block_size}{head}, {q.method}: {sizes}"
+    if cost is None:
+        return [stored, "what that cost wasn't measured"]
+    agreement = (
+        f"over {cost.tokens} tokens of the target's own text: best token the same in"
+        f" {cost.top1_agreement:.1%}, KL divergence {cost.kl_divergence:.4f} nats"
+    )
+    steps = "tokens a drafted step weren't measured"
+    if cost.tokens_per_step is not None and cost.tokens_per_step_before is not None:
+        steps = f"tokens a drafted step: {cost.tokens_per_step_before:.2f} became {cost.tokens_per_step:.2f}"
+    return [stored, agreement, steps]
 
 
 def inspect_bundle(bundle: Bundle, *, verify_files: bool = True, progress: Progress = SILENT) -> Inspection:

@@ -23,6 +23,7 @@ __all__ = ["PACKAGE_PREFIX", "JsonScalar", "Precision", "Recipe", "locate_packag
 
 JsonScalar: TypeAlias = "str | int | float | bool | None"
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
+WeightType: TypeAlias = Literal["int4", "int8"]
 
 PACKAGE_PREFIX = "package:"
 _PATH_STARTS = ("/", "./", "../", "~/")
@@ -39,6 +40,11 @@ class Recipe:
     max_seq_len: int | None = None
     prefill_chunk: int | None = None
     draft_width: int | None = None
+    quantize: WeightType | None = None
+    quantize_block: int | None = None
+    quantize_head: bool | None = None
+    measure_quantization: bool | None = None
+    measure_tokens: int | None = None
     target_revision: str | None = None
     drafter_revision: str | None = None
     chat_template_kwargs: Mapping[str, JsonScalar] | None = None
@@ -217,6 +223,18 @@ def _is_precision(value: object) -> bool:
     return value in ("fp32", "fp16", "bf16")
 
 
+def _is_weight_type(value: object) -> bool:
+    return value in ("int4", "int8")
+
+
+def _is_block_size(value: object) -> bool:
+    return _is_count(value) and value in _BLOCK_SIZES
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
 def _is_json_object(value: object) -> bool:
     if not isinstance(value, dict):
         return False
@@ -228,6 +246,8 @@ def _is_json_object(value: object) -> bool:
 _TEXT = (_is_text, "text", "put it in quotes")
 _COUNT = (_is_count, "a whole number of at least 1", "write the number, without quotes")
 _PRECISION = (_is_precision, "fp32, fp16 or bf16", "choose one of them")
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
+_FLAG = (_is_flag, "true or false", "write one of them, without quotes")
 _JSON_OBJECT = (
     _is_json_object,
     "lines of `name: value`; a value is text, a finite number, true, false or null",
@@ -241,6 +261,11 @@ _RULES: dict[str, tuple[Callable[[object], bool], str, str]] = {
     "max_seq_len": _COUNT,
     "prefill_chunk": _COUNT,
     "draft_width": _COUNT,
+    "quantize": (_is_weight_type, "int4 or int8", "choose one of them"),
+    "quantize_block": (_is_block_size, "16, 32, 64, 128 or 256", "choose one of them"),
+    "quantize_head": _FLAG,
+    "measure_quantization": _FLAG,
+    "measure_tokens": _COUNT,
     "target_revision": _TEXT,
     "drafter_revision": _TEXT,
     "chat_template_kwargs": _JSON_OBJECT,

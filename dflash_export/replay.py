@@ -52,6 +52,7 @@ class Pass:
 class Replay:
     """Graphs ``embed``, ``target`` and ``lm_head`` of a bundle, loaded apart from any backend.
 
+    A quantised bundle is computed with its dequantised weights and float activations.
     ``threads`` as for the backend ``onnxruntime``. Raises BackendError when ONNX Runtime can't load a graph.
     """
 
@@ -142,6 +143,8 @@ def _load(bundle: Bundle, graph: str, threads: int | None) -> ort.InferenceSessi
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Quantised weights as they are, without the rounding of activations that a CPU's speed asks for.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         return ort.InferenceSession(
             str(bundle.graph_path(graph)), options, providers=["CPUExecutionProvider"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -17,12 +18,14 @@ from dflash_export._verify_assemble import assemble
 from dflash_export._verify_drafting import run_reference
 from dflash_export._verify_measure import Evidence, Meters, Run, drafted_name, measure
 from dflash_export._verify_prompts import PromptInput, default_prompts, encode_prompts
+from dflash_export.dequantized import put_dequantized
 from dflash_export.progress import SILENT, Progress
 from dflash_export.replay import Replay
 from dflash_export.sources import Source
 from dflash_export.torch_reference import find_source, load_target, reference_version
 from dflash_export.verify_report import ReferenceDrafting, VerifyReport
 from dflash_rt import Bundle, Generator, SamplingParams
+from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
 from dflash_rt.errors import SourceError
 from dflash_rt.manifest import Manifest
 from dflash_rt.prompts import Prompt
@@ -49,7 +52,9 @@ def verify(
 ) -> VerifyReport:
     """Compare drafted, plain and PyTorch's greedy tokens of a bundle, and sort every difference.
 
-    PyTorch runs in fp32 whatever the bundle's precision. Loads the target in fp32 once, and for a 16-bit
+    PyTorch runs in fp32 whatever the bundle's precision. Of a quantised bundle it holds the dequantised
+    weights, and the bundle runs with float activations (docs/quantize.md): graphs and loop are judged, not
+    quantisation. Loads the target in fp32 once, and for a 16-bit
     bundle once more in 16 bits.
 
     Args:
@@ -81,9 +86,9 @@ def verify(
     asked, ours, text_of = _run_ours(opened, widths, prompts, max_new_tokens, threads, progress)
 
     with progress.stage("loading PyTorch"):
-        model = load_target(source)
+        model = _load_target(source, opened)
         dtype = _DTYPES.get(manifest.precision)
-        sixteen_bit = None if dtype is None else load_target(source, dtype)
+        sixteen_bit = None if dtype is None else _load_target(source, opened, dtype)
     meters = Meters(widths, manifest.drafter.feature_layers)
     replay = Replay(opened, threads=threads)
     evidence: list[Evidence] = []
@@ -159,7 +164,7 @@ def _run_ours(
     asked: list[PromptInput] = []
     ours: list[list[Run]] = []
     for width in (width for width in widths if width > 1):
-        with Generator(bundle, draft_width=width, threads=threads) as generator:
+        with _generator(bundle, width, threads) as generator:
             if not asked:
                 asked = _prompts(generator, bundle.manifest, prompts, max_new_tokens)
                 ours = [[] for _ in asked]
@@ -177,6 +182,24 @@ def _run_ours(
                         runs.append(Run.ours(result, mode))
                         stage.advance()
     return asked, ours, _token_text(bundle)
+
+
+def _generator(bundle: Bundle, width: int, threads: int | None) -> Generator:
+    if bundle.manifest.quantization is None:
+        return Generator(bundle, draft_width=width, threads=threads)
+    if threads is not None:
+        check_count("threads", threads)
+    exact = OnnxRuntimeBackend(bundle, threads=threads, integer_activations=False)
+    return Generator(bundle, exact, draft_width=width)
+
+
+def _load_target(source: Source, bundle: Bundle, dtype: torch.dtype = torch.float32) -> Any:
+    """The checkpoint, with the weights that the bundle has of it."""
+    model, quantization = load_target(source, dtype), bundle.manifest.quantization
+    if quantization is None:
+        return model
+    # Once is enough; and 16 bits would be quantised to something else.
+    return put_dequantized(model, bundle.root, quantization, check=dtype == torch.float32)
 
 
 def _prompts(

@@ -143,7 +143,8 @@ class VerifyReport:
     """A whole parity run. ``str()`` and :meth:`table` are for people, :meth:`to_dict` for programs.
 
     Attributes:
-        bundle: name, precision and SHA-256 of the manifest, which pins every file of the bundle.
+        bundle: name, precision, type of quantised weights (or None) and SHA-256 of the manifest, which pins
+            every file of the bundle.
         target: id, revision and kind of the checkpoint, whose files are those that the bundle records.
         max_new_tokens: tokens asked for at most.
         created: UTC time.
@@ -161,7 +162,7 @@ class VerifyReport:
         warnings: what costs speed but can't change a token.
     """
 
-    bundle: Mapping[str, str]
+    bundle: Mapping[str, str | None]
     target: Mapping[str, str | None]
     max_new_tokens: int
     created: str

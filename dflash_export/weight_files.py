@@ -30,7 +30,7 @@ def write_weights(
     progress: Progress,
 ) -> None:
     """Stream the weights of ``graphs``. Matrices that graphs share are in one file, once."""
-    files = {**_target_files(facts, target), **_drafter_files(config, drafter)}
+    files = {**_target_files(facts, graphs, target), **_drafter_files(config, drafter)}
     # A weight that two graphs share is written once.
     distinct = {
         (file_name, weight)
@@ -46,12 +46,15 @@ def write_weights(
                     file.fill(graphs[graph], load, stage.advance)
 
 
-def _target_files(facts: TargetFacts, target: Weights) -> _Files:
+def _target_files(facts: TargetFacts, graphs: Mapping[str, TracedGraph], target: Weights) -> _Files:
     def body(parameter: str, dtype: torch.dtype) -> torch.Tensor:
         return target.load(parameter.replace("decoder.", "model.", 1), dtype)
 
-    embedding, head = _one(target, "model.embed_tokens.weight"), _one(target, "lm_head.weight")
-    if facts.tie_word_embeddings:
+    tied = facts.tie_word_embeddings
+    embedding = _one(target, "model.embed_tokens.weight")
+    head = embedding if tied else _one(target, "lm_head.weight")
+    # A quantised head has bytes of its own.
+    if tied and not any(weight.form for weight in graphs["lm_head"].weights.values()):
         vocabulary: _Files = {"vocabulary.data": [("embed", embedding), ("lm_head", embedding)]}
     else:
         vocabulary = {"embedding.data": [("embed", embedding)], "lm_head.data": [("lm_head", head)]}

@@ -26,11 +26,14 @@ from dflash_rt.manifest import (
 
 __all__ = ["check_manifest"]
 
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
+
 
 def check_manifest(manifest: Manifest, problems: Problems) -> None:
     """Add every broken rule of docs/bundle.md to ``problems``."""
     _check_drafter(manifest, problems)
     _check_generation(manifest, problems)
+    _check_quantization(manifest, problems)
     _check_provenance(manifest, problems)
     _check_files(manifest, problems)
     _check_graph_names(manifest, problems)
@@ -99,6 +102,13 @@ def _check_generation(manifest: Manifest, problems: Problems) -> None:
     if defaults.draft_width > block_size:
         expected = f"from 1 to drafter.block_size, which is {block_size}"
         problems.add("generation.draft_width", str(defaults.draft_width), expected)
+
+
+def _check_quantization(manifest: Manifest, problems: Problems) -> None:
+    quantization = manifest.quantization
+    if quantization is not None and quantization.block_size not in _BLOCK_SIZES:
+        expected = ", ".join(map(str, _BLOCK_SIZES))
+        problems.add("quantization.block_size", str(quantization.block_size), f"one of {expected}")
 
 
 def _check_token_id(path: str, token_id: int, manifest: Manifest, problems: Problems) -> None:

@@ -63,7 +63,7 @@ def measure_read_bandwidth(threads: int, *, size: int = _PROBE_BYTES, rounds: in
 
 
 def step_floor(bundle: Bundle, width: int, bytes_per_second: float) -> StepFloor | None:
-    """The floor of a step of ``width`` rows; ``None`` where it depends on the data.
+    """The floor of a step of ``width`` rows; ``None`` where it depends on the data or weights are quantised.
 
     A plain step (width 1) reads the target and the head, a drafted one also ``inject``, ``draft`` and the
     head once more. The embedding is a lookup of a few rows and isn't counted. In a mixture of experts the
@@ -75,6 +75,8 @@ def step_floor(bundle: Bundle, width: int, bytes_per_second: float) -> StepFloor
     manifest = bundle.manifest
     if "moe" in manifest.target.model_type:
         return None
+    if manifest.quantization is not None:
+        return None  # bytes don't say how many numbers they are
     passes = [("target", width), ("lm_head", width)]
     if width > 1:
         drafting = width - 1 if manifest.drafter.samples_from_anchor else width

@@ -197,8 +197,14 @@ def generate(
     "--compare",
     type=_Contenders(),
     default=(),
-    help="Also run: hf (Hugging Face generate), reference (the PyTorch loop), genai (onnxruntime-genai); "
-    "all skips what can't run here.",
+    help="Also run: hf (Hugging Face generate), reference (the PyTorch loop), genai (onnxruntime-genai), "
+    "genai-int4 (its own int4); all skips what can't run here.",
+)
+@click.option(
+    "--beside",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Also run another bundle of the same vocabulary, such as the one that isn't quantised.",
 )
 @click.option(
     "--recipe", type=click.Path(path_type=Path), help="Recipe of the bundle: names its checkpoints."
@@ -223,6 +229,7 @@ def generate(
     help="Rows of a verify pass, anchor included. May be repeated. By default the bundle's.",
 )
 @_BACKEND
+@_BACKEND_OPTION
 @_THREADS
 @click.option("--cache-folder", type=click.Path(path_type=Path), help="Keeps what was converted for genai.")
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG file to write.")
@@ -237,6 +244,7 @@ def bench(
     as_json: bool,
     bundle: Path,
     widths: bool,
+    backend_options: tuple[tuple[str, Any], ...],
     **options: Any,
 ) -> None:
     """Measure drafted against plain decoding, and both against others. Ends with one line of JSON."""
@@ -255,6 +263,7 @@ def bench(
         bundle,
         prompts=as_chats(texts) if chat and texts is not None else texts,
         progress=lambda line: click.echo(line, err=True),
+        backend_options=dict(backend_options),
         **options,
     )
     if not as_json:
@@ -262,7 +271,7 @@ def bench(
     echo_json(report.to_dict())
 
 
-_ABOUT_OTHERS = ("compare", "recipe", "target", "drafter", "cache_folder")
+_ABOUT_OTHERS = ("compare", "beside", "recipe", "target", "drafter", "cache_folder")
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:

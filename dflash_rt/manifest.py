@@ -50,6 +50,8 @@ __all__ = [
     "Limits",
     "Manifest",
     "Provenance",
+    "QuantizationCost",
+    "QuantizationInfo",
     "SamplingDefaults",
     "SourceInfo",
     "TargetInfo",
@@ -226,6 +228,38 @@ class GenerationDefaults:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationCost:
+    """What quantisation changed, measured in PyTorch when the bundle was built (docs/quantize.md).
+
+    ``tokens`` of text by the target before quantisation; in which share of them its best token is still the
+    best, and the mean Kullback-Leibler divergence in nats. Tokens per step are null where they weren't
+    measured.
+    """
+
+    tokens: Count
+    top1_agreement: Annotated[float, Range(0.0, 1.0)]
+    kl_divergence: Annotated[float, Range(0.0, 1e6)]
+    tokens_per_step_before: Annotated[float, Range(1.0, 1024.0)] | None
+    tokens_per_step: Annotated[float, Range(1.0, 1024.0)] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationInfo:
+    """How the target's linear layers are stored; ``bytes`` of its weights and the head's, and before.
+
+    ``head`` is the format of the LM head, null if it isn't quantised.
+    """
+
+    weights: Literal["int4", "int8"]
+    head: Literal["int8"] | None
+    block_size: Annotated[int, Bounds(16, 256)]
+    method: Literal["rtn"]
+    bytes: Bytes
+    bytes_before: Bytes
+    cost: QuantizationCost | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
     """When, by what and with which versions and options the bundle was built."""
 
@@ -243,6 +277,7 @@ class Manifest:
     format_version: Annotated[int, Bounds(FORMAT_VERSION, FORMAT_VERSION)]
     name: Text
     precision: Precision
+    quantization: QuantizationInfo | None
     limits: Limits
     target: TargetInfo
     drafter: DrafterInfo

@@ -201,7 +201,7 @@ def test_entry_points_exist() -> None:
     scripts = settings()["options.entry_points"]["console_scripts"].strip().splitlines()
     assert [line.split(" = ")[0] for line in scripts] == ["dflash-export", "dflash-rt"]
     contenders = settings()["options.entry_points"]["dflash_rt.contenders"].strip().splitlines()
-    assert [line.split(" = ")[0] for line in contenders] == ["genai", "hf", "reference"]
+    assert [line.split(" = ")[0] for line in contenders] == ["genai", "genai-int4", "hf", "reference"]
     for line in (*scripts, *contenders):
         module, _, attribute = line.split(" = ")[1].partition(":")
         assert callable(getattr(importlib.import_module(module), attribute))

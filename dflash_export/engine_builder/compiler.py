@@ -98,6 +98,13 @@ def compile_engines(
     """
     progress = progress or SILENT
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if opened.manifest.quantization is not None:
+        raise EngineBuildError(
+            "engines of a quantised bundle can't be built yet",
+            found=f"weights in {opened.manifest.quantization.weights}",
+            expected="a bundle without quantisation",
+            todo="build the bundle without --int4 and --int8",
+        )
     vendor = load_vendor(backend)
     vendor.check_options(version_compatible=version_compatible, hardware_compatible=hardware_compatible)
     limits = _limits(opened, max_seq_len, max_batch)

@@ -18,10 +18,13 @@ __all__ = ["BACKEND_NAMES", "create_backend", "takes_threads"]
 
 
 def _onnxruntime(bundle: Bundle, threads: int | None, options: Mapping[str, Any]) -> Backend:
-    _refuse_options("onnxruntime", options, ())
+    _refuse_options("onnxruntime", options, ("fast_plain", "integer_activations"))
+    for option, value in options.items():
+        if type(value) is not bool:
+            raise _wrong_option(option, value, "true or false")
     with _importing("onnxruntime", "onnxruntime"):
         from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
-    return OnnxRuntimeBackend(bundle, threads=threads)
+    return OnnxRuntimeBackend(bundle, threads=threads, **options)
 
 
 def _onnxruntime_device(bundle: Bundle, threads: int | None, options: Mapping[str, Any]) -> Backend:
@@ -92,7 +95,7 @@ def create_backend(
 
     ``threads`` is the number of CPU threads a backend may use; ``None`` leaves it to the backend. ``options``
     are the backend's own: fields of :class:`dflash_rt.backends._device.DeviceOptions` for those on a device
-    (docs/gpu.md), none for ``onnxruntime``.
+    (docs/gpu.md), ``integer_activations`` and ``fast_plain`` for ``onnxruntime`` (docs/quantize.md).
 
     Raises:
         BackendUnavailableError: the name is unknown, or the vendor's library or device isn't there.
@@ -131,10 +134,14 @@ def _device_options(name: str, options: Mapping[str, Any]) -> DeviceOptions:
                 "a whole number of at least 1",
             )
         if not right:
-            raise RequestError(
-                f"the backend option {option} is wrong", found=repr(value), expected=expected, todo="mend it"
-            )
+            raise _wrong_option(option, value, expected)
     return DeviceOptions(**options)
+
+
+def _wrong_option(option: str, value: object, expected: str) -> RequestError:
+    return RequestError(
+        f"the backend option {option} is wrong", found=repr(value), expected=expected, todo="mend it"
+    )
 
 
 def _refuse_options(name: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:

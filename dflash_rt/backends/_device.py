@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -99,6 +99,7 @@ class DeviceBackend:
         self.budget = budget = Budget.of(planner.layout, weights=engines.weight_bytes, scratch=scratch)
         _LOG.info("%s on %s: %s", self.name, device.name, budget)
         budget.check(free=None, limit=options.memory_limit)
+        replace(budget, weights=0).check(free=device.free_bytes(), limit=None)  # they are there by now
         self._memory = memory = Memory(device, planner.layout)
         scratch_address = device.allocate(scratch) if scratch else 0
         self._runner = Runner(device, engines, memory, planner, scratch_address, graphs=options.cuda_graph)
@@ -293,6 +294,8 @@ class DeviceBackend:
             self.clear()
 
     def _set_sampling(self, sampling: DraftSampling | None, width: int) -> None:
+        if width == 1:
+            return  # nothing is drafted
         if sampling is not None:
             self._memory.write("temperature", sampling.temperature)
             self._memory.write("uniforms", sampling.uniforms[:, : width - 1])

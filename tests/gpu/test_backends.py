@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Bu
 
 
 @pytest.fixture(params=MODULES)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest) -> str:
     need(request.param)
-    yield request.param
+    name: str = request.param
+    return name
 
 
 def test_a_device_copies_captures_and_waits() -> None:

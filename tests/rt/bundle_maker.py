@@ -71,6 +71,7 @@ def manifest_document() -> dict[str, Any]:
         "format_version": 1,
         "name": "tiny",
         "precision": "fp32",
+        "quantization": None,
         "limits": {"max_seq_len": 64, "prefill_chunk": 8},
         "target": {
             "source": SOURCE,

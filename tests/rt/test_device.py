@@ -17,7 +17,8 @@ from dflash_rt.backends._cuda_device import CudaDevice
 from dflash_rt.device.base import Device
 from dflash_rt.device.budget import Budget
 from dflash_rt.device.host import HostDevice
-from dflash_rt.device.plan import ALIGNMENT, Buffer, Layout
+from dflash_rt.device.memory import Memory
+from dflash_rt.device.plan import ALIGNMENT, Buffer, Copy, Layout
 from dflash_rt.errors import BackendError, BackendUnavailableError, DeviceError, RequestError
 from tests.rt.bundle_maker import write_bundle
 from tests.rt.fake_cuda import FakeRuntime
@@ -108,6 +109,19 @@ def test_closing_twice(device: Device) -> None:
     device.allocate(1)
     device.close()
     device.close()
+
+
+def test_what_is_written_may_change_at_once(device: Device) -> None:
+    memory = Memory(device, Layout.of([Buffer("a", "int64", (1, 2)), Buffer("b", "int64", (1, 2), "report")]))
+    values = np.array([[1, 2]])
+    memory.write("a", values)
+    memory.copy(Copy("a", 0, 16, "b", 0, 16, 16, 1))
+    values[:] = 3
+    memory.write("a", values)
+    window = memory.new_report()
+    memory.read_report(window)
+    device.wait(device.mark())
+    assert memory.report(window).rows("b", 2).tolist() == [[1, 2]]
 
 
 # --- The host ---

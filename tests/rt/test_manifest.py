@@ -45,6 +45,34 @@ def test_a_valid_manifest_is_read_as_it_is() -> None:
     assert manifest.tokenizer.bos_token is None
 
 
+COST = {
+    "tokens": 512,
+    "top1_agreement": 0.97,
+    "kl_divergence": 0.002,
+    "tokens_per_step_before": 1.5,
+    "tokens_per_step": None,
+}
+QUANTIZATION = {
+    "weights": "int4",
+    "head": "int8",
+    "block_size": 32,
+    "method": "rtn",
+    "bytes": 100,
+    "bytes_before": 400,
+    "cost": COST,
+}
+
+
+@pytest.mark.parametrize("cost", [COST, None], ids=["measured", "not measured"])
+def test_a_quantised_target(cost: dict[str, Any] | None) -> None:
+    document = manifest_document()
+    document["quantization"] = {**QUANTIZATION, "cost": cost}
+    manifest = read(document)
+    assert manifest.quantization is not None
+    assert dataclasses.asdict(manifest.quantization) == document["quantization"]
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
 def test_manifest_without_tokenizer_and_with_draft_logits() -> None:
     document = with_draft_logits(manifest_document())
     document["tokenizer"] = None
@@ -215,6 +243,18 @@ CASES: dict[str, tuple[Callable[[Document], None], list[str]]] = {
     "short hash": (put("files", "embed.onnx", "sha256", value="a" * 63), ["sha256", "64"]),
     "hash and newline": (put("files", "embed.onnx", "sha256", value="a" * 64 + "\n"), ["sha256", "64"]),
     "unknown precision": (put("precision", value="int4"), ["precision", "'int4'", "fp32, fp16, bf16"]),
+    "unknown quantisation": (
+        put("quantization", value={**QUANTIZATION, "method": "awq"}),
+        ["quantization.method", "'awq'", "rtn"],
+    ),
+    "a block that no kernel takes": (
+        put("quantization", value={**QUANTIZATION, "block_size": 48}),
+        ["quantization.block_size", "48", "16, 32, 64, 128, 256"],
+    ),
+    "more than all tokens agree": (
+        put("quantization", value={**QUANTIZATION, "cost": {**COST, "top1_agreement": 1.5}}),
+        ["quantization.cost.top1_agreement", "1.5"],
+    ),
     "unknown drafter kind": (put("drafter", "kind", value="eagle"), ["drafter.kind", "dflash-v1"]),
     "unknown source kind": (put("target", "source", "kind", value="ftp"), ["target.source.kind", "gguf"]),
     "unknown dtype": (put("graphs", "embed", "inputs", 0, "dtype", value="int32"), ["dtype", "'int32'"]),

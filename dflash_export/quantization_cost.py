@@ -1,0 +1,180 @@
+"""What quantisation changed: the target before and after it, in PyTorch, over text that the target wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dflash_rt.errors import VerifyError
+from dflash_rt.manifest import QuantizationCost, QuantizationInfo
+from dflash_rt.prompts import Prompt, PromptEncoder
+
+from .dequantized import put_dequantized
+from .progress import Progress
+from .sources import Source
+from .torch_reference import (
+    generate_greedy,
+    generate_reference,
+    load_drafter,
+    load_target,
+    reference_version,
+    teacher_forced,
+)
+
+__all__ = ["QUALITY_TOKENS", "measure_cost", "quality_prompts"]
+
+_QUESTIONS = (
+    "Why do leaves change colour in autumn?",
+    "Write a Python function that counts the words of a text.",
+    "Give me a recipe for a simple vegetable soup.",
+    "What is the difference between a virus and a bacterium?",
+    "Tell a short story about a lighthouse keeper.",
+    "A train travels 120 km in 90 minutes. How fast is it?",
+    "Nenne drei Sehenswürdigkeiten in Wien.",
+    "List the planets in order and say one thing about each.",
+)
+# Of each answer, at most, unless a build asks for more. Two cores take about a minute for a target of 135M.
+QUALITY_TOKENS = 32
+_RANDOM_ROWS = 16
+
+
+def quality_prompts(encoder: PromptEncoder, vocab_size: int, room: int) -> list[list[int]]:
+    """Token ids of the built-in prompts; random ones without a tokenizer. None is longer than ``room``."""
+    if encoder.tokenizer is None:
+        random = np.random.default_rng(0)
+        prompts = [random.integers(0, vocab_size, _RANDOM_ROWS).tolist() for _ in _QUESTIONS]
+    else:
+        prompts = [list(encoder.encode(_prompt(text, encoder), None)) for text in _QUESTIONS]
+    return [prompt[:room] for prompt in prompts]
+
+
+def _prompt(text: str, encoder: PromptEncoder) -> Prompt:
+    return text if encoder.chat_template is None else [{"role": "user", "content": text}]
+
+
+def measure_cost(
+    folder: Path,
+    target: Source,
+    drafter: Source,
+    prompts: Sequence[Sequence[int]],
+    *,
+    quantization: QuantizationInfo,
+    width: int,
+    new_tokens: int = QUALITY_TOKENS,
+    stop_token_ids: Collection[int],
+    progress: Progress,
+) -> QuantizationCost:
+    """Compare the target of ``folder`` with the checkpoint that it came from.
+
+    The text is what the checkpoint answers to ``prompts``, greedily. Loads the target in fp32, once. Tokens
+    per step are those of the reference's loop at ``width`` rows, each target with its own answers; they stay
+    ``None`` in plain decoding, and where PyPI ``dflash`` isn't installed or can't load the drafter.
+
+    Raises:
+        VerifyError: PyTorch can't load the target.
+    """
+    with (
+        progress.stage("measuring what quantisation changed", total=4 * len(prompts)) as stage,
+        contextlib.ExitStack() as threads,
+    ):
+        model = load_target(target)
+        threads.enter_context(_quickest_threads(model))
+        loop = _Loop(drafter, width, new_tokens, stop_token_ids)
+        before, text = [], []
+        for prompt in prompts:
+            text.append(loop.answer(model, prompt))
+            stage.advance()
+            before.append(torch.from_numpy(teacher_forced(model, prompt, text[-1]).logits))
+            stage.advance()
+        steps_before = loop.take_tokens_per_step()
+        put_dequantized(model, folder, quantization, check=False)
+        same = divergence = 0.0
+        for prompt, answer, wanted in zip(prompts, text, before, strict=True):
+            found = torch.from_numpy(teacher_forced(model, prompt, answer).logits)
+            same += float((found.argmax(-1) == wanted.argmax(-1)).sum())
+            divergence += _divergence(wanted, found)
+            stage.advance()
+            if loop.drafter is not None:
+                loop.answer(model, prompt)
+            stage.advance()
+    tokens = sum(map(len, text))
+    return QuantizationCost(
+        tokens=tokens,
+        top1_agreement=round(same / tokens, 4),
+        kl_divergence=round(max(0.0, divergence / tokens), 6),
+        tokens_per_step_before=steps_before,
+        tokens_per_step=loop.take_tokens_per_step(),
+    )
+
+
+@contextlib.contextmanager
+def _quickest_threads(model: Any) -> Iterator[None]:
+    """One thread for this block, or as many as PyTorch has: whichever feeds a token to ``model`` faster.
+
+    PyTorch's threads wait for each other in every operator. Where other programs have the cores, two of them
+    took nine times as long as one, and the measurement a quarter of an hour. The setting is the process's.
+    """
+    before = torch.get_num_threads()
+    seconds = {}
+    try:
+        for count in {1, before}:
+            torch.set_num_threads(count)
+            seconds[count] = min(_token_seconds(model) for _ in range(3))
+        torch.set_num_threads(min(seconds, key=seconds.__getitem__))
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _token_seconds(model: Any) -> float:
+    began = time.perf_counter()
+    with torch.inference_mode():
+        model(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+    return time.perf_counter() - began
+
+
+def _divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """Sum over the rows of KL(wanted ‖ found), nats. Both float32 ``[tokens, vocab]`` logits."""
+    wanted, found = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
+    return float((wanted.exp() * (wanted - found)).sum())
+
+
+class _Loop:
+    """Greedy answers, by the reference's loop where it can be had, and the steps that they took."""
+
+    def __init__(self, drafter: Source, width: int, new_tokens: int, stop_token_ids: Collection[int]) -> None:
+        self.drafter: Any | None = None
+        if width > 1 and reference_version() is not None:
+            with contextlib.suppress(VerifyError):  # a drafter that the reference doesn't know
+                self.drafter = load_drafter(drafter)
+        self._width, self._new_tokens, self._stops = width, new_tokens, stop_token_ids
+        self._steps = self._tokens = 0
+
+    def answer(self, model: Any, prompt: Sequence[int]) -> tuple[int, ...]:
+        if self.drafter is None:
+            return generate_greedy(
+                model, prompt, max_new_tokens=self._new_tokens, stop_token_ids=self._stops
+            ).token_ids
+        run = generate_reference(
+            self.drafter,
+            model,
+            prompt,
+            max_new_tokens=self._new_tokens,
+            stop_token_ids=self._stops,
+            block_size=self._width,
+        )
+        self._steps += len(run.tokens_by_step)
+        self._tokens += len(run.token_ids) - 1  # the first comes from the prefill
+        return run.token_ids
+
+    def take_tokens_per_step(self) -> float | None:
+        """Of the answers since the last call; ``None`` if there were no steps."""
+        result = round(self._tokens / self._steps, 3) if self._steps else None
+        self._steps = self._tokens = 0
+        return result
