@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dflash_rt import Bundle
-from dflash_rt.bench_floor import step_floor
+from dflash_rt.bench_floor import weight_bytes
 from dflash_rt.errors import BackendError
 
 __all__ = ["StepBytes", "cache_bytes", "step_bytes"]
@@ -36,19 +36,25 @@ class StepBytes:
 def step_bytes(bundle: Bundle, width: int, context: int) -> StepBytes:
     """Bytes of a step of ``width`` rows behind ``context`` committed rows.
 
-    Weights as in :func:`dflash_rt.bench_floor.step_floor`: a plain step (width 1) reads the target and the
-    head, a drafted one also ``inject``, ``draft`` and the head a second time. A GPU's cache keeps some of the
-    head between its two uses at most: it is larger than the cache.
+    A plain step (width 1) reads the target and the head, a drafted one also ``inject``, ``draft`` and the
+    head a second time; all as they are stored, quantised ones too. A GPU's cache keeps some of the head
+    between its two uses at most: it is larger than the cache.
+
+    Raises BackendError for a mixture of experts: its rows decide which weights are read.
     """
-    floor = step_floor(bundle, width, 1.0)
-    if floor is None:
+    manifest = bundle.manifest
+    if "moe" in manifest.target.model_type:
         raise BackendError(
             "a mixture of experts has no floor",
-            found=bundle.manifest.target.model_type,
+            found=manifest.target.model_type,
             expected="a target whose steps all read the same weights",
             todo="measure another pair",
         )
-    return StepBytes(floor.weight_bytes, cache_bytes(bundle, width, context))
+    graphs = ["target", "lm_head"]
+    if width > 1:
+        graphs += ["inject", "draft", "draft_lm_head" if "draft_lm_head" in manifest.graphs else "lm_head"]
+    weights = sum(weight_bytes(bundle.graph_path(graph)) for graph in graphs)
+    return StepBytes(weights, cache_bytes(bundle, width, context))
 
 
 def cache_bytes(bundle: Bundle, width: int, context: int) -> int:
