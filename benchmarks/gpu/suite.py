@@ -23,6 +23,7 @@ from .measure import Measured, measure_row, seconds_to_measure
 from .parity import run_parity
 from .report import FORMAT, write_report
 from .shapes import PairShape
+from .timing import rows_needed
 
 __all__ = ["Plan", "run_suite"]
 
@@ -65,7 +66,7 @@ class Plan:
     def max_seq_len(self) -> int:
         """Rows that every bundle has to offer."""
         widest = max(pair.block_size for pair in self.pairs)
-        return max(self.contexts) + (self.steps + 8) * widest
+        return rows_needed(max(self.contexts), self.steps, widest)
 
 
 def run_suite(plan: Plan, budget: Budget) -> dict[str, Any]:
@@ -248,10 +249,8 @@ class _Suite:
         with measured:
             manifest = measured.made.bundle.manifest
             for context in self._plan.contexts:
-                if (
-                    context + (self._plan.steps + 8) * manifest.drafter.block_size
-                    > manifest.limits.max_seq_len
-                ):
+                needed = rows_needed(context, self._plan.steps, manifest.drafter.block_size)
+                if needed > manifest.limits.max_seq_len:
                     reason = f"the bundle takes {manifest.limits.max_seq_len} tokens at most"
                     self._parts.skip(f"{manifest.name} at {context}", reason)
                     continue

@@ -20,7 +20,7 @@ from benchmarks.gpu.timing import WARM_STEPS, time_steps
 from dflash_export.engine_builder.devices import present_gpu
 from dflash_rt import Bundle
 from dflash_rt.backends import create_backend
-from dflash_rt.bench_floor import weight_bytes
+from dflash_rt.bench_floor import step_floor, weight_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,6 +128,10 @@ def test_without_a_gpu_it_is_wrong_usage(tmp_path: Path) -> None:
 def test_bytes_of_a_step(bundle: Bundle) -> None:
     size = {name: weight_bytes(bundle.graph_path(name)) for name in bundle.manifest.graphs}
     plain, drafted = step_bytes(bundle, 1, 100), step_bytes(bundle, 4, 100)
+    for width, found in ((1, plain), (4, drafted)):
+        floor = step_floor(bundle, width, 1.0)
+        assert floor is not None
+        assert found.weights == floor.weight_bytes
     assert plain.weights == size["target"] + size["lm_head"]
     assert drafted.weights == plain.weights + size["inject"] + size["draft"] + size["lm_head"]
     # Keys and values, layers, heads, head size, bytes; rows of the context and of the block.
