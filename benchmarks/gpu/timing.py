@@ -19,7 +19,7 @@ from .rows import Sample
 
 __all__ = ["WARM_STEPS", "rows_needed", "time_steps"]
 
-WARM_STEPS = 6
+WARM_STEPS = 10
 """Steps before the first one that counts: shapes are new in them, and a graph is captured and compared."""
 
 
