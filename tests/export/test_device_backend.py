@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,7 @@ from dflash_rt.backends._cuda_device import CudaDevice
 from dflash_rt.backends._device import DeviceBackend, DeviceOptions
 from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.cli import main
 from dflash_rt.device.base import Captured, Work
 from dflash_rt.device.host import HostDevice, Recorded
 from dflash_rt.errors import BackendError, NumericalError
@@ -424,6 +426,12 @@ def test_nothing_is_written_behind_the_caches(bundle: Bundle) -> None:
     backend.launch(4, np.array([1]), np.array([17]))
     with pytest.raises(BackendError, match="behind the caches"):
         backend.launch(4)  # it might begin at 21
+    backend.collect()
+    backend.launch(1)
+    backend.launch(1)
+    backend.collect()
+    with pytest.raises(BackendError, match="behind the caches"):
+        backend.launch(5)
 
 
 def test_a_shorter_max_seq_len_is_the_generators_limit(bundle: Bundle) -> None:
@@ -431,6 +439,18 @@ def test_a_shorter_max_seq_len_is_the_generators_limit(bundle: Bundle) -> None:
     with Generator(bundle, "onnxruntime-device", backend_options=options, draft_width=4) as generator:
         assert generator.limits.max_seq_len == 20
         assert len(generator.generate(PROMPT, stop_token_ids=[]).token_ids) == 20 - len(PROMPT)
+
+
+def test_options_from_the_command_line(bundle: Bundle) -> None:
+    """They reach the backend: one that doesn't have an option refuses it, one that has it checks it."""
+    command = ["generate", str(bundle.root), "--prompt", "x", "--backend-option", "max_seq_len=0"]
+    for backend, message in (
+        ("onnxruntime", "no such option"),
+        ("onnxruntime-device", "max_seq_len is wrong"),
+    ):
+        result = CliRunner().invoke(main, [*command, "--backend", backend])
+        assert result.exit_code == 1
+        assert message in result.output
 
 
 def test_memory_is_counted_before_it_is_taken(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ import pytest
 from dflash_rt import Bundle
 from dflash_rt.backends import create_backend, takes_threads
 from dflash_rt.backends._cuda_device import CudaDevice
+from dflash_rt.device import runner
 from dflash_rt.device.base import Device
 from dflash_rt.device.budget import Budget
 from dflash_rt.device.host import HostDevice
@@ -290,3 +291,13 @@ def test_threads_are_refused_where_they_do_nothing(bundle: Bundle) -> None:
     assert not takes_threads("tensorrt")
     with pytest.raises(RequestError, match="threads has no effect"):
         create_backend("tensorrt", bundle, threads=2)
+
+
+# --- Comparing ---
+
+
+def test_bfloat16_is_compared_by_value() -> None:
+    """It comes as its bits: 1.5, -2 and infinity."""
+    bits = np.array([0x3FC0, 0xC000, 0x7F80], np.uint16)
+    assert runner._floats(bits).tolist() == [1.5, -2.0, float("inf")]
+    assert runner._floats(np.array([0.5], np.float16)).tolist() == [0.5]
