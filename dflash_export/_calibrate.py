@@ -16,6 +16,7 @@ from ._modelopt import calibrate, load_modelopt
 from ._quantize_plan import QuantizePlan
 from .calibration import Calibration
 from .progress import Progress
+from .quantization import WeightFormat
 from .sources import Source
 from .torch_reference import load_target
 
@@ -50,6 +51,7 @@ def _texts(plan: QuantizePlan) -> list[str]:
 
 def calibrate_target(
     plan: QuantizePlan,
+    form: WeightFormat,
     target: Source,
     encoder: PromptEncoder,
     vocab_size: int,
@@ -57,7 +59,7 @@ def calibrate_target(
     stop_token_ids: Collection[int],
     progress: Progress,
 ) -> Calibrated | None:
-    """Calibrate as planned; ``None`` for a scheme that needs no text. Loads the target in fp32.
+    """Calibrate as planned for weights in ``form``; ``None`` for a scheme that needs no text. Loads the target in fp32.
 
     Raises:
         VerifyError: PyTorch can't load the target.
@@ -72,4 +74,4 @@ def calibrate_target(
         with torch.inference_mode():
             text = write_text(model, prompts, tokens, stop_token_ids)
     with progress.stage(f"calibrating with {text.tokens} tokens"):
-        return Calibrated(calibrate(model, text.rows, method, plan.target_form.block_size), text)
+        return Calibrated(calibrate(model, text.rows, method, form.block_size), text)

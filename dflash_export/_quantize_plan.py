@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from dflash_rt.errors import RecipeError
@@ -49,7 +49,7 @@ _FEATURE_PROJECTION = "drafter.fc.weight"
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """``block_size`` None is for :meth:`settled` to choose. ``calib_*`` are about the text."""
+    """``block_size`` None lets each graph have what fits; ``calib_*`` are about the text."""
 
     scheme: Scheme
     block_size: int | None
@@ -60,17 +60,12 @@ class QuantizePlan:
     calib_limit: int
     calib_tokens: int
 
-    def settled(self, graphs: Mapping[str, TracedGraph]) -> QuantizePlan:
-        """The plan with a block size that fits the target's layers, where none was chosen."""
-        if self.block_size is not None or not self.scheme.has_blocks:
-            return self
-        choices = _INT4_BLOCKS if self.scheme.weights == "int4" else _INT8_BLOCKS
-        return replace(self, block_size=_fitting(graphs["target"], choices))
-
-    @property
-    def target_form(self) -> WeightFormat:
+    def target_form(self, graphs: Mapping[str, TracedGraph]) -> WeightFormat:
         """Of the target's linear layers."""
-        return WeightFormat(self.scheme.weights, self.block_size if self.scheme.has_blocks else None)
+        if not self.scheme.has_blocks:
+            return WeightFormat(self.scheme.weights, None)
+        choices = _INT4_BLOCKS if self.scheme.weights == "int4" else _INT8_BLOCKS
+        return WeightFormat(self.scheme.weights, self.block_size or _fitting(graphs["target"], choices))
 
     def apply(
         self,
@@ -89,7 +84,7 @@ class QuantizePlan:
         for name, layer in layers.items():
             factor = None if layer.multiplier is None or name not in folded.divided else 1 / layer.multiplier
             inputs[name] = InputTreatment(factor, layer.largest if self.scheme.activations else None)
-        changed = {"target": quantize_graph(graphs["target"], self.target_form, inputs)}
+        changed = {"target": quantize_graph(graphs["target"], self.target_form(graphs), inputs)}
         # The head chooses the tokens, of the target and of the drafter, and drafters are small: 8 bits, and
         # nothing that would have to be calibrated.
         others = ["lm_head"] * self.head + ["inject", "draft"] * self.drafter
@@ -112,7 +107,7 @@ class QuantizePlan:
             activations=self.scheme.activations,
             head="int8" if self.head else None,
             drafter="int8" if self.drafter else None,
-            block_size=self.target_form.block_size,
+            block_size=self.target_form(before).block_size,
             method=self.scheme.method,
             calibration=None if text is None else CalibrationInfo(text.prompts, text.tokens, text.sha256),
             bytes=_bytes(after),

@@ -105,8 +105,8 @@ def build(
         prefill_chunk: rows of one prefill pass at most; default 256, or 16 for a mixture of experts.
         draft_width: rows of a verify pass at most unless a user says otherwise, anchor included; default
             ``block_size``.
-        quantize: ``"int4"``, ``"int8"``, ``"fp8"``, ``"int8-weight-only"`` or ``"int4-rtn"``: how the target's
-            linear layers are computed (docs/quantize.md).
+        quantize: ``"int4"``, ``"int8"``, ``"fp8"``, ``"int8-weight-only"`` or ``"int4-rtn"``: how the
+            target's linear layers are computed (docs/quantize.md).
         quantize_block: inputs that share a scale; default: what fits.
         quantize_head: store the LM head in int8 as well; default: no.
         quantize_drafter: store the drafter's linear layers but ``fc`` in int8; default: no.
@@ -198,12 +198,18 @@ def build(
             graphs |= trace_drafter(drafter_config, precision, facts.vocab_size, lambda _: stage.advance())
         unquantised, calibrated, folded = graphs, None, Folding()
         if plan is not None:
-            plan = plan.settled(graphs)
             encoder = _encoder(folder, tokenizer, chat_template_kwargs)
             repeats = facts.num_attention_heads != facts.num_key_value_heads
             plan.apply(graphs, None, repeats_values=repeats)  # refuses now what can't be quantised
             calibrated = calibrate_target(
-                plan, target_source, encoder, facts.vocab_size, limits.max_seq_len, stop_ids, progress
+                plan,
+                plan.target_form(graphs),
+                target_source,
+                encoder,
+                facts.vocab_size,
+                limits.max_seq_len,
+                stop_ids,
+                progress,
             )
             if calibrated is not None:
                 calibrated.layers.save(folder / CALIBRATION_FILE)

@@ -43,9 +43,9 @@ class _Product:
 def put_dequantized(model: Any, folder: Path, quantization: QuantizationInfo, *, check: bool) -> Any:
     """Make a transformers causal LM compute what the bundle in ``folder`` computes; returns it.
 
-    Weights become ``code * scale``, norms and biases the stored ones, and inputs are divided and rounded where
-    the graphs do that. Changes ``model`` in place, which holds the checkpoint. With ``check`` the checkpoint's
-    own weights are quantised again, and each output's stored weights must be as near to them.
+    Weights become ``code * scale``, norms and biases the stored ones, and inputs are divided and rounded
+    where the graphs do that. Changes ``model`` in place, which holds the checkpoint. With ``check`` the
+    checkpoint's own weights are quantised again, and each output's stored weights must be as near to them.
 
     Raises:
         VerifyError: they are not: the bundle doesn't hold these weights.
@@ -148,7 +148,7 @@ class _Checker:
             blocks = "with a scale for each output" if block_size is None else f"in blocks of {block_size}"
             raise VerifyError(
                 f"the bundle's {product.name} isn't the checkpoint's, quantised",
-                found=f"{int(worse.sum())} of {len(worse)} outputs are further from it than rounding explains",
+                found=f"{int(worse.sum())} of {len(worse)} outputs are further from it than rounding can be",
                 expected=f"{weights} {blocks}, rounded to nearest",
                 todo="build the bundle again with `dflash-export build --force`",
             )

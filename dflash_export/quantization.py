@@ -74,8 +74,8 @@ def quantize(
         importance: float32 ``[in]``, what a squared error of each input's weights costs; default: the same.
 
     Returns:
-        Codes ``[out, in]``, int8 in the range of the format or float8_e4m3fn, and scales ``[out, in / block]``
-        or ``[out]``.
+        Codes ``[out, in]``, int8 in the range of the format or float8_e4m3fn, and scales
+        ``[out, in / block]`` or ``[out]``.
     """
     rows = max(1, _AT_ONCE // matrix.shape[1])
     parts = [_quantize(part, form, scale_dtype, importance) for part in torch.split(matrix, rows)]
@@ -110,7 +110,7 @@ def _codes(values: torch.Tensor, scales: torch.Tensor, kind: CodeType) -> torch.
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """float32 ``[in, out]`` of codes ``[in, out]`` and scales ``[in / block, out]`` or ``[out]``, as stored."""
+    """float32 ``[in, out]`` of stored codes ``[in, out]`` and scales ``[in / block, out]`` or ``[out]``."""
     if scales.ndim == 1:
         return codes.float() * scales.float()
     blocks = codes.float().reshape(scales.shape[0], -1, scales.shape[1])
