@@ -59,7 +59,9 @@ def calibrate_target(
     stop_token_ids: Collection[int],
     progress: Progress,
 ) -> Calibrated | None:
-    """Calibrate as planned for weights in ``form``; ``None`` for a scheme that needs no text. Loads the target in fp32.
+    """Calibrate as planned for weights in ``form``; ``None`` for a scheme that needs no text.
+
+    Loads the target in fp32.
 
     Raises:
         VerifyError: PyTorch can't load the target.

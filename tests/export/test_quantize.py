@@ -20,13 +20,12 @@ from hypothesis import strategies as st
 
 from dflash_export import verify
 from dflash_export.cli import main
-from dflash_export.engine_builder.compiler import compile_engines
 from dflash_export.quantization import WeightFormat, dequantize, pack_int4, quantize
 from dflash_export.replay import Replay
 from dflash_export.torch_reference import teacher_forced
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
-from dflash_rt.errors import EngineBuildError, RecipeError, UnsupportedModelError, VerifyError
+from dflash_rt.errors import RecipeError, UnsupportedModelError, VerifyError
 from dflash_rt.manifest import MANIFEST_NAME
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
@@ -55,7 +54,7 @@ def make(pair: Path, output: Path, **options: Any) -> Bundle:
     return build(pair / "target", pair / "drafter", output, measure_quantization=False, **options)
 
 
-@pytest.fixture(scope="module", params=["int4", "int8"])
+@pytest.fixture(scope="module", params=["int4-rtn", "int8-weight-only"])
 def bundle(request: pytest.FixtureRequest, pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make(pair, tmp_path_factory.mktemp("b") / "b", quantize=request.param, quantize_head=True)
 
@@ -107,6 +106,7 @@ def test_what_is_quantised_and_what_is_not(pair: Path, bundle: Bundle, tmp_path:
     info = bundle.manifest.quantization
     assert info is not None
     assert (info.head, info.block_size, info.method, info.cost) == ("int8", 32, "rtn", None)
+    assert info.calibration is info.activations is info.drafter is None
     for graph, weights in (("target", info.weights), ("lm_head", "int8")):
         model = ir.load(bundle.graph_path(graph))
         assert set(model.opset_imports) == {""}
@@ -215,7 +215,7 @@ def _sources(pair: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("graph", ["target", "lm_head"])
 def test_verify_sees_one_wrong_code(pair: Path, tmp_path: Path, graph: str) -> None:
-    made = make(pair, tmp_path / "bundle", quantize="int4", quantize_head=True)
+    made = make(pair, tmp_path / "bundle", quantize="int4-rtn", quantize_head=True)
     (name,) = [v for v in ir.load(made.graph_path(graph)).graph.initializers if v.endswith("codes")][:1]
     tensor = ir.load(made.graph_path(graph)).graph.initializers[name].const_value
     assert isinstance(tensor, ir.ExternalTensor)
@@ -241,7 +241,7 @@ def test_verify_sees_one_wrong_code(pair: Path, tmp_path: Path, graph: str) -> N
 def test_the_cost_is_measured_and_shown(pair: Path, tmp_path: Path) -> None:
     runner, output = CliRunner(), tmp_path / "bundle"
     sources = ["--target", str(pair / "target"), "--drafter", str(pair / "drafter"), "-o", str(output)]
-    result = runner.invoke(main, ["build", *sources, "--int8", "--quantize-block", "16"])
+    result = runner.invoke(main, ["build", *sources, "--int8-weight-only", "--quantize-block", "16"])
     assert result.exit_code == 0, result.output
     info = Bundle.open(output).manifest.quantization
     assert info is not None
@@ -262,29 +262,27 @@ def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
     make_target(tmp_path / "target", spec)
     make_drafter(tmp_path / "drafter", drafter_config(spec))
     with pytest.raises(UnsupportedModelError, match="experts"):
-        make(tmp_path, tmp_path / "bundle", quantize="int4")
+        make(tmp_path, tmp_path / "bundle", quantize="int4-rtn")
     assert not (tmp_path / "bundle").exists()
 
 
 def test_a_block_that_does_not_fit_is_refused(pair: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"blocks of 64[^$]*--quantize-block 16 or 32"):
-        make(pair, tmp_path / "bundle", quantize="int4", quantize_block=64)
+        make(pair, tmp_path / "bundle", quantize="int4-rtn", quantize_block=64)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "int3"}, "int4 or int8"),
-        ({"quantize": "int4", "quantize_block": 48}, "16, 32, 64, 128, 256"),
-        ({"quantize": "int4", "quantize_head": 1}, "true or false"),
+        ({"quantize": "int3"}, "int8-weight-only, fp8"),
+        ({"quantize": "int4-rtn", "quantize_block": 48}, "16, 32, 64, 128, 256"),
+        ({"quantize": "int4-rtn", "quantize_head": 1}, "true or false"),
         ({"quantize_head": True}, "quantize_head and measure_quantization without quantize"),
+        ({"quantize": "int4-rtn", "calib_tokens": 3}, "calib_tokens without calibration"),
+        ({"quantize": "int8", "quantize_block": 32}, "quantize_block without blocks"),
+        ({"quantize": "fp8", "calib": ""}, "a file of prompts"),
     ],
 )
 def test_options_that_are_wrong(pair: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         make(pair, tmp_path / "bundle", **options)
-
-
-def test_no_engines_yet(bundle: Bundle) -> None:
-    with pytest.raises(EngineBuildError, match="quantised"):
-        compile_engines(bundle, backend="tensorrt-rtx")
