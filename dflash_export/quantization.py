@@ -33,9 +33,9 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 _RANGE: dict[CodeType, tuple[int, int]] = {"int4": (-8, 7), "int8": (-128, 127)}
 # The largest weight of a block becomes this code, whichever of them leaves the smallest squared error. Beyond
 # 7 some weights are cut to the range so that all others are rounded less; 8 suits a block whose largest
-# weight is negative. With 255 steps nothing is gained by a choice.
+# weight is negative; 7.5 itself would round it up or down by chance. With 255 steps a choice gains nothing.
 _LARGEST: dict[CodeType, tuple[float, ...]] = {
-    "int4": (7.0, 7.5, 8.0, 8.5, 9.0, 10.0, 11.0),
+    "int4": (7.0, 7.45, 8.0, 8.5, 9.0, 10.0, 11.0),
     "int8": (127.0,),
     "fp8": (448.0,),  # the largest finite number of float8 e4m3fn
 }
