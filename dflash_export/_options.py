@@ -114,6 +114,7 @@ _RULES: dict[str, _Rule] = {
     "calib_limit": _COUNT,
     "calib_tokens": _COUNT,
     "measure_quantization": _FLAG,
+    "measure_tokens": _COUNT,
     "target_revision": _NAME,
     "drafter_revision": _NAME,
     "chat_template_kwargs": (

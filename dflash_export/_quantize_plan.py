@@ -123,6 +123,7 @@ def make_plan(
     head: bool | None,
     drafter: bool | None,
     measure: bool | None,
+    measure_tokens: int | None,
     calib: str | None,
     calib_limit: int | None,
     calib_tokens: int | None,
@@ -138,6 +139,7 @@ def make_plan(
         "quantize_head": head,
         "quantize_drafter": drafter,
         "measure_quantization": measure,
+        "measure_tokens": measure_tokens,
     } | calibrating
     if quantize is None:
         _refuse_useless(given, given, "quantize", f"quantize: one of {', '.join(SCHEMES)}")
@@ -145,6 +147,8 @@ def make_plan(
     scheme = SCHEMES[quantize]  # checked with the other options
     if not scheme.has_blocks and not head and not drafter:
         _refuse_useless(given, ("quantize_block",), "blocks", f"{quantize} has one scale for an output")
+    if measure is False:
+        _refuse_useless(given, ("measure_tokens",), "a measurement", "no measure_quantization: false")
     if scheme.method == "rtn":
         _refuse_useless(given, calibrating, "calibration", f"{quantize} rounds to nearest without any text")
     return QuantizePlan(

@@ -83,6 +83,7 @@ def build(
     calib_limit: int | None = None,
     calib_tokens: int | None = None,
     measure_quantization: bool | None = None,
+    measure_tokens: int | None = None,
     target_revision: str | None = None,
     drafter_revision: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -114,6 +115,7 @@ def build(
         calib_limit: prompts that are answered at most; default 32.
         calib_tokens: tokens of an answer at most; default 48.
         measure_quantization: load the target in PyTorch and measure what quantisation changed; default: yes.
+        measure_tokens: length of each of the eight answers that this is measured over, at most; default 32.
         target_revision: branch, tag or commit of a hub id. Refused for local files.
         drafter_revision: the same for the drafter.
         chat_template_kwargs: defaults for the chat template, such as ``{"enable_thinking": False}``.
@@ -147,6 +149,7 @@ def build(
         calib_limit=calib_limit,
         calib_tokens=calib_tokens,
         measure_quantization=measure_quantization,
+        measure_tokens=measure_tokens,
         target_revision=target_revision,
         drafter_revision=drafter_revision,
         chat_template_kwargs=chat_template_kwargs,
@@ -157,6 +160,7 @@ def build(
         head=quantize_head,
         drafter=quantize_drafter,
         measure=measure_quantization,
+        measure_tokens=measure_tokens,
         calib=None if calib is None else os.fspath(calib),
         calib_limit=calib_limit,
         calib_tokens=calib_tokens,
@@ -172,6 +176,7 @@ def build(
         drafter_config = load_drafter_config(drafter_source)
         facts = target_facts(config)
         limits = _limits(facts, drafter_config, config, max_seq_len, prefill_chunk)
+        measured_tokens = _measured_tokens(measure_tokens, limits)
         stop_ids = stop_token_ids(target_source, config)
         width = _draft_width(draft_width, drafter_config.block_size)
     with (
@@ -231,7 +236,7 @@ def build(
         text = None if calibrated is None else calibrated.text
         quantization = None if plan is None else plan.info(unquantised, graphs, text)
         if plan is not None and quantization is not None and plan.measure:
-            room = max(1, limits.max_seq_len - QUALITY_TOKENS)
+            room = max(1, limits.max_seq_len - measured_tokens)
             cost = measure_cost(
                 folder,
                 target_source,
@@ -239,6 +244,7 @@ def build(
                 quality_prompts(encoder, facts.vocab_size, room),
                 quantization=quantization,
                 width=width,
+                new_tokens=measured_tokens,
                 stop_token_ids=stop_ids,
                 progress=progress,
             )
@@ -274,6 +280,7 @@ def build(
                     calib_limit=calib_limit,
                     calib_tokens=calib_tokens,
                     measure_quantization=measure_quantization,
+                    measure_tokens=measure_tokens,
                     target_revision=target_revision,
                     drafter_revision=drafter_revision,
                 ),
@@ -312,6 +319,20 @@ def _draft_width(draft_width: int | None, block_size: int) -> int:
             todo="choose a width in that range; a drafter can't draft wider than it was trained for",
         )
     return draft_width
+
+
+def _measured_tokens(wanted: int | None, limits: Limits) -> int:
+    """Tokens of an answer that quantisation is measured over; at least one row is left for the prompt."""
+    if wanted is None:
+        return max(1, min(QUALITY_TOKENS, limits.max_seq_len - 1))
+    if wanted >= limits.max_seq_len:
+        raise RecipeError(
+            "measure_tokens is out of range",
+            found=wanted,
+            expected=f"less than max_seq_len, {limits.max_seq_len}: the prompt needs room, too",
+            todo="choose a smaller number",
+        )
+    return wanted
 
 
 def _check_disk(folder: Path, target: Weights, drafter: Weights, precision: str) -> None:

@@ -72,6 +72,9 @@ def main() -> None:
     default=None,
     help="Measure what quantisation changed, in PyTorch [on].",
 )
+@click.option(
+    "--measure-tokens", type=_COUNT, metavar="N", help="Of each of the eight answers measured over [32]."
+)
 @click.option("--target-revision", metavar="REV", help="Commit, tag or branch of the target's hub id.")
 @click.option("--drafter-revision", metavar="REV", help="Commit, tag or branch of the drafter's hub id.")
 @click.option(

@@ -1,7 +1,8 @@
 """What ``dflash-rt bench`` compares with: Hugging Face, the reference's loop and onnxruntime-genai.
 
-All three decode the checkpoint that the bundle was built from, in fp32, greedily, on as many threads as the
-bundle does. ``dflash_rt`` finds the factories below by entry points, so that it never imports PyTorch.
+All of them decode the checkpoint that the bundle was built from, in fp32 (genai also in its own int4),
+greedily, on as many threads as the bundle does. ``dflash_rt`` finds the factories below by entry points, so
+that it never imports PyTorch.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dflash_export._genai_model import genai_model
+from dflash_export._genai_model import Precision, genai_model
 from dflash_rt.bench_contenders import BenchSetup, Contender, Outcome
 from dflash_rt.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["make_genai", "make_hf", "make_reference"]
+__all__ = ["make_genai", "make_genai_int4", "make_hf", "make_reference"]
 
 
 def make_hf(setup: BenchSetup) -> Sequence[Contender]:
@@ -64,13 +65,27 @@ def make_genai(setup: BenchSetup) -> Sequence[Contender]:
         OutputError: the cache folder can't be written.
         DFlashError: the target can't be found or loaded, or isn't the one that the bundle was built from.
     """
-    _require_fp32(setup, "genai")
+    return _make_genai("genai", setup, "fp32")
+
+
+def make_genai_int4(setup: BenchSetup) -> Sequence[Contender]:
+    """The same on the model that its builder makes of these weights in int4, by the builder's own defaults.
+
+    Raises:
+        As :func:`make_genai`.
+    """
+    return _make_genai("genai-int4", setup, "int4")
+
+
+def _make_genai(name: str, setup: BenchSetup, precision: Precision) -> Sequence[Contender]:
+    _require_fp32(setup, name)
     try:
         library = importlib.import_module("onnxruntime_genai")
     except ImportError as error:
         todo = "pip install --no-deps onnxruntime-genai==0.18.0 (Python 3.11 or newer)"
-        raise _missing("genai", "onnxruntime-genai", todo) from error
-    return [_GenAI(library, genai_model(setup, lambda: _target(setup, "genai")), setup)]
+        raise _missing(name, "onnxruntime-genai", todo) from error
+    folder = genai_model(setup, lambda: _target(setup, name), precision)
+    return [_GenAI(name, library, folder, setup)]
 
 
 class _HuggingFace:
@@ -164,10 +179,10 @@ class _Reference:
 class _GenAI:
     """One token a call; its prefill ends with the first one."""
 
-    name = "genai"
     width = None
 
-    def __init__(self, library: Any, folder: Path, setup: BenchSetup) -> None:
+    def __init__(self, name: str, library: Any, folder: Path, setup: BenchSetup) -> None:
+        self.name = name
         self._library = library
         self._stops = frozenset(setup.stop_token_ids)
         config = library.Config(str(folder))
@@ -184,7 +199,7 @@ class _GenAI:
                 "onnxruntime-genai can't run the target",
                 found=" ".join(str(error).split())[:300],
                 expected="a model that its kernels support",
-                todo="leave genai out of --compare",
+                todo=f"leave {name} out of --compare",
             ) from error
 
     def decode(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Outcome:

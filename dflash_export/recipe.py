@@ -48,6 +48,7 @@ class Recipe:
     calib_limit: int | None = None
     calib_tokens: int | None = None
     measure_quantization: bool | None = None
+    measure_tokens: int | None = None
     target_revision: str | None = None
     drafter_revision: str | None = None
     chat_template_kwargs: Mapping[str, JsonScalar] | None = None
@@ -274,6 +275,7 @@ _RULES: dict[str, tuple[Callable[[object], bool], str, str]] = {
     "calib_limit": _COUNT,
     "calib_tokens": _COUNT,
     "measure_quantization": _FLAG,
+    "measure_tokens": _COUNT,
     "target_revision": _TEXT,
     "drafter_revision": _TEXT,
     "chat_template_kwargs": _JSON_OBJECT,

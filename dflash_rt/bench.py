@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeAlias, TypeVar
 
@@ -20,7 +21,7 @@ from dflash_rt.bench_contenders import BenchSetup, Contender, OurContender, Outc
 from dflash_rt.bench_floor import StepFloor, measure_read_bandwidth, step_floor
 from dflash_rt.bench_machine import cpu_name, load_average, package_versions, physical_cores
 from dflash_rt.bench_prompts import default_prompts
-from dflash_rt.bench_report import PLAIN, BenchReport, Conditions
+from dflash_rt.bench_report import BESIDE, PLAIN, BenchReport, Conditions
 from dflash_rt.bundle import Bundle
 from dflash_rt.errors import PromptError, RequestError
 from dflash_rt.generator import Generator
@@ -64,6 +65,7 @@ def run_bench(
     *,
     prompts: Sequence[Prompt] | None = None,
     compare: Sequence[str] = (),
+    beside: str | os.PathLike[str] | Bundle | None = None,
     max_new_tokens: int = 128,
     repeats: int = 3,
     draft_widths: Sequence[int] = (),
@@ -82,7 +84,9 @@ def run_bench(
         bundle: a bundle's folder, or an open bundle.
         prompts: texts, chats or token ids; ``None`` for a few built-in ones.
         compare: names of others to run beside (see :mod:`dflash_rt.bench_contenders`): ``hf``, ``reference``,
-            ``genai``, or ``all``, which skips those that can't run here and says why.
+            ``genai``, ``genai-int4``, or ``all``, which skips those that can't run here and says why.
+        beside: another bundle of the same vocabulary, such as the one that isn't quantised; it decodes
+            plainly and at each width, too, in rows ``beside-…``.
         max_new_tokens: tokens of an answer at most; at least 2, since the first is the prefill's.
         repeats: runs over all prompts.
         draft_widths: rows of a verify pass to measure, each at least 2; empty for the bundle's own.
@@ -122,13 +126,21 @@ def run_bench(
     with ExitStack() as stack:
         say(f"loading {opened.manifest.name}")
         ours = _our_contenders(setup, backend, stack)
+        second = None if beside is None else _open_beside(beside, setup)
+        theirs = [] if second is None else _our_contenders(replace(setup, bundle=second), backend, stack)
         encoded = encode_prompts(
             ours[0], default_prompts(opened) if prompts is None else prompts, max_new_tokens
         )
+        if theirs:
+            encode_prompts(theirs[0], encoded, max_new_tokens)
         others, skipped = make_contenders(compare, setup)
         for other in others:
             stack.callback(other.close)
-        contenders: list[Contender] = [*(OurContender(generator) for generator in ours), *others]
+        contenders: list[Contender] = [
+            *(OurContender(generator) for generator in ours),
+            *(OurContender(generator, BESIDE) for generator in theirs),
+            *others,
+        ]
         load_before = load_average()
         bandwidth = measure_read_bandwidth(setup.threads)
         outcomes = measure(contenders, encoded, max_new_tokens=max_new_tokens, repeats=repeats, say=say)
@@ -136,7 +148,7 @@ def run_bench(
         bandwidth = max(bandwidth, measure_read_bandwidth(setup.threads))
     report = BenchReport(
         conditions=conditions_of(
-            opened, backend, setup.threads, encoded, max_new_tokens, repeats, load_before
+            opened, backend, setup.threads, encoded, max_new_tokens, repeats, load_before, second
         ),
         outcomes=outcomes,
         widths={c.name: c.width for c in contenders if c.width is not None},
@@ -169,11 +181,14 @@ def conditions_of(
     max_new_tokens: int,
     repeats: int,
     load_before: float | None,
+    beside: Bundle | None = None,
 ) -> Conditions:
     """What a run that has just ended was run with."""
     return Conditions(
         bundle=bundle.manifest.name,
         precision=bundle.manifest.precision,
+        quantization=_quantization(bundle),
+        beside=None if beside is None else _described(beside),
         backend=backend,
         threads=threads,
         prompt_tokens=tuple(map(len, prompts)),
@@ -240,6 +255,34 @@ def _our_contenders(setup: BenchSetup, backend: str, stack: ExitStack) -> list[G
     shared = create_backend(backend, setup.bundle, threads=setup.threads)
     stack.callback(shared.close)
     return [Generator(setup.bundle, shared, draft_width=width) for width in (1, *setup.draft_widths)]
+
+
+def _open_beside(beside: str | os.PathLike[str] | Bundle, setup: BenchSetup) -> Bundle:
+    bundle = beside if isinstance(beside, Bundle) else Bundle.open(beside)
+    mine, other = (b.manifest.target.vocab_size for b in (setup.bundle, bundle))
+    if mine != other:
+        raise RequestError(
+            "the bundle beside has another vocabulary",
+            found=f"{other} tokens in {bundle.root}",
+            expected=f"{mine} tokens, since both get the same token ids",
+            todo="name a bundle of the same target",
+        )
+    checked_widths(setup.draft_widths, bundle)
+    return bundle
+
+
+def _quantization(bundle: Bundle) -> str | None:
+    info = bundle.manifest.quantization
+    if info is None:
+        return None
+    blocks = "" if info.block_size is None else f" in blocks of {info.block_size}"
+    activations = "" if info.activations is None else f", activations {info.activations}"
+    return f"{info.weights}{blocks}{activations}, head {info.head or bundle.manifest.precision}"
+
+
+def _described(bundle: Bundle) -> str:
+    parts = [bundle.manifest.precision, _quantization(bundle)]
+    return f"{bundle.manifest.name} ({', '.join(part for part in parts if part)})"
 
 
 def encode_prompts(generator: Generator, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:

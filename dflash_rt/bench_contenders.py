@@ -150,16 +150,17 @@ class OurContender:
     """This package's own decoding: plain at width 1, drafted above, or adaptive.
 
     ``generator``'s ``draft_width`` decides. Several may share a backend, so that they run on the same
-    sessions and the same caches.
+    sessions and the same caches. ``prefix`` comes before the name.
     """
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, prefix: str = "") -> None:
         self._generator = generator
         rows = generator.limits.draft_width
         self.width = rows if rows > 1 else None
         self.name = f"drafted-{rows}" if rows > 1 else "plain"
         if generator.limits.adaptive:
             self.name = "adaptive"
+        self.name = prefix + self.name
 
     def decode(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Outcome:
         """See :class:`Contender`."""

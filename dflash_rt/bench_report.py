@@ -22,10 +22,13 @@ from dflash_rt.bench_stats import (
     summarise,
 )
 
-__all__ = ["PLAIN", "BenchReport", "Conditions"]
+__all__ = ["BESIDE", "PLAIN", "BenchReport", "Conditions"]
 
 PLAIN = "plain"
 """Our plain decoding: always measured, and what the tokens of all others are compared with."""
+
+BESIDE = "beside-"
+"""What the rows of another bundle begin with."""
 
 _FORMAT, _FORMAT_VERSION = "dflash-bench", 1
 
@@ -35,6 +38,7 @@ class Conditions:
     """What the numbers depend on besides the code.
 
     ``load_before`` and ``load_after`` are the machine's load averages over one minute, ours included.
+    ``quantization`` says how the bundle's weights are stored, and ``beside`` describes the second bundle.
     """
 
     bundle: str
@@ -49,6 +53,8 @@ class Conditions:
     packages: Mapping[str, str]
     load_before: float | None = None
     load_after: float | None = None
+    quantization: str | None = None
+    beside: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +92,8 @@ class BenchReport:
 
     @property
     def drafted(self) -> tuple[str, ...]:
-        """Names of ours that draft."""
-        return tuple(name for name in self.ours if name in self.widths)
+        """Names of ours that draft; not those of the bundle beside, whose plain steps cost something else."""
+        return tuple(name for name in self.ours if name in self.widths and not name.startswith(BESIDE))
 
     def speed_ratio(self, name: str, other: str) -> Ratio | None:
         """Tokens per second of one over another."""

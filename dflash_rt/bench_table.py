@@ -40,8 +40,10 @@ def _heading(report: BenchReport) -> list[str]:
     c = report.conditions
     shortest, longest = min(c.prompt_tokens), max(c.prompt_tokens)
     loads = [f"{load:.1f}" for load in (c.load_before, c.load_after) if load is not None]
+    stored = ", ".join(part for part in (c.precision, c.quantization) if part)
     return [
-        f"{c.bundle} ({c.precision}) on {c.backend}, {c.threads} threads, {c.cpu}",
+        f"{c.bundle} ({stored}) on {c.backend}, {c.threads} threads, {c.cpu}",
+        *([f"beside it: {c.beside}"] if c.beside else []),
         f"{len(c.prompt_tokens)} prompts of {shortest} to {longest} tokens, at most {c.max_new_tokens} "
         f"new tokens, {c.repeats} repeats" + (f"; load {' before, '.join(loads)} after" if loads else ""),
     ]

@@ -182,8 +182,14 @@ def generate(
     "--compare",
     type=_Contenders(),
     default=(),
-    help="Also run: hf (Hugging Face generate), reference (the PyTorch loop), genai (onnxruntime-genai); "
-    "all skips what can't run here.",
+    help="Also run: hf (Hugging Face generate), reference (the PyTorch loop), genai (onnxruntime-genai), "
+    "genai-int4 (its own int4); all skips what can't run here.",
+)
+@click.option(
+    "--beside",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Also run another bundle of the same vocabulary, such as the one that isn't quantised.",
 )
 @click.option(
     "--recipe", type=click.Path(path_type=Path), help="Recipe of the bundle: names its checkpoints."
@@ -247,7 +253,7 @@ def bench(
     echo_json(report.to_dict())
 
 
-_ABOUT_OTHERS = ("compare", "recipe", "target", "drafter", "cache_folder")
+_ABOUT_OTHERS = ("compare", "beside", "recipe", "target", "drafter", "cache_folder")
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:

@@ -76,7 +76,7 @@ def cost_key(bundle: Bundle, backend: str, threads: int | None) -> CostKey:
     """The key of this machine, backend and bundle."""
     files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
     try:
-        backend_version = version(backend)
+        backend_version = version(backend.removesuffix("-fast-plain"))
     except PackageNotFoundError:
         backend_version = ""
     return CostKey(

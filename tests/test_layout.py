@@ -170,7 +170,17 @@ def normal(name: str) -> str:
 
 def test_extras() -> None:
     groups = requirements()
-    assert groups.keys() == {"", "export", "quantize", "serve", "tensorrt", "tensorrt-rtx", "cuda", "test", "bench"}
+    assert groups.keys() == {
+        "",
+        "export",
+        "quantize",
+        "serve",
+        "tensorrt",
+        "tensorrt-rtx",
+        "cuda",
+        "test",
+        "bench",
+    }
     assert groups[""] == RUNTIME - {"dflash_rt"} | {"onnxruntime"}
 
 
@@ -201,7 +211,7 @@ def test_entry_points_exist() -> None:
     scripts = settings()["options.entry_points"]["console_scripts"].strip().splitlines()
     assert [line.split(" = ")[0] for line in scripts] == ["dflash-export", "dflash-rt"]
     contenders = settings()["options.entry_points"]["dflash_rt.contenders"].strip().splitlines()
-    assert [line.split(" = ")[0] for line in contenders] == ["genai", "hf", "reference"]
+    assert [line.split(" = ")[0] for line in contenders] == ["genai", "genai-int4", "hf", "reference"]
     for line in (*scripts, *contenders):
         module, _, attribute = line.split(" = ")[1].partition(":")
         assert callable(getattr(importlib.import_module(module), attribute))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["BACKEND_NAMES", "create_backend"]
 
 
-def _onnxruntime(bundle: Bundle, threads: int | None) -> Backend:
+def _onnxruntime(bundle: Bundle, threads: int | None, *, fast_plain: bool = False) -> Backend:
     try:
         from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
     except ImportError as error:
@@ -24,10 +25,14 @@ def _onnxruntime(bundle: Bundle, threads: int | None) -> Backend:
             expected="the onnxruntime package, in a version that dflash_rt's setup asks for",
             todo="pip install onnxruntime",
         ) from error
-    return OnnxRuntimeBackend(bundle, threads=threads)
+    return OnnxRuntimeBackend(bundle, threads=threads, fast_plain=fast_plain)
 
 
-_FACTORIES: dict[str, Callable[[Bundle, int | None], Backend]] = {"onnxruntime": _onnxruntime}
+_FACTORIES: dict[str, Callable[[Bundle, int | None], Backend]] = {
+    "onnxruntime": _onnxruntime,
+    # Of a quantised bundle; OnnxRuntimeBackend says what it gives and takes.
+    "onnxruntime-fast-plain": functools.partial(_onnxruntime, fast_plain=True),
+}
 
 BACKEND_NAMES = tuple(sorted(_FACTORIES))
 """Every name that :func:`create_backend` knows; also the choices of the command line."""

@@ -215,9 +215,7 @@ def test_factors_are_folded_where_that_is_exact() -> None:
     assert torch.equal(
         alone.apply("decoder.layers.0.input_layernorm.weight", torch.ones(4)), torch.full((4,), 0.5)
     )
-    assert torch.allclose(
-        alone.apply("decoder.layers.0.mlp.up_proj.weight", ones), torch.full((4, 4), 1 / 3)
-    )
+    assert torch.allclose(alone.apply("decoder.layers.0.mlp.up_proj.weight", ones), torch.full((4, 4), 1 / 3))
 
 
 @pytest.mark.parametrize(("family", "products"), [("qwen2", 2), ("mistral", 0)])
@@ -230,7 +228,12 @@ def test_what_stays_unquantised(bundles: MakeBundle) -> None:
     bundle = bundles("qwen2", "int8", "fp32")
     info = bundle.manifest.quantization
     assert info is not None
-    assert (info.weights, info.activations, info.method, info.block_size) == ("int8", "int8", "smoothquant", None)
+    assert (info.weights, info.activations, info.method, info.block_size) == (
+        "int8",
+        "int8",
+        "smoothquant",
+        None,
+    )
     assert (info.head, info.drafter) == ("int8", "int8")
     assert info.calibration is not None
     assert info.calibration.prompts == 8

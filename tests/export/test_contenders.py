@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
 
 from dflash_export import build
 from dflash_export._genai_model import run_builder
-from dflash_export.contenders import make_genai, make_hf, make_reference
+from dflash_export.contenders import make_genai, make_genai_int4, make_hf, make_reference
 from dflash_rt import Bundle
 from dflash_rt.bench import run_bench
 from dflash_rt.bench_contenders import ENTRY_POINT_GROUP, BenchSetup, Contender
@@ -27,6 +28,7 @@ from tests.export.pair_maker import drafter_json, save_drafter, save_target
 
 ROOT = Path(__file__).parents[2]
 FACTORIES = {"hf": make_hf, "reference": make_reference, "genai": make_genai}
+INT4 = {"genai-int4": make_genai_int4}
 PROMPTS = [[5, 9, 200, 41], [17], list(range(30, 60))]
 
 
@@ -83,7 +85,7 @@ def test_setup_cfg_names_the_factories() -> None:
         name, _, value = line.partition(" = ")
         module, _, attribute = value.partition(":")
         found[name] = getattr(importlib.import_module(module), attribute)
-    assert found == FACTORIES
+    assert found == FACTORIES | INT4
 
 
 # --- Decoding ---
@@ -185,6 +187,22 @@ def test_models_are_loaded_and_converted_once(pair: Pair) -> None:
     make_hf(setup)
     make_reference(setup)
     assert list(setup.shared) == ["torch target"]
+
+
+def test_genais_int4_is_another_model(pair: Pair, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    setup = pair.setup(cache_folder=cache)
+    (contender,) = make_genai_int4(setup)
+    assert contender.name == "genai-int4"
+    assert len(contender.decode(PROMPTS[0], 5).token_ids) == 5
+    contender.close()
+    (folder,) = cache.iterdir()
+    assert folder.name.startswith("genai-int4-")
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert products
+    found = [{a.name: a.i for a in node.attribute} for node in products]
+    assert {(a["bits"], a["block_size"], a["accuracy_level"]) for a in found} == {(4, 32, 4)}
 
 
 def test_a_recipe_names_the_checkpoints(pair: Pair, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,28 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dflash_export import build as build_bundle
 from dflash_export import verify
 from dflash_export.cli import main
 from dflash_export.quantization import WeightFormat, dequantize, pack_int4, quantize
+from dflash_export.recipe import read_recipe
 from dflash_export.replay import Replay
 from dflash_export.torch_reference import teacher_forced
 from dflash_rt import Bundle, Generator
+from dflash_rt.backends import create_backend
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
-from dflash_rt.errors import RecipeError, UnsupportedModelError, VerifyError
+from dflash_rt.bench import run_bench
+from dflash_rt.errors import (
+    BackendError,
+    RecipeError,
+    RequestError,
+    UnsupportedModelError,
+    VerifyError,
+)
 from dflash_rt.manifest import MANIFEST_NAME
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
+ROOT = Path(__file__).parents[2]
 # Biases on q, k and v (qwen2), a head of its own: every kind of weight is there.
 SPEC = TargetSpec("qwen2", tied=False, vocab=40, hidden=64, layers=2, more={"intermediate_size": 96})
 PROMPT, NEW = [3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7]
@@ -200,6 +212,109 @@ def test_the_cpu_backend_reads_the_codes(pair: Path, bundle: Bundle, tmp_path: P
     assert errors[False] < 1e-5 < errors[True] < 0.2
 
 
+def _step_logits(backend: OnnxRuntimeBackend, width: int) -> np.ndarray[Any, Any]:
+    """float32 ``[rows, vocab]`` of NEW, fed in steps of ``width`` after a longer prompt."""
+    backend.clear()
+    prompt = list(range(3, 40)) * 2
+    backend.reserve(len(prompt) + len(NEW))
+    backend.prefill(np.array([prompt]), np.array([0]), inject=True)
+    found = []
+    for begin in range(0, 8, width):
+        rows, start = np.array([NEW[begin : begin + width]]), np.array([len(prompt) + begin])
+        backend._target(rows, start)
+        backend._head(backend._buffers["hidden"].view(1, width), "target_head")
+        found.append(backend.logits()[0].copy())
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("weights", ["int4-rtn", "int8-weight-only"])
+def test_a_row_gives_the_same_however_many_rows_there_are(tmp_path: Path, weights: str) -> None:
+    """With activations rounded to 8 bits: the same but for rounding of fp32. Alone, a row is 1 % off here."""
+    spec = TargetSpec("qwen2", vocab=40, hidden=256, layers=4, more={"intermediate_size": 256})
+    make_target(tmp_path / "target", spec)
+    make_drafter(tmp_path / "drafter", drafter_config(spec))
+    bundle = make(tmp_path, tmp_path / "bundle", quantize=weights, quantize_head=True)
+    backend = OnnxRuntimeBackend(bundle, threads=1)
+    wanted = _step_logits(backend, 4)
+    for width in (1, 2):
+        assert np.abs(_step_logits(backend, width) - wanted).max() < 1e-5 * wanted.std()
+    backend.close()
+    fast = OnnxRuntimeBackend(bundle, threads=1, fast_plain=True)
+    assert fast.name == "onnxruntime-fast-plain"
+    np.testing.assert_array_equal(_step_logits(fast, 4), wanted)  # only one row alone is another matter
+    assert np.abs(_step_logits(fast, 1) - wanted).max() < 0.2 * wanted.std()
+    assert ("target", 1, 1) in fast._bindings
+    fast.close()
+
+
+def test_drafted_tokens_are_plain_tokens(bundle: Bundle) -> None:
+    with Generator(bundle, threads=1, draft_width=4) as generator:
+        for prompt in (PROMPT, [7], NEW):
+            answers = [
+                generator.generate(prompt, max_new_tokens=150, stop_token_ids=[], speculative=speculative)
+                for speculative in (True, False)
+            ]
+            assert answers[0].token_ids == answers[1].token_ids
+
+
+def test_drafted_tokens_of_the_demo_pair_are_plain_tokens(tmp_path: Path) -> None:
+    recipe = read_recipe(ROOT / "engines" / "smollm2-135m.yaml")
+    sources = {"target": recipe.target, "drafter": recipe.drafter}
+    made = build_bundle(
+        **sources, output=tmp_path / "b", quantize="int4-rtn", quantize_head=True, measure_quantization=False
+    )
+    chat = [{"role": "user", "content": "Why do cats purr when you pet them?"}]
+    with Generator(made, threads=2, draft_width="auto") as generator:
+        plain = generator.generate(chat, max_new_tokens=48, speculative=False)
+        adaptive = generator.generate(chat, max_new_tokens=48)
+    with Generator(made, threads=2, draft_width=4) as generator:
+        drafted = generator.generate(chat, max_new_tokens=48)
+    assert drafted.token_ids == plain.token_ids == adaptive.token_ids
+    assert drafted.stats.tokens_per_step > 1.1
+
+
+def test_fast_plain_is_refused_where_it_changes_nothing(pair: Path, bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"(?s)fast_plain changes nothing.*float activations"):
+        OnnxRuntimeBackend(bundle, integer_activations=False, fast_plain=True)
+    with pytest.raises(BackendError, match=r"(?s)fast_plain changes nothing.*isn't quantised"):
+        create_backend("onnxruntime-fast-plain", make_plain(pair, tmp_path / "plain"))
+    create_backend("onnxruntime-fast-plain", bundle, threads=1).close()
+
+
+def test_bench_beside_the_bundle_that_is_not_quantised(pair: Path, bundle: Bundle, tmp_path: Path) -> None:
+    plain = make_plain(pair, tmp_path / "plain")
+    report = run_bench(
+        bundle,
+        prompts=[PROMPT],
+        beside=plain.root,
+        max_new_tokens=12,
+        repeats=1,
+        draft_widths=(2,),
+        threads=1,
+    )
+    assert list(report.outcomes) == ["plain", "drafted-2", "beside-plain", "beside-drafted-2"]
+    assert report.drafted == ("drafted-2",)
+    with Generator(plain, threads=1) as generator:
+        answer = generator.generate(PROMPT, max_new_tokens=12).token_ids
+    assert {
+        o.token_ids for n in ("beside-plain", "beside-drafted-2") for o in report.outcomes[n].values()
+    } == {answer}
+    info = bundle.manifest.quantization
+    assert info is not None
+    assert f"(fp32, {info.weights} in blocks of 32, head int8) on" in report.table()
+    assert "beside it: plain (fp32)" in report.table()
+    assert report.to_dict()["ratios"]["plain"]["beside-plain"]["pairs"] == 1
+
+
+def test_bench_beside_another_vocabulary(bundle: Bundle, tmp_path: Path) -> None:
+    spec = replace(SPEC, vocab=48)
+    make_target(tmp_path / "target", spec)
+    make_drafter(tmp_path / "drafter", drafter_config(spec))
+    other = make_plain(tmp_path, tmp_path / "bundle")
+    with pytest.raises(RequestError, match="another vocabulary"):
+        run_bench(bundle, prompts=[PROMPT], beside=other, max_new_tokens=4)
+
+
 def test_verify_judges_graphs_and_loop(pair: Path, bundle: Bundle) -> None:
     report = verify(bundle, prompts=[PROMPT, [7]], max_new_tokens=12, **_sources(pair), write_report=False)
     assert report.ok, str(report)
@@ -241,13 +356,16 @@ def test_verify_sees_one_wrong_code(pair: Path, tmp_path: Path, graph: str) -> N
 def test_the_cost_is_measured_and_shown(pair: Path, tmp_path: Path) -> None:
     runner, output = CliRunner(), tmp_path / "bundle"
     sources = ["--target", str(pair / "target"), "--drafter", str(pair / "drafter"), "-o", str(output)]
-    result = runner.invoke(main, ["build", *sources, "--int8-weight-only", "--quantize-block", "16"])
+    result = runner.invoke(
+        main,
+        ["build", *sources, "--int8-weight-only", "--quantize-block", "16", "--measure-tokens", "24"],
+    )
     assert result.exit_code == 0, result.output
     info = Bundle.open(output).manifest.quantization
     assert info is not None
     assert info.block_size == 16
     assert info.cost is not None
-    assert info.cost.tokens == 8 * 64
+    assert info.cost.tokens == 8 * 24
     assert 0.8 < info.cost.top1_agreement < 1
     assert 0 < info.cost.kl_divergence < 0.1
     assert info.cost.tokens_per_step is not None
@@ -278,6 +396,7 @@ def test_a_block_that_does_not_fit_is_refused(pair: Path, tmp_path: Path) -> Non
         ({"quantize": "int4-rtn", "quantize_block": 48}, "16, 32, 64, 128, 256"),
         ({"quantize": "int4-rtn", "quantize_head": 1}, "true or false"),
         ({"quantize_head": True}, "quantize_head and measure_quantization without quantize"),
+        ({"quantize": "int4-rtn", "measure_tokens": 9}, "measure_tokens without a measurement"),
         ({"quantize": "int4-rtn", "calib_tokens": 3}, "calib_tokens without calibration"),
         ({"quantize": "int8", "quantize_block": 32}, "quantize_block without blocks"),
         ({"quantize": "fp8", "calib": ""}, "a file of prompts"),
