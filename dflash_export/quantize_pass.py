@@ -162,8 +162,8 @@ def _check(
         raise UnsupportedModelError(
             "this model can't be quantised",
             found=f"{others[0]} {list(weights[others[0]].shape)}",
-            expected="linear layers only; the experts of a mixture aren't supported",
-            todo="build without quantisation",
+            expected="linear layers only; experts of a mixture and convolutions aren't supported",
+            todo="leave --quantize-drafter out if this is a drafter's, else build without quantisation",
         )
     if form.block_size is None:
         return

@@ -405,3 +405,14 @@ def test_a_block_that_does_not_fit_is_refused(pair: Path, tmp_path: Path) -> Non
 def test_options_that_are_wrong(pair: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         make(pair, tmp_path / "bundle", **options)
+
+
+def test_a_drafter_with_convolutions_is_refused_if_asked(pair: Path, tmp_path: Path) -> None:
+    """The weights of a DFlash 2 drafter aren't all linear layers. The target alone is quantised."""
+    dflash2 = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 3}
+    spec = TargetSpec("qwen2", tied=False, vocab=40, hidden=64, layers=2, more={"intermediate_size": 96})
+    raw = drafter_config(spec, architectures=["DFlash2DraftModel"], dflash_config=dflash2)
+    make_drafter(tmp_path / "drafter", raw)
+    options = {"quantize": "int8-weight-only", "quantize_drafter": True, "measure_quantization": False}
+    with pytest.raises(UnsupportedModelError, match=r"(?s)convolutions.*leave --quantize-drafter out"):
+        build(pair / "target", tmp_path / "drafter", tmp_path / "bundle", **options)
