@@ -31,7 +31,7 @@ $(STAMP): Makefile setup.cfg pyproject.toml $(CONSTRAINTS)
 	@echo "Installing into $(VENV). The first time this downloads PyTorch and takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -c constraints/constraints.txt setuptools
-	$(PIP_INSTALL) -c constraints/constraints.txt --no-build-isolation -e ".[export,test,bench]"
+	$(PIP_INSTALL) -c constraints/constraints.txt --no-build-isolation -e ".[export,quantize,test,bench]"
 	$(PIP_INSTALL) --no-deps -r constraints/no-deps.txt
 	touch $@
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dflash_export._quantize_plan import SCHEMES
 from dflash_export.quantization import BLOCK_SIZES
 from dflash_rt.errors import Problem, RecipeError
 
@@ -63,8 +64,8 @@ def _is_precision(value: object) -> bool:
     return isinstance(value, str) and value in ("fp32", "fp16", "bf16")
 
 
-def _is_weight_type(value: object) -> bool:
-    return isinstance(value, str) and value in ("int4", "int8")
+def _is_scheme(value: object) -> bool:
+    return isinstance(value, str) and value in SCHEMES
 
 
 def _is_block_size(value: object) -> bool:
@@ -105,9 +106,13 @@ _RULES: dict[str, _Rule] = {
     "max_seq_len": _COUNT,
     "prefill_chunk": _COUNT,
     "draft_width": _COUNT,
-    "quantize": (_is_weight_type, "int4 or int8", "choose one of these, or leave the option out"),
+    "quantize": (_is_scheme, ", ".join(SCHEMES), "choose one of these, or leave the option out"),
     "quantize_block": (_is_block_size, ", ".join(map(str, BLOCK_SIZES)), "choose one of these"),
     "quantize_head": _FLAG,
+    "quantize_drafter": _FLAG,
+    "calib": (_is_path, "the path of a file of prompts", "name the file"),
+    "calib_limit": _COUNT,
+    "calib_tokens": _COUNT,
     "measure_quantization": _FLAG,
     "measure_tokens": _COUNT,
     "target_revision": _NAME,

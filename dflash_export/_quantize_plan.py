@@ -2,44 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from dflash_rt.errors import RecipeError
-from dflash_rt.manifest import QuantizationInfo
+from dflash_rt.manifest import CalibrationInfo, QuantizationInfo
 
+from ._calibration_text import CalibrationText
+from .calibration import Calibration, Folding, folding
 from .graph_passes import TracedGraph
-from .quantization import METHOD, WeightFormat
-from .quantize_pass import quantize_graph
+from .quantization import CodeType, WeightFormat
+from .quantize_pass import InputTreatment, quantize_graph
 
-__all__ = ["QuantizePlan", "make_plan"]
+__all__ = ["SCHEMES", "QuantizePlan", "Scheme", "make_plan"]
 
-# Measured on the demo pair: about as fast as 64, and more exact. 128 is no divisor of its 576 inputs.
-_DEFAULT_BLOCK = 32
+
+@dataclass(frozen=True)
+class Scheme:
+    """Types of weights and activations (None: as they are), and how the numbers are found."""
+
+    weights: CodeType
+    activations: Literal["int8", "fp8"] | None
+    method: Literal["awq", "smoothquant", "max", "rtn"]
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether blocks of inputs share a scale; with rounded activations that would be no product."""
+        return self.activations is None
+
+
+SCHEMES = {
+    "int4": Scheme("int4", None, "awq"),
+    "int4-rtn": Scheme("int4", None, "rtn"),
+    "int8": Scheme("int8", "int8", "smoothquant"),
+    "int8-weight-only": Scheme("int8", None, "rtn"),
+    "fp8": Scheme("fp8", "fp8", "max"),
+}
+
+# The first that divides the inputs of every layer. 128 is AWQ's. Models that it doesn't fit are small, and
+# small ones need small blocks: the demo's target keeps more of its tokens with 32 than with 64.
+_INT4_BLOCKS, _INT8_BLOCKS = (128, 32, 16), (32, 16)
+_DEFAULT_PROMPTS, _DEFAULT_TOKENS = 32, 48
+_FEATURE_PROJECTION = "drafter.fc.weight"
 
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """``target`` is the format of the target's linear layers, ``head`` that of the LM head, if any."""
+    """``block_size`` None lets each graph have what fits; ``calib_*`` are about the text."""
 
-    target: WeightFormat
-    head: WeightFormat | None
+    scheme: Scheme
+    block_size: int | None
+    head: bool
+    drafter: bool
     measure: bool
+    calib: str | None
+    calib_limit: int
+    calib_tokens: int
 
-    def apply(self, graphs: Mapping[str, TracedGraph]) -> dict[str, TracedGraph]:
-        """The graphs with the planned ones replaced. Raises what :func:`quantize_graph` raises."""
-        changed = {"target": quantize_graph(graphs["target"], self.target)}
-        if self.head is not None:
-            changed["lm_head"] = quantize_graph(graphs["lm_head"], self.head)
-        return {**graphs, **changed}
+    def target_form(self, graphs: Mapping[str, TracedGraph]) -> WeightFormat:
+        """Of the target's linear layers."""
+        if not self.scheme.has_blocks:
+            return WeightFormat(self.scheme.weights, None)
+        choices = _INT4_BLOCKS if self.scheme.weights == "int4" else _INT8_BLOCKS
+        return WeightFormat(self.scheme.weights, self.block_size or _fitting(graphs["target"], choices))
 
-    def info(self, before: Mapping[str, TracedGraph], after: Mapping[str, TracedGraph]) -> QuantizationInfo:
+    def apply(
+        self,
+        graphs: Mapping[str, TracedGraph],
+        calibration: Calibration | None,
+        *,
+        repeats_values: bool,
+    ) -> tuple[dict[str, TracedGraph], Folding]:
+        """The graphs with the planned ones replaced, and what happens to their parameters.
+
+        Raises what :func:`quantize_graph` raises.
+        """
+        layers = {} if calibration is None else calibration.layers
+        folded = Folding() if calibration is None else folding(calibration, repeats_values=repeats_values)
+        inputs = {}
+        for name, layer in layers.items():
+            factor = None if layer.multiplier is None or name not in folded.divided else 1 / layer.multiplier
+            inputs[name] = InputTreatment(factor, layer.largest if self.scheme.activations else None)
+        changed = {"target": quantize_graph(graphs["target"], self.target_form(graphs), inputs)}
+        # The head chooses the tokens, of the target and of the drafter, and drafters are small: 8 bits, and
+        # nothing that would have to be calibrated.
+        others = ["lm_head"] * self.head + ["inject", "draft"] * self.drafter
+        for name in others:
+            graph = graphs[name]
+            size = self.block_size or _fitting(graph, _INT8_BLOCKS)
+            skip = [key for key in graph.weights if key.startswith(_FEATURE_PROJECTION)]
+            changed[name] = quantize_graph(graph, WeightFormat("int8", size), skip=skip)
+        return {**graphs, **changed}, folded
+
+    def info(
+        self,
+        before: Mapping[str, TracedGraph],
+        after: Mapping[str, TracedGraph],
+        text: CalibrationText | None,
+    ) -> QuantizationInfo:
         """What the manifest says, but for the cost."""
         return QuantizationInfo(
-            weights=self.target.weights,
-            head=None if self.head is None else "int8",
-            block_size=self.target.block_size,
-            method=METHOD,
+            weights=self.scheme.weights,
+            activations=self.scheme.activations,
+            head="int8" if self.head else None,
+            drafter="int8" if self.drafter else None,
+            block_size=self.target_form(before).block_size,
+            method=self.scheme.method,
+            calibration=None if text is None else CalibrationInfo(text.prompts, text.tokens, text.sha256),
             bytes=_bytes(after),
             bytes_before=_bytes(before),
             cost=None,
@@ -51,41 +121,67 @@ def make_plan(
     block_size: int | None,
     *,
     head: bool | None,
+    drafter: bool | None,
     measure: bool | None,
-    measure_tokens: int | None = None,
+    measure_tokens: int | None,
+    calib: str | None,
+    calib_limit: int | None,
+    calib_tokens: int | None,
 ) -> QuantizePlan | None:
     """The plan behind a build's options, each of which may be ``None``; ``None`` if nothing is quantised.
 
     Raises:
-        RecipeError: an option about quantisation without ``quantize``, or one about a measurement without it.
+        RecipeError: an option that the choice of ``quantize`` has no use for.
     """
+    calibrating = {"calib": calib, "calib_limit": calib_limit, "calib_tokens": calib_tokens}
+    given = {
+        "quantize_block": block_size,
+        "quantize_head": head,
+        "quantize_drafter": drafter,
+        "measure_quantization": measure,
+        "measure_tokens": measure_tokens,
+    } | calibrating
     if quantize is None:
-        given = {
-            "quantize_block": block_size,
-            "quantize_head": head,
-            "measure_quantization": measure,
-            "measure_tokens": measure_tokens,
-        }
-        useless = [name for name, value in given.items() if value is not None]
-        if useless:
-            raise RecipeError(
-                f"{' and '.join(useless)} without quantize",
-                found="no quantize",
-                expected="quantize: int4 or int8, which the option is about",
-                todo="add --int4 or --int8, or leave the option out",
-            )
+        _refuse_useless(given, given, "quantize", f"quantize: one of {', '.join(SCHEMES)}")
         return None
-    if measure is False and measure_tokens is not None:
+    scheme = SCHEMES[quantize]  # checked with the other options
+    if not scheme.has_blocks and not head and not drafter:
+        _refuse_useless(given, ("quantize_block",), "blocks", f"{quantize} has one scale for an output")
+    if measure is False:
+        _refuse_useless(given, ("measure_tokens",), "a measurement", "no measure_quantization: false")
+    if scheme.method == "rtn":
+        _refuse_useless(given, calibrating, "calibration", f"{quantize} rounds to nearest without any text")
+    return QuantizePlan(
+        scheme=scheme,
+        block_size=block_size,
+        head=bool(head),
+        drafter=bool(drafter),
+        measure=measure is not False,
+        calib=calib,
+        calib_limit=_DEFAULT_PROMPTS if calib_limit is None else calib_limit,
+        calib_tokens=_DEFAULT_TOKENS if calib_tokens is None else calib_tokens,
+    )
+
+
+def _refuse_useless(given: Mapping[str, object], names: Collection[str], missing: str, expected: str) -> None:
+    useless = [name for name in names if given[name] is not None]
+    if useless:
         raise RecipeError(
-            "measure_tokens without a measurement",
-            found="measure_quantization: false",
-            expected="a measurement, whose length the option is about",
-            todo="leave one of the two out",
+            f"{' and '.join(useless)} without {missing}",
+            found=f"no {missing}",
+            expected=expected,
+            todo="leave the option out, or choose another way to quantise",
         )
-    size = _DEFAULT_BLOCK if block_size is None else block_size
-    # The head chooses the tokens, of the target and of the drafter: 4 bits cost too much there.
-    form = WeightFormat(quantize, size)  # type: ignore[arg-type]  # checked with the other options
-    return QuantizePlan(form, WeightFormat("int8", size) if head else None, measure is not False)
+
+
+def _fitting(graph: TracedGraph, choices: Collection[int]) -> int:
+    """The first of ``choices`` that divides the inputs of every linear layer; if none does, the last."""
+    inputs = [
+        weight.shape[0] if weight.transpose else weight.shape[1]
+        for name, weight in graph.weights.items()
+        if len(weight.shape) == 2 and not name.startswith(_FEATURE_PROJECTION)
+    ]
+    return next((size for size in choices if not any(n % size for n in inputs)), min(choices))
 
 
 def _bytes(graphs: Mapping[str, TracedGraph]) -> int:

@@ -38,8 +38,10 @@ from dflash_rt.manifest import (
 from dflash_rt.prompts import PromptEncoder
 from dflash_rt.tokenizer import Tokenizer
 
+from ._calibrate import calibrate_target, check_calibration
 from ._options import check_options
 from ._quantize_plan import make_plan
+from .calibration import CALIBRATION_FILE, Folding
 from .drafter_config import DrafterConfig, load_drafter_config
 from .graph_passes import TracedGraph
 from .graphs import PRECISIONS, step_graphs, trace_drafter, trace_target
@@ -76,6 +78,10 @@ def build(
     quantize: str | None = None,
     quantize_block: int | None = None,
     quantize_head: bool | None = None,
+    quantize_drafter: bool | None = None,
+    calib: str | os.PathLike[str] | None = None,
+    calib_limit: int | None = None,
+    calib_tokens: int | None = None,
     measure_quantization: bool | None = None,
     measure_tokens: int | None = None,
     target_revision: str | None = None,
@@ -100,9 +106,14 @@ def build(
         prefill_chunk: rows of one prefill pass at most; default 256, or 16 for a mixture of experts.
         draft_width: rows of a verify pass at most unless a user says otherwise, anchor included; default
             ``block_size``.
-        quantize: ``"int4"`` or ``"int8"``: store the target's linear layers in it (docs/quantize.md).
-        quantize_block: inputs that share a scale; default 32.
+        quantize: ``"int4"``, ``"int8"``, ``"fp8"``, ``"int8-weight-only"`` or ``"int4-rtn"``: how the
+            target's linear layers are computed (docs/quantize.md).
+        quantize_block: inputs that share a scale; default: what fits.
         quantize_head: store the LM head in int8 as well; default: no.
+        quantize_drafter: store the drafter's linear layers but ``fc`` in int8; default: no.
+        calib: file of prompts that the target answers to be calibrated; default: built-in ones.
+        calib_limit: prompts that are answered at most; default 32.
+        calib_tokens: tokens of an answer at most; default 48.
         measure_quantization: load the target in PyTorch and measure what quantisation changed; default: yes.
         measure_tokens: length of each of the eight answers that this is measured over, at most; default 32.
         target_revision: branch, tag or commit of a hub id. Refused for local files.
@@ -117,7 +128,8 @@ def build(
         SourceError, CheckpointError: a model can't be found or read.
         UnsupportedModelError: a model would not be exported faithfully.
         PairError: target and drafter don't belong together; lists every problem.
-        RecipeError: an option is out of range.
+        RecipeError: an option is out of range, or what calibrates isn't installed.
+        PromptError: ``calib`` can't be used.
     """
     progress = progress or SILENT
     check_options(
@@ -132,6 +144,10 @@ def build(
         quantize=quantize,
         quantize_block=quantize_block,
         quantize_head=quantize_head,
+        quantize_drafter=quantize_drafter,
+        calib=calib,
+        calib_limit=calib_limit,
+        calib_tokens=calib_tokens,
         measure_quantization=measure_quantization,
         measure_tokens=measure_tokens,
         target_revision=target_revision,
@@ -142,9 +158,15 @@ def build(
         quantize,
         quantize_block,
         head=quantize_head,
+        drafter=quantize_drafter,
         measure=measure_quantization,
         measure_tokens=measure_tokens,
+        calib=None if calib is None else os.fspath(calib),
+        calib_limit=calib_limit,
+        calib_tokens=calib_tokens,
     )
+    if plan is not None:
+        check_calibration(plan)
     output = Path(os.path.abspath(output))
     check_output(output, force=force)
     with progress.stage("checking the pair"):
@@ -179,16 +201,42 @@ def build(
         with progress.stage("tracing graphs", total=5 + len(drafter_config.own_graphs)) as stage:
             graphs = trace_target(config, drafter_config.feature_layers, precision, lambda _: stage.advance())
             graphs |= trace_drafter(drafter_config, precision, facts.vocab_size, lambda _: stage.advance())
-        unquantised = graphs
+        unquantised, calibrated, folded = graphs, None, Folding()
         if plan is not None:
-            graphs = plan.apply(graphs)
-        write_weights(folder, graphs, facts, drafter_config, target_weights, drafter_weights, progress)
+            encoder = _encoder(folder, tokenizer, chat_template_kwargs)
+            repeats = facts.num_attention_heads != facts.num_key_value_heads
+            plan.apply(graphs, None, repeats_values=repeats)  # refuses now what can't be quantised
+            calibrated = calibrate_target(
+                plan,
+                plan.target_form(graphs),
+                target_source,
+                encoder,
+                facts.vocab_size,
+                limits.max_seq_len,
+                stop_ids,
+                progress,
+            )
+            if calibrated is not None:
+                calibrated.layers.save(folder / CALIBRATION_FILE)
+            layers = None if calibrated is None else calibrated.layers
+            graphs, folded = plan.apply(graphs, layers, repeats_values=repeats)
+        write_weights(
+            folder,
+            graphs,
+            facts,
+            drafter_config,
+            target_weights,
+            drafter_weights,
+            progress,
+            folded=folded,
+            calibration=None if calibrated is None else calibrated.layers,
+        )
         graphs |= step_graphs(facts.vocab_size, drafter_config.draft_vocab_size or facts.vocab_size)
         for graph_name, graph in graphs.items():
             _write_graph(folder / f"{graph_name}.onnx", graph)
-        quantization = None if plan is None else plan.info(unquantised, graphs)
+        text = None if calibrated is None else calibrated.text
+        quantization = None if plan is None else plan.info(unquantised, graphs, text)
         if plan is not None and quantization is not None and plan.measure:
-            encoder = _encoder(folder, tokenizer, chat_template_kwargs)
             room = max(1, limits.max_seq_len - measured_tokens)
             cost = measure_cost(
                 folder,
@@ -228,6 +276,10 @@ def build(
                     quantize=quantize,
                     quantize_block=quantize_block,
                     quantize_head=quantize_head,
+                    quantize_drafter=quantize_drafter,
+                    calib=None if calib is None else Path(calib).name,
+                    calib_limit=calib_limit,
+                    calib_tokens=calib_tokens,
                     measure_quantization=measure_quantization,
                     measure_tokens=measure_tokens,
                     target_revision=target_revision,

@@ -42,14 +42,31 @@ def main() -> None:
 @click.option(
     "--draft-width", type=_COUNT, metavar="N", help="Default rows of a verify pass, anchor included."
 )
-@click.option("--int4", "quantize", flag_value="int4", help="Store the target's linear layers in 4 bits.")
-@click.option("--int8", "quantize", flag_value="int8", help="The same in 8 bits.")
+@click.option("--fp8", "quantize", flag_value="fp8", help="The target's linear layers in FP8, inputs too.")
+@click.option("--int8", "quantize", flag_value="int8", help="The same in 8-bit integers (SmoothQuant).")
+@click.option("--int4", "quantize", flag_value="int4", help="Their weights in 4 bits (AWQ).")
+@click.option(
+    "--int8-weight-only", "quantize", flag_value="int8-weight-only", help="Their weights in 8 bits, rounded."
+)
+@click.option(
+    "--int4-rtn", "quantize", flag_value="int4-rtn", help="Their weights in 4 bits, rounded without any text."
+)
 @click.option(
     "--quantize-block",
     type=click.Choice(["16", "32", "64", "128", "256"]),
-    help="Inputs that share a scale [32].",
+    help="Inputs that share a scale [128 for --int4 where it fits, else 32].",
 )
 @click.option("--quantize-head", is_flag=True, default=None, help="Store the LM head in 8 bits as well.")
+@click.option(
+    "--quantize-drafter", is_flag=True, default=None, help="Store the drafter's layers but fc in 8 bits."
+)
+@click.option(
+    "--calib",
+    metavar="FILE",
+    help="Prompts whose answers calibrate: a line each, or a .json list [built in].",
+)
+@click.option("--calib-limit", type=_COUNT, metavar="N", help="The first N prompts only [32].")
+@click.option("--calib-tokens", type=_COUNT, metavar="N", help="Tokens of an answer at most [48].")
 @click.option(
     "--measure-quantization/--no-measure-quantization",
     default=None,
@@ -92,12 +109,10 @@ def build(recipe: Path | None, output: Path | None, force: bool, backend: str | 
     chosen = Recipe(**options) if recipe is None else read_recipe(recipe).overridden(**options)
 
     if backend is not None:
-        if chosen.quantize is not None:
-            raise click.UsageError("engines of a quantised bundle can't be built yet: leave --backend out")
         from dflash_export.engine_builder.compiler import check_options, compile_engines
 
         # Now, and not after an export that takes minutes.
-        check_options(backend, chosen.precision or "fp32", **engines)
+        check_options(backend, chosen.precision or "fp32", chosen.quantize, **engines)
 
     from dflash_export.build import build as build_bundle
 

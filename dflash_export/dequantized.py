@@ -1,12 +1,13 @@
-"""The weights that a quantised bundle really has, put into a PyTorch model: the yardstick for its graphs.
+"""What a quantised bundle really computes, put into a PyTorch model: the yardstick for its graphs.
 
-The codes are read back from the bundle's files with onnx_ir, so that what is compared with the graphs went
-through the same bytes as they do.
+Codes, scales, norms and what happens to inputs are read back from the bundle's files with onnx_ir, so that
+what is compared with the graphs went through the same bytes as they do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from dflash_rt.errors import VerifyError
 from dflash_rt.manifest import QuantizationInfo
 
-from .quantization import WeightFormat, dequantize, quantize
-from .quantize_pass import CODES, SCALES
+from .calibration import CALIBRATION_FILE, Calibration, folding
+from .quantization import CodeType, WeightFormat, dequantize, quantize, round_activations
+from .quantize_pass import CODES, DIVISOR, SCALES
 
 __all__ = ["put_dequantized"]
 
@@ -27,69 +29,174 @@ __all__ = ["put_dequantized"]
 _ERROR_FACTOR = 1.0005
 
 
-def put_dequantized(model: Any, folder: Path, quantization: QuantizationInfo, *, check: bool) -> Any:
-    """Replace the linear layers of a transformers causal LM by what ``code * scale`` gives; returns it.
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """One product of a graph. ``weight`` float32 ``[out, in]``; ``factor`` ``[in]`` multiplies its input."""
 
-    ``folder`` is a bundle's, and holds ``target.onnx`` and ``lm_head.onnx``. Changes ``model`` in place. With
-    ``check`` the model's own weights are quantised again, and each output's stored weights must be as near
-    to them.
+    name: str
+    weight: torch.Tensor
+    scale_dtype: torch.dtype
+    factor: torch.Tensor | None
+    input_scale: float | None
+
+
+def put_dequantized(model: Any, folder: Path, quantization: QuantizationInfo, *, check: bool) -> Any:
+    """Make a transformers causal LM compute what the bundle in ``folder`` computes; returns it.
+
+    Weights become ``code * scale``, norms and biases the stored ones, and inputs are divided and rounded
+    where the graphs do that. Changes ``model`` in place, which holds the checkpoint. With ``check`` the
+    checkpoint's own weights are quantised again, and each output's stored weights must be as near to them.
 
     Raises:
         VerifyError: they are not: the bundle doesn't hold these weights.
     """
-    form = WeightFormat(quantization.weights, quantization.block_size)
-    for name, weight, scale_dtype in _dequantized(folder / "target.onnx"):
+    checker = _Checker(model, folder, quantization) if check else None
+    graph = ir.load(folder / "target.onnx").graph
+    for product in _products(graph):
         # "decoder.layers.0.self_attn.q_proj+k_proj+v_proj.weight": linear layers side by side
-        owner, _, joined = name.removesuffix(".weight").rpartition(".")
-        names = [f"{owner}.{part}".replace("decoder.", "model.", 1) for part in joined.split("+")]
-        layers = [model.get_submodule(name) for name in names]
-        parts = torch.split(weight, [layer.weight.shape[0] for layer in layers])
-        for layer_name, layer, part in zip(names, layers, parts, strict=True):
-            _replace(layer, part, layer_name, form if check else None, scale_dtype)
+        names = _parameters(product.name)
+        layers = [model.get_submodule(name.removesuffix(".weight")) for name in names]
+        parts = torch.split(product.weight, [layer.weight.shape[0] for layer in layers])
+        if checker is not None:
+            checker.require_nearest(product, names, quantization.weights, quantization.block_size)
+        for name, layer, part in zip(names, layers, parts, strict=True):
+            _replace(layer, part, name)
+            _treat_input(layer, product, quantization.activations)
+    if quantization.method in ("awq", "smoothquant"):
+        _replace_vectors(model, graph)
     if quantization.head is not None:
-        form = WeightFormat(quantization.head, quantization.block_size)
-        for _, weight, scale_dtype in _dequantized(folder / "lm_head.onnx"):
-            _replace(model.lm_head, weight, "lm_head", form if check else None, scale_dtype)
+        for product in _products(ir.load(folder / "lm_head.onnx").graph):
+            block = product.weight.shape[1] // _blocks_of_head(folder)
+            if checker is not None:
+                checker.require_nearest(product, ["lm_head.weight"], quantization.head, block)
+            _replace(model.lm_head, product.weight, "lm_head")
     return model
 
 
-def _replace(
-    layer: Any, weight: torch.Tensor, name: str, form: WeightFormat | None, scale_dtype: torch.dtype
-) -> None:
+def _parameters(name: str) -> list[str]:
+    """Names in transformers of what a stored weight or bias holds side by side."""
+    stem, _, leaf = name.rpartition(".")
+    owner, _, joined = stem.rpartition(".")
+    return [f"{owner}.{part}.{leaf}".replace("decoder.", "model.", 1) for part in joined.split("+")]
+
+
+def _replace(layer: Any, weight: torch.Tensor, name: str) -> None:
     if weight.shape != layer.weight.shape:
         raise AssertionError(f"{name}: stored {tuple(weight.shape)}, loaded {tuple(layer.weight.shape)}")
-    if form is not None:
-        _require_nearest(layer.weight.detach().float(), weight, name, form, scale_dtype)
     # A new parameter: the head's may be the embedding's, which isn't quantised.
     layer.weight = torch.nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
 
 
-def _require_nearest(
-    original: torch.Tensor, stored: torch.Tensor, name: str, form: WeightFormat, scale_dtype: torch.dtype
-) -> None:
-    codes, scales = quantize(original, form, scale_dtype)
-    wanted = (dequantize(codes.T, scales.T).T - original).square().sum(1)
-    found = (stored - original).square().sum(1)
-    worse = found > _ERROR_FACTOR * wanted + 1e-12 * original.square().sum(1)
-    if worse.any():
-        raise VerifyError(
-            f"the bundle's {name} isn't the checkpoint's, quantised",
-            found=f"{int(worse.sum())} of {len(worse)} outputs are further from it than rounding explains",
-            expected=f"{form.weights} in blocks of {form.block_size}, rounded to nearest",
-            todo="build the bundle again with `dflash-export build --force`",
+def _treat_input(layer: Any, product: _Product, kind: CodeType | None) -> None:
+    factor, scale = product.factor, product.input_scale
+    if factor is None and scale is None:
+        return
+
+    def treat(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        values = inputs[0] if factor is None else inputs[0] * factor.to(inputs[0].dtype)
+        if scale is not None and kind is not None:
+            values = round_activations(values, scale, kind)
+        return (values,)
+
+    layer.register_forward_pre_hook(treat)
+
+
+def _replace_vectors(model: Any, graph: ir.Graph) -> None:
+    """Norms and biases as stored: they may have been divided."""
+    parameters = dict(model.named_parameters())
+    for name, value in graph.initializers.items():
+        if not name.startswith("decoder.layers.") or not name.endswith(("layernorm.weight", "_proj.bias")):
+            continue
+        stored = torch.from_numpy(_numbers(value).astype(np.float32))
+        targets = [parameters[each] for each in _parameters(name)]
+        with torch.no_grad():
+            for target, part in zip(targets, torch.split(stored, [len(t) for t in targets]), strict=True):
+                target.copy_(part)
+
+
+class _Checker:
+    """Quantises a checkpoint again, as the build did. Use it for a layer before that layer is replaced."""
+
+    def __init__(self, model: Any, folder: Path, quantization: QuantizationInfo) -> None:
+        config = model.config
+        self._originals: Callable[[str], torch.Tensor] = lambda name: model.get_parameter(name).detach()
+        self._calibration: Calibration | None = None
+        self._folding = folding(Calibration({}), repeats_values=False)
+        if quantization.calibration is not None:
+            self._calibration = Calibration.load(folder / CALIBRATION_FILE)
+            repeats = config.num_attention_heads != config.num_key_value_heads
+            self._folding = folding(self._calibration, repeats_values=repeats)
+
+    def require_nearest(
+        self, product: _Product, names: list[str], weights: CodeType, block_size: int | None
+    ) -> None:
+        form = WeightFormat(weights, block_size)
+        original = torch.cat(
+            [
+                self._folding.apply(name.replace("model.", "decoder.", 1), self._originals(name).float())
+                for name in names
+            ]
         )
+        layer = None if self._calibration is None else self._calibration.layers.get(product.name)
+        cost = None if layer is None else layer.rounding_cost
+        codes, scales = quantize(original, form, product.scale_dtype, cost)
+        by_input = torch.ones(original.shape[1]) if cost is None else cost
+        wanted = ((dequantize(codes.t(), scales.t()).T - original).square() * by_input).sum(1)
+        found = ((product.weight - original).square() * by_input).sum(1)
+        worse = found > _ERROR_FACTOR * wanted + 1e-12 * (original.square() * by_input).sum(1)
+        if worse.any():
+            blocks = "with a scale for each output" if block_size is None else f"in blocks of {block_size}"
+            raise VerifyError(
+                f"the bundle's {product.name} isn't the checkpoint's, quantised",
+                found=f"{int(worse.sum())} of {len(worse)} outputs are further from it than rounding can be",
+                expected=f"{weights} {blocks}, rounded to nearest",
+                todo="build the bundle again with `dflash-export build --force`",
+            )
 
 
-def _dequantized(path: Path) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
-    """Names, float32 ``[out, in]`` and types of scale of a graph's quantised weights, one at a time."""
-    initializers = ir.load(path).graph.initializers
-    for name in initializers:
-        if name.endswith(CODES):
-            codes = _numbers(initializers[name]).astype(np.int8)
-            value = initializers[name.removesuffix(CODES) + SCALES]
-            weight = dequantize(torch.from_numpy(codes), torch.from_numpy(_numbers(value).astype(np.float32)))
-            assert value.dtype is not None
-            yield name.removesuffix(CODES), weight.T.contiguous(), _SCALE_DTYPES[value.dtype]
+def _products(graph: ir.Graph) -> Iterator[_Product]:
+    """The quantised products of a graph, one at a time."""
+    for node in graph:
+        weight = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] else None
+        if weight is None or weight.op_type != "DequantizeLinear":
+            continue
+        codes, scales = weight.inputs[:2]
+        assert codes is not None
+        assert scales is not None
+        assert scales.dtype is not None
+        matrix = dequantize(_floats(codes), _floats(scales)).T.contiguous()
+        factor, input_scale = _treatment(node.inputs[0])
+        name = str(codes.name).removesuffix(CODES)
+        assert scales.name == name + SCALES
+        yield _Product(name, matrix, _SCALE_DTYPES[scales.dtype], factor, input_scale)
+
+
+def _treatment(value: ir.Value | None) -> tuple[torch.Tensor | None, float | None]:
+    """What an input is multiplied with, and the scale that it is rounded with."""
+    scale = None
+    producer = None if value is None else value.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        rounded = producer.inputs[0].producer() if producer.inputs[0] else None
+        assert rounded is not None
+        assert rounded.op_type == "QuantizeLinear"
+        assert producer.inputs[1] is rounded.inputs[1]
+        assert rounded.inputs[1] is not None
+        scale = float(_floats(rounded.inputs[1]))
+        producer = rounded.inputs[0].producer() if rounded.inputs[0] else None
+    if producer is not None and producer.op_type == "Mul":
+        factor = producer.inputs[1]
+        if factor is not None and str(factor.name).endswith(DIVISOR):
+            return _floats(factor), scale
+    return None, scale
+
+
+def _blocks_of_head(folder: Path) -> int:
+    """How many blocks each output of the head has."""
+    initializers = ir.load(folder / "lm_head.onnx").graph.initializers
+    (shape,) = (value.shape for name, value in initializers.items() if name.endswith(SCALES))
+    assert shape is not None
+    assert isinstance(shape[0], int)
+    return shape[0]
 
 
 _SCALE_DTYPES = {
@@ -97,6 +204,10 @@ _SCALE_DTYPES = {
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
 }
+
+
+def _floats(value: ir.Value) -> torch.Tensor:
+    return torch.from_numpy(_numbers(value).astype(np.float32))
 
 
 def _numbers(value: ir.Value) -> Any:

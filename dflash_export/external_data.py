@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +19,7 @@ from dflash_rt.errors import OutputError
 
 from .graph_passes import StoredWeight, TracedGraph
 from .quantization import pack_int4, quantize
+from .quantize_pass import CODES
 
 __all__ = ["TORCH_DTYPES", "DataFile", "LoadParameter"]
 
@@ -64,22 +65,35 @@ class DataFile:
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 
-    def fill(self, graph: TracedGraph, load: LoadParameter, advance: Callable[[int], None]) -> None:
+    def fill(
+        self,
+        graph: TracedGraph,
+        load: LoadParameter,
+        advance: Callable[[int], None],
+        costs: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Write the weights of ``graph`` that aren't here yet, and point its initializers at them.
 
         ``load(parameter, dtype)`` gives the data of a parameter of the traced module. ``advance`` is told the
-        bytes written.
+        bytes written. ``costs`` say by name of a quantised weight what a squared error costs, ``[in]``.
         """
         for name, weight in graph.weights.items():
             if weight not in self._places:
-                self._places[weight] = self._append(self._tensor(weight, graph, load))
+                self._places[weight] = self._append(self._tensor(name, weight, graph, load, costs or {}))
                 advance(self._places[weight][1])
             offset, length = self._places[weight]
             graph.model.graph.initializers[name].const_value = ir.ExternalTensor(
                 self.path.name, offset, length, weight.dtype, shape=ir.Shape(weight.shape), name=name
             )
 
-    def _tensor(self, weight: StoredWeight, graph: TracedGraph, load: LoadParameter) -> torch.Tensor:
+    def _tensor(
+        self,
+        name: str,
+        weight: StoredWeight,
+        graph: TracedGraph,
+        load: LoadParameter,
+        costs: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
         if weight.form is None:
             return _stored_tensor(weight, load)
         if weight.is_scale:
@@ -87,9 +101,12 @@ class DataFile:
         # Codes are chosen for their scales: both come from one pass, and the scales are written next.
         (scale,) = (w for w in graph.weights.values() if w.is_scale and w.parameters == weight.parameters)
         codes, scales = quantize(
-            _joined(weight.parameters, torch.float32, load), weight.form, TORCH_DTYPES[scale.dtype]
+            _joined(weight.parameters, torch.float32, load),
+            weight.form,
+            TORCH_DTYPES[scale.dtype],
+            costs.get(name.removesuffix(CODES)),
         )
-        self._scales[scale] = _checked(scales.T, scale)
+        self._scales[scale] = _checked(scales.t(), scale)
         codes = _checked(codes.T, weight)
         return pack_int4(codes) if weight.dtype == ir.DataType.INT4 else codes
 

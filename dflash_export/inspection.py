@@ -127,11 +127,14 @@ def describe_quantization(quantization: QuantizationInfo | None) -> list[str]:
     if quantization is None:
         return []
     q, cost = quantization, quantization.cost
-    head = "" if q.head is None else f", head {q.head}"
     sizes = f"{_bytes(q.bytes_before)} became {_bytes(q.bytes)}"
-    stored = f"{q.weights} in blocks of {q.block_size}{head}, {q.method}: {sizes}"
+    stored = f"{_how(q)}, {q.method}: {sizes}"
+    lines = [stored]
+    if q.calibration is not None:
+        made = q.calibration
+        lines.append(f"calibrated on {made.tokens} tokens of its own answers to {made.prompts} prompts")
     if cost is None:
-        return [stored, "what that cost wasn't measured"]
+        return [*lines, "what that cost wasn't measured"]
     agreement = (
         f"over {cost.tokens} tokens of the target's own text: best token the same in"
         f" {cost.top1_agreement:.1%}, KL divergence {cost.kl_divergence:.4f} nats"
@@ -139,7 +142,17 @@ def describe_quantization(quantization: QuantizationInfo | None) -> list[str]:
     steps = "tokens a drafted step weren't measured"
     if cost.tokens_per_step is not None and cost.tokens_per_step_before is not None:
         steps = f"tokens a drafted step: {cost.tokens_per_step_before:.2f} became {cost.tokens_per_step:.2f}"
-    return [stored, agreement, steps]
+    return [*lines, agreement, steps]
+
+
+def _how(q: QuantizationInfo) -> str:
+    """Types of weights and activations, and what else is quantised."""
+    blocks = "a scale for each output" if q.block_size is None else f"blocks of {q.block_size}"
+    parts = [f"{q.weights} in {blocks}" if q.block_size else f"{q.weights} with {blocks}"]
+    parts += [] if q.activations is None else [f"activations {q.activations}"]
+    parts += [] if q.head is None else [f"head {q.head}"]
+    parts += [] if q.drafter is None else [f"drafter {q.drafter}"]
+    return ", ".join(parts)
 
 
 def inspect_bundle(bundle: Bundle, *, verify_files: bool = True, progress: Progress = SILENT) -> Inspection:

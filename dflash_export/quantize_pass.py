@@ -1,28 +1,125 @@
-"""``MatMul(x, weight)`` of a graph becomes ``MatMul(x, DequantizeLinear(codes, scales))``."""
+"""``MatMul(x, weight)`` of a graph becomes ``MatMul(Q/DQ(x), DequantizeLinear(codes, scales))``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
+import torch
 
 from dflash_rt.errors import UnsupportedModelError
 
 from .graph_passes import StoredWeight, TracedGraph, add_placeholder
 from .quantization import BLOCK_SIZES, WeightFormat
 
-__all__ = ["CODES", "SCALES", "quantize_graph"]
+__all__ = ["CODES", "DIVISOR", "SCALES", "InputTreatment", "quantize_graph"]
 
 CODES, SCALES = ".codes", ".scales"  # what a weight's two initializers end in
+DIVISOR, INPUT_SCALE, ZERO = ".divisor", ".input_scale", ".input_zero"  # of what treats its input
 
-_DTYPES = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8}
+_DTYPES = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+_TOP = {"int8": 127.0, "fp8": 448.0}
+_NUMPY = {
+    ir.DataType.FLOAT: np.dtype(np.float32),
+    ir.DataType.FLOAT16: np.dtype(np.float16),
+    ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    ir.DataType.INT8: np.dtype(np.int8),
+    ir.DataType.FLOAT8E4M3FN: np.dtype(ml_dtypes.float8_e4m3fn),
+}
 
 
-def quantize_graph(graph: TracedGraph, form: WeightFormat) -> TracedGraph:
+@dataclass(frozen=True, eq=False)
+class InputTreatment:
+    """What happens to the input of one product first.
+
+    ``factor`` float32 ``[in]`` is multiplied with it; ``largest`` is the absolute input that becomes the
+    largest code, None where inputs stay as they are.
+    """
+
+    factor: torch.Tensor | None = None
+    largest: float | None = None
+
+
+@dataclass
+class _Pass:
+    graph: ir.Graph
+    weights: dict[str, StoredWeight]
+    form: WeightFormat
+    inputs: Mapping[str, InputTreatment]
+    constants: dict[str, ir.Value] = field(default_factory=dict)
+
+    def replace_product(self, node: ir.Node, name: str, matrix: StoredWeight) -> None:
+        del self.weights[name]
+        source = self._treated(node, name, matrix.dtype)
+        product = ir.node("MatMul", [source, self._dequantized(node, name, matrix)])
+        new, old = product.outputs[0], node.outputs[0]
+        new.shape, new.type = old.shape, old.type
+        self.graph.insert_before(node, product)
+        old.replace_all_uses_with(new)
+        self.graph.remove(node, safe=True)
+        del self.graph.initializers[name]
+
+    def _dequantized(self, node: ir.Node, name: str, weight: StoredWeight) -> ir.Value:
+        """The output of a new ``DequantizeLinear`` before ``node``; its two initializers become weights."""
+        form, shape = self.form, self.form.scale_shape(*weight.shape)
+        parts = {
+            CODES: StoredWeight(weight.parameters, True, _DTYPES[form.weights], weight.shape, form),
+            SCALES: StoredWeight(weight.parameters, True, weight.dtype, shape, form, is_scale=True),
+        }
+        values = []
+        for ending, part in parts.items():
+            self.weights[f"{name}{ending}"] = part
+            values.append(ir.Value(name=f"{name}{ending}"))
+            add_placeholder(self.graph, values[-1], part)
+        block = form.block_size
+        attributes = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
+        dequantize = ir.node("DequantizeLinear", values, attributes)
+        self.graph.insert_before(node, dequantize)
+        return dequantize.outputs[0]
+
+    def _treated(self, node: ir.Node, name: str, dtype: ir.DataType) -> ir.Value:
+        """The input of a product, divided and rounded as is wanted."""
+        source, treatment = node.inputs[0], self.inputs.get(name, InputTreatment())
+        assert source is not None
+        if treatment.factor is not None:
+            factor = self._constant(f"{name}{DIVISOR}", treatment.factor.numpy(), dtype)
+            multiply = ir.node("Mul", [source, factor])
+            self.graph.insert_before(node, multiply)
+            source = multiply.outputs[0]
+        if treatment.largest is not None:
+            # A layer that saw only zeros keeps the scale 1.
+            step = (treatment.largest or _TOP[self.form.weights]) / _TOP[self.form.weights]
+            scale = self._constant(f"{name}{INPUT_SCALE}", np.array(step), dtype)
+            zero = self._constant(f"{name}{ZERO}", np.array(0), _DTYPES[self.form.weights])
+            rounded = ir.node("QuantizeLinear", [source, scale, zero])
+            back = ir.node("DequantizeLinear", [rounded.outputs[0], scale, zero])
+            self.graph.insert_before(node, [rounded, back])
+            source = back.outputs[0]
+        return source
+
+    def _constant(self, name: str, numbers: np.ndarray, dtype: ir.DataType) -> ir.Value:
+        tensor = ir.Tensor(numbers.astype(_NUMPY[dtype]), dtype=dtype, name=name)
+        value = ir.Value(
+            name=name, shape=ir.Shape(numbers.shape), type=ir.TensorType(dtype), const_value=tensor
+        )
+        self.graph.initializers[name] = value
+        return value
+
+
+def quantize_graph(
+    graph: TracedGraph,
+    form: WeightFormat,
+    inputs: Mapping[str, InputTreatment] | None = None,
+    *,
+    skip: Collection[str] = (),
+) -> TracedGraph:
     """A copy of ``graph`` in which the weight of every linear layer is stored in ``form``.
 
-    Biases, norms and all activations stay as they are. No data is needed.
+    Biases and norms stay as they are, and so do activations but for what ``inputs`` says of a product, by the
+    name of its weight. Products with a weight of ``skip`` are left alone. No data of weights is needed.
 
     Raises:
         UnsupportedModelError: a matrix has no whole number of blocks, or weights that multiply are no linear
@@ -30,19 +127,12 @@ def quantize_graph(graph: TracedGraph, form: WeightFormat) -> TracedGraph:
     """
     model, weights = graph.model.clone(), dict(graph.weights)
     products = {str(node.inputs[1].name): node for node in model.graph if _weight(node, weights)}  # type: ignore[union-attr]
+    products = {name: node for name, node in products.items() if name not in skip}
     matrices = {name: _transposed(weights[name]) for name in products}
-    _check(weights, matrices, form)
+    _check(weights, matrices, form, skip)
+    work = _Pass(model.graph, weights, form, inputs or {})
     for name, node in products.items():
-        del weights[name]
-        product = ir.node(
-            "MatMul", [node.inputs[0], _dequantized(model.graph, node, name, matrices[name], form, weights)]
-        )
-        new, old = product.outputs[0], node.outputs[0]
-        new.shape, new.type = old.shape, old.type
-        model.graph.insert_before(node, product)
-        old.replace_all_uses_with(new)
-        model.graph.remove(node, safe=True)
-        del model.graph.initializers[name]
+        work.replace_product(node, name, matrices[name])
     return TracedGraph(model, weights)
 
 
@@ -58,16 +148,25 @@ def _transposed(weight: StoredWeight) -> StoredWeight:
 
 
 def _check(
-    weights: Mapping[str, StoredWeight], matrices: Mapping[str, StoredWeight], form: WeightFormat
+    weights: Mapping[str, StoredWeight],
+    matrices: Mapping[str, StoredWeight],
+    form: WeightFormat,
+    skip: Collection[str],
 ) -> None:
-    others = [name for name, weight in weights.items() if len(weight.shape) > 1 and name not in matrices]
+    others = [
+        name
+        for name, weight in weights.items()
+        if len(weight.shape) > 1 and name not in matrices and name not in skip
+    ]
     if others:
         raise UnsupportedModelError(
-            "this target can't be quantised",
+            "this model can't be quantised",
             found=f"{others[0]} {list(weights[others[0]].shape)}",
-            expected="linear layers only; the experts of a mixture aren't supported",
-            todo="build without --int4 and --int8",
+            expected="linear layers only; experts of a mixture and convolutions aren't supported",
+            todo="leave --quantize-drafter out if this is a drafter's, else build without quantisation",
         )
+    if form.block_size is None:
+        return
     inputs = {name: weight.shape[0] for name, weight in matrices.items()}
     for name, count in inputs.items():
         if count % form.block_size:
@@ -78,31 +177,5 @@ def _check(
                 expected=f"a multiple of {form.block_size}",
                 todo=f"choose --quantize-block {' or '.join(fitting)}"
                 if fitting
-                else "build without --int4 and --int8",
+                else "build without --int4 and --int8-weight-only",
             )
-
-
-def _dequantized(
-    graph: ir.Graph,
-    node: ir.Node,
-    name: str,
-    weight: StoredWeight,
-    form: WeightFormat,
-    weights: dict[str, StoredWeight],
-) -> ir.Value:
-    """The output of a new ``DequantizeLinear`` before ``node``; its two initializers go into ``weights``."""
-    inputs, outputs = weight.shape
-    parts = {
-        CODES: StoredWeight(weight.parameters, True, _DTYPES[form.weights], weight.shape, form),
-        SCALES: StoredWeight(
-            weight.parameters, True, weight.dtype, (inputs // form.block_size, outputs), form, is_scale=True
-        ),
-    }
-    values = []
-    for ending, part in parts.items():
-        weights[f"{name}{ending}"] = part
-        values.append(ir.Value(name=f"{name}{ending}"))
-        add_placeholder(graph, values[-1], part)
-    dequantize = ir.node("DequantizeLinear", values, {"axis": 0, "block_size": form.block_size})
-    graph.insert_before(node, dequantize)
-    return dequantize.outputs[0]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import yaml
 
@@ -23,7 +23,7 @@ __all__ = ["PACKAGE_PREFIX", "JsonScalar", "Precision", "Recipe", "locate_packag
 
 JsonScalar: TypeAlias = "str | int | float | bool | None"
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
-WeightType: TypeAlias = Literal["int4", "int8"]
+Quantize: TypeAlias = Literal["int4", "int4-rtn", "int8", "int8-weight-only", "fp8"]
 
 PACKAGE_PREFIX = "package:"
 _PATH_STARTS = ("/", "./", "../", "~/")
@@ -40,9 +40,13 @@ class Recipe:
     max_seq_len: int | None = None
     prefill_chunk: int | None = None
     draft_width: int | None = None
-    quantize: WeightType | None = None
+    quantize: Quantize | None = None
     quantize_block: int | None = None
     quantize_head: bool | None = None
+    quantize_drafter: bool | None = None
+    calib: str | None = None
+    calib_limit: int | None = None
+    calib_tokens: int | None = None
     measure_quantization: bool | None = None
     measure_tokens: int | None = None
     target_revision: str | None = None
@@ -87,6 +91,8 @@ def read_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"the recipe {path} can't be used:\n{listed}")
     for source in ("target", "drafter"):
         document[source] = _locate(document[source], path.parent)
+    if "calib" in document:
+        document["calib"] = str((path.parent / Path(document["calib"]).expanduser()).resolve())
     return Recipe(**document)
 
 
@@ -223,8 +229,8 @@ def _is_precision(value: object) -> bool:
     return value in ("fp32", "fp16", "bf16")
 
 
-def _is_weight_type(value: object) -> bool:
-    return value in ("int4", "int8")
+def _is_scheme(value: object) -> bool:
+    return value in get_args(Quantize)
 
 
 def _is_block_size(value: object) -> bool:
@@ -261,9 +267,13 @@ _RULES: dict[str, tuple[Callable[[object], bool], str, str]] = {
     "max_seq_len": _COUNT,
     "prefill_chunk": _COUNT,
     "draft_width": _COUNT,
-    "quantize": (_is_weight_type, "int4 or int8", "choose one of them"),
+    "quantize": (_is_scheme, ", ".join(get_args(Quantize)), "choose one of them"),
     "quantize_block": (_is_block_size, "16, 32, 64, 128 or 256", "choose one of them"),
     "quantize_head": _FLAG,
+    "quantize_drafter": _FLAG,
+    "calib": _TEXT,
+    "calib_limit": _COUNT,
+    "calib_tokens": _COUNT,
     "measure_quantization": _FLAG,
     "measure_tokens": _COUNT,
     "target_revision": _TEXT,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ._draft_vocabulary import target_ids
+from .calibration import Calibration, Folding
 from .drafter_config import DrafterConfig
 from .external_data import DataFile, LoadParameter
 from .graph_passes import TracedGraph
@@ -28,9 +29,17 @@ def write_weights(
     target: Weights,
     drafter: Weights,
     progress: Progress,
+    *,
+    folded: Folding | None = None,
+    calibration: Calibration | None = None,
 ) -> None:
-    """Stream the weights of ``graphs``. Matrices that graphs share are in one file, once."""
-    files = {**_target_files(facts, graphs, target), **_drafter_files(config, drafter)}
+    """Stream the weights of ``graphs``. Matrices that graphs share are in one file, once.
+
+    ``folded`` says what the target's parameters are multiplied with, ``calibration`` what their errors cost.
+    """
+    files = {**_target_files(facts, graphs, target, folded or Folding()), **_drafter_files(config, drafter)}
+    layers = {} if calibration is None else calibration.layers
+    costs = {name: layer.rounding_cost for name, layer in layers.items()}
     # A weight that two graphs share is written once.
     distinct = {
         (file_name, weight)
@@ -43,12 +52,17 @@ def write_weights(
         for file_name, contents in files.items():
             with DataFile(folder / file_name) as file:
                 for graph, load in contents:
-                    file.fill(graphs[graph], load, stage.advance)
+                    file.fill(graphs[graph], load, stage.advance, costs)
 
 
-def _target_files(facts: TargetFacts, graphs: Mapping[str, TracedGraph], target: Weights) -> _Files:
+def _target_files(
+    facts: TargetFacts, graphs: Mapping[str, TracedGraph], target: Weights, folded: Folding
+) -> _Files:
     def body(parameter: str, dtype: torch.dtype) -> torch.Tensor:
-        return target.load(parameter.replace("decoder.", "model.", 1), dtype)
+        name = parameter.replace("decoder.", "model.", 1)
+        if parameter not in folded.rows and parameter not in folded.columns:
+            return target.load(name, dtype)
+        return folded.apply(parameter, target.load(name, torch.float32)).to(dtype)
 
     tied = facts.tie_word_embeddings
     embedding = _one(target, "model.embed_tokens.weight")

@@ -106,9 +106,22 @@ def _check_generation(manifest: Manifest, problems: Problems) -> None:
 
 def _check_quantization(manifest: Manifest, problems: Problems) -> None:
     quantization = manifest.quantization
-    if quantization is not None and quantization.block_size not in _BLOCK_SIZES:
+    if quantization is None:
+        return
+    size, kind = quantization.block_size, quantization.activations
+    if size is not None and size not in _BLOCK_SIZES:
         expected = ", ".join(map(str, _BLOCK_SIZES))
-        problems.add("quantization.block_size", str(quantization.block_size), f"one of {expected}")
+        problems.add("quantization.block_size", str(size), f"one of {expected}")
+    if (size is None) is (kind is None):
+        expected = "null with activations that are quantised, and a number otherwise"
+        problems.add("quantization.block_size", "null" if size is None else str(size), expected)
+    if kind is not None and kind != quantization.weights:
+        problems.add(
+            "quantization.activations", kind, f"those of the weights, {quantization.weights}, or null"
+        )
+    if (quantization.calibration is None) is not (quantization.method == "rtn"):
+        expected = "null with the method rtn, and what was calibrated on otherwise"
+        problems.add("quantization.calibration", "something else", expected)
 
 
 def _check_token_id(path: str, token_id: int, manifest: Manifest, problems: Problems) -> None:

@@ -288,7 +288,9 @@ def _quantization(bundle: Bundle) -> str | None:
     info = bundle.manifest.quantization
     if info is None:
         return None
-    return f"{info.weights} in blocks of {info.block_size}, head {info.head or bundle.manifest.precision}"
+    blocks = "" if info.block_size is None else f" in blocks of {info.block_size}"
+    activations = "" if info.activations is None else f", activations {info.activations}"
+    return f"{info.weights}{blocks}{activations}, head {info.head or bundle.manifest.precision}"
 
 
 def _described(bundle: Bundle) -> str:

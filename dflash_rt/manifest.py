@@ -43,6 +43,7 @@ __all__ = [
     "REPORTS_FOLDER",
     "REQUIRED_GRAPHS",
     "STEP_GRAPHS",
+    "CalibrationInfo",
     "DrafterInfo",
     "FileRecord",
     "GenerationDefaults",
@@ -243,17 +244,34 @@ class QuantizationCost:
     tokens_per_step: Annotated[float, Range(1.0, 1024.0)] | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizationInfo:
-    """How the target's linear layers are stored; ``bytes`` of its weights and the head's, and before.
+@dataclass(frozen=True, slots=True)
+class CalibrationInfo:
+    """The text that a target was calibrated on: its own answers to ``prompts``.
 
-    ``head`` is the format of the LM head, null if it isn't quantised.
+    The SHA-256 is of the token ids, as little-endian int32.
     """
 
-    weights: Literal["int4", "int8"]
+    prompts: Count
+    tokens: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationInfo:
+    """How the target's linear layers are computed; ``bytes`` of its weights and the head's, and before.
+
+    ``activations`` is what inputs of products are rounded to, null if they aren't. ``head`` and ``drafter``
+    are how those weights are stored, null if they aren't quantised. Without ``block_size`` an output has one
+    scale.
+    """
+
+    weights: Literal["int4", "int8", "fp8"]
+    activations: Literal["int8", "fp8"] | None
     head: Literal["int8"] | None
-    block_size: Annotated[int, Bounds(16, 256)]
-    method: Literal["rtn"]
+    drafter: Literal["int8"] | None
+    block_size: Annotated[int, Bounds(16, 256)] | None
+    method: Literal["awq", "smoothquant", "max", "rtn"]
+    calibration: CalibrationInfo | None
     bytes: Bytes
     bytes_before: Bytes
     cost: QuantizationCost | None

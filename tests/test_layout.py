@@ -170,7 +170,17 @@ def normal(name: str) -> str:
 
 def test_extras() -> None:
     groups = requirements()
-    assert groups.keys() == {"", "export", "serve", "tensorrt", "tensorrt-rtx", "cuda", "test", "bench"}
+    assert groups.keys() == {
+        "",
+        "export",
+        "quantize",
+        "serve",
+        "tensorrt",
+        "tensorrt-rtx",
+        "cuda",
+        "test",
+        "bench",
+    }
     assert groups[""] == RUNTIME - {"dflash_rt"} | {"onnxruntime"}
 
 

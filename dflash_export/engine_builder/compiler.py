@@ -33,7 +33,7 @@ from dflash_rt.errors import EngineBuildError, EngineError, OutputError
 from dflash_rt.manifest import ENGINES_FOLDER
 
 from .builder import EngineJob, build_engine
-from .devices import Gpu, check_device, present_gpu
+from .devices import FP8_SINCE, Gpu, check_device, check_fp8, present_gpu
 from .header import data_files, load_header, read_header
 from .profiles import graph_profiles
 from .vendor import Vendor, load_vendor
@@ -98,19 +98,19 @@ def compile_engines(
     """
     progress = progress or SILENT
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    if opened.manifest.quantization is not None:
-        raise EngineBuildError(
-            "engines of a quantised bundle can't be built yet",
-            found=f"weights in {opened.manifest.quantization.weights}",
-            expected="a bundle without quantisation",
-            todo="build the bundle without --int4 and --int8",
-        )
     vendor = load_vendor(backend)
     vendor.check_options(version_compatible=version_compatible, hardware_compatible=hardware_compatible)
     limits = _limits(opened, max_seq_len, max_batch)
     if workspace is not None and (type(workspace) is not int or workspace < 1):
         raise _wrong("workspace", workspace, "a number of bytes, at least 1")
-    gpu, targets = _check_targets(vendor, opened.manifest.precision, device, compute_capabilities)
+    quantization = opened.manifest.quantization
+    gpu, targets = _check_targets(
+        vendor,
+        opened.manifest.precision,
+        device,
+        compute_capabilities,
+        fp8=quantization is not None and quantization.weights == "fp8",
+    )
     build = BuildKey(
         backend=vendor.backend,  # type: ignore[arg-type]  # load_vendor knows no other
         backend_version=vendor.version,
@@ -136,6 +136,7 @@ def compile_engines(
 def check_options(
     backend: str,
     precision: str,
+    quantize: str | None = None,
     *,
     device: str | None = None,
     compute_capabilities: Sequence[int] = (),
@@ -151,7 +152,7 @@ def check_options(
     """
     vendor = load_vendor(backend)
     vendor.check_options(version_compatible=version_compatible, hardware_compatible=hardware_compatible)
-    _check_targets(vendor, precision, device, compute_capabilities)
+    _check_targets(vendor, precision, device, compute_capabilities, fp8=quantize == "fp8")
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,17 @@ def _limits(bundle: Bundle, max_seq_len: int | None, max_batch: int) -> EngineLi
 
 
 def _check_targets(
-    vendor: Vendor, precision: str, device: str | None, compute_capabilities: Sequence[int]
+    vendor: Vendor,
+    precision: str,
+    device: str | None,
+    compute_capabilities: Sequence[int],
+    *,
+    fp8: bool = False,
 ) -> tuple[Gpu | None, tuple[int, ...]]:
     """The GPU to build on (None: without one), and the compute capabilities to build for."""
     chosen = None if device is None else check_device(device, vendor.backend, precision)
+    if chosen is not None and fp8:
+        check_fp8(chosen.title, chosen.compute_capability)
     if chosen is not None and compute_capabilities:
         raise EngineBuildError(
             "a device class and compute capabilities say the same thing",
@@ -197,7 +205,7 @@ def _check_targets(
         )
     if not vendor.needs_gpu:
         wanted = (chosen.compute_capability,) if chosen else tuple(sorted(set(compute_capabilities)))
-        return None, _known_targets(vendor, wanted)
+        return None, _known_targets(vendor, wanted, fp8=fp8)
     if compute_capabilities:
         raise EngineBuildError(
             f"{vendor.backend} builds for the GPU that it runs on",
@@ -220,10 +228,12 @@ def _check_targets(
             expected=f"sm{chosen.compute_capability}",
             todo="build on that machine; TensorRT can't build for another GPU",
         )
+    if fp8:
+        check_fp8(gpu.name, gpu.compute_capability)
     return gpu, (gpu.compute_capability,)
 
 
-def _known_targets(vendor: Vendor, wanted: tuple[int, ...]) -> tuple[int, ...]:
+def _known_targets(vendor: Vendor, wanted: tuple[int, ...], *, fp8: bool) -> tuple[int, ...]:
     known = vendor.compute_capabilities
     unknown = [str(number) for number in wanted if number not in known]
     if unknown:
@@ -235,7 +245,10 @@ def _known_targets(vendor: Vendor, wanted: tuple[int, ...]) -> tuple[int, ...]:
         )
     # TensorRT-RTX has no fp32 products for Turing (sm75), and nearly every bundle has some: the feature
     # projection of an fp16 bundle runs in fp32.
-    return wanted or tuple(number for number in known if number > _TURING)
+    if fp8:
+        for number in wanted:
+            check_fp8(f"sm{number}", number)
+    return wanted or tuple(number for number in known if number >= (FP8_SINCE if fp8 else _TURING + 1))
 
 
 def _engine_spec(bundle: Bundle, graph: str, limits: EngineLimits) -> EngineSpec:

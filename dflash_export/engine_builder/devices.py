@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dflash_rt.errors import EngineBuildError
 
-__all__ = ["DEVICE_CLASSES", "DeviceClass", "Gpu", "check_device", "present_gpu"]
+__all__ = ["DEVICE_CLASSES", "FP8_SINCE", "DeviceClass", "Gpu", "check_device", "check_fp8", "present_gpu"]
 
 # CUdevice_attribute of the driver API.
 _MAJOR, _MINOR = 75, 76
@@ -27,7 +27,13 @@ class DeviceClass:
     backends: tuple[str, ...]
     precisions: tuple[str, ...]
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether its tensor cores compute in FP8."""
+        return self.compute_capability >= FP8_SINCE
 
+
+FP8_SINCE = 89  # Ada; kernels for it can't even be compiled for an older GPU
 _ALL = ("fp32", "fp16", "bf16")
 DEVICE_CLASSES = {
     device.name: device
@@ -100,3 +106,18 @@ def check_device(name: str, backend: str, precision: str) -> DeviceClass:
             todo="export a bundle in one of these precisions",
         )
     return device
+
+
+def check_fp8(name: str, compute_capability: int) -> None:
+    """Refuse FP8 for a GPU without it.
+
+    Raises:
+        EngineBuildError: ``compute_capability`` is too low.
+    """
+    if compute_capability < FP8_SINCE:
+        raise EngineBuildError(
+            f"{name} has no FP8",
+            found=f"compute capability {compute_capability // 10}.{compute_capability % 10}",
+            expected="8.9 (Ada) or newer",
+            todo="build the bundle with --int8 or --int4 instead of --fp8",
+        )

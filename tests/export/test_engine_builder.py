@@ -119,6 +119,18 @@ def test_tensorrt_builds_for_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPat
         compiler._check_targets(TRT, "bf16", "h100", ())
 
 
+def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiler._check_targets(RTX, "fp16", None, (), fp8=True) == (None, (89, 120, 121))
+    with pytest.raises(EngineBuildError, match=r"sm86 has no FP8"):
+        compiler._check_targets(RTX, "fp16", None, (86, 89), fp8=True)
+    # By the class alone: on a workstation, before an export of minutes.
+    with pytest.raises(EngineBuildError, match=r"(?s)Jetson Orin.*no FP8.*8\.7.*--int8 or --int4"):
+        compiler._check_targets(TRT, "fp16", "jetson-orin", (), fp8=True)
+    monkeypatch.setattr(compiler, "present_gpu", lambda: Gpu("A100", 80))
+    with pytest.raises(EngineBuildError, match="A100 has no FP8"):
+        compiler._check_targets(TRT, "fp16", None, (), fp8=True)
+
+
 def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dflash_export.engine_builder.devices._DRIVER", "libcuda-that-is-not-there.so")
     assert present_gpu() is None

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from dflash_export import build as build_bundle
 from dflash_export import verify
 from dflash_export.cli import main
-from dflash_export.engine_builder.compiler import compile_engines
 from dflash_export.quantization import WeightFormat, dequantize, pack_int4, quantize
 from dflash_export.recipe import read_recipe
 from dflash_export.replay import Replay
@@ -33,7 +32,6 @@ from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
 from dflash_rt.bench import run_bench
 from dflash_rt.errors import (
     BackendError,
-    EngineBuildError,
     RecipeError,
     RequestError,
     UnsupportedModelError,
@@ -68,7 +66,7 @@ def make(pair: Path, output: Path, **options: Any) -> Bundle:
     return build(pair / "target", pair / "drafter", output, measure_quantization=False, **options)
 
 
-@pytest.fixture(scope="module", params=["int4", "int8"])
+@pytest.fixture(scope="module", params=["int4-rtn", "int8-weight-only"])
 def bundle(request: pytest.FixtureRequest, pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make(pair, tmp_path_factory.mktemp("b") / "b", quantize=request.param, quantize_head=True)
 
@@ -120,6 +118,7 @@ def test_what_is_quantised_and_what_is_not(pair: Path, bundle: Bundle, tmp_path:
     info = bundle.manifest.quantization
     assert info is not None
     assert (info.head, info.block_size, info.method, info.cost) == ("int8", 32, "rtn", None)
+    assert info.calibration is info.activations is info.drafter is None
     for graph, weights in (("target", info.weights), ("lm_head", "int8")):
         model = ir.load(bundle.graph_path(graph))
         assert set(model.opset_imports) == {""}
@@ -228,7 +227,7 @@ def _step_logits(backend: OnnxRuntimeBackend, width: int) -> np.ndarray[Any, Any
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("weights", ["int4-rtn", "int8-weight-only"])
 def test_a_row_gives_the_same_however_many_rows_there_are(tmp_path: Path, weights: str) -> None:
     """With activations rounded to 8 bits: the same but for rounding of fp32. Alone, a row is 1 % off here."""
     spec = TargetSpec("qwen2", vocab=40, hidden=256, layers=4, more={"intermediate_size": 256})
@@ -262,7 +261,7 @@ def test_drafted_tokens_of_the_demo_pair_are_plain_tokens(tmp_path: Path) -> Non
     recipe = read_recipe(ROOT / "engines" / "smollm2-135m.yaml")
     sources = {"target": recipe.target, "drafter": recipe.drafter}
     made = build_bundle(
-        **sources, output=tmp_path / "b", quantize="int4", quantize_head=True, measure_quantization=False
+        **sources, output=tmp_path / "b", quantize="int4-rtn", quantize_head=True, measure_quantization=False
     )
     chat = [{"role": "user", "content": "Why do cats purr when you pet them?"}]
     with Generator(made, threads=2, draft_width="auto") as generator:
@@ -333,7 +332,7 @@ def _sources(pair: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("graph", ["target", "lm_head"])
 def test_verify_sees_one_wrong_code(pair: Path, tmp_path: Path, graph: str) -> None:
-    made = make(pair, tmp_path / "bundle", quantize="int4", quantize_head=True)
+    made = make(pair, tmp_path / "bundle", quantize="int4-rtn", quantize_head=True)
     (name,) = [v for v in ir.load(made.graph_path(graph)).graph.initializers if v.endswith("codes")][:1]
     tensor = ir.load(made.graph_path(graph)).graph.initializers[name].const_value
     assert isinstance(tensor, ir.ExternalTensor)
@@ -360,7 +359,8 @@ def test_the_cost_is_measured_and_shown(pair: Path, tmp_path: Path) -> None:
     runner, output = CliRunner(), tmp_path / "bundle"
     sources = ["--target", str(pair / "target"), "--drafter", str(pair / "drafter"), "-o", str(output)]
     result = runner.invoke(
-        main, ["build", *sources, "--int8", "--quantize-block", "16", "--measure-tokens", "24"]
+        main,
+        ["build", *sources, "--int8-weight-only", "--quantize-block", "16", "--measure-tokens", "24"],
     )
     assert result.exit_code == 0, result.output
     info = Bundle.open(output).manifest.quantization
@@ -382,23 +382,26 @@ def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
     make_target(tmp_path / "target", spec)
     make_drafter(tmp_path / "drafter", drafter_config(spec))
     with pytest.raises(UnsupportedModelError, match="experts"):
-        make(tmp_path, tmp_path / "bundle", quantize="int4")
+        make(tmp_path, tmp_path / "bundle", quantize="int4-rtn")
     assert not (tmp_path / "bundle").exists()
 
 
 def test_a_block_that_does_not_fit_is_refused(pair: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"blocks of 64[^$]*--quantize-block 16 or 32"):
-        make(pair, tmp_path / "bundle", quantize="int4", quantize_block=64)
+        make(pair, tmp_path / "bundle", quantize="int4-rtn", quantize_block=64)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "int3"}, "int4 or int8"),
-        ({"quantize": "int4", "quantize_block": 48}, "16, 32, 64, 128, 256"),
-        ({"quantize": "int4", "quantize_head": 1}, "true or false"),
+        ({"quantize": "int3"}, "int8-weight-only, fp8"),
+        ({"quantize": "int4-rtn", "quantize_block": 48}, "16, 32, 64, 128, 256"),
+        ({"quantize": "int4-rtn", "quantize_head": 1}, "true or false"),
         ({"quantize_head": True}, "quantize_head and measure_quantization without quantize"),
-        ({"quantize": "int4", "measure_tokens": 9}, "measure_tokens without a measurement"),
+        ({"quantize": "int4-rtn", "measure_tokens": 9}, "measure_tokens without a measurement"),
+        ({"quantize": "int4-rtn", "calib_tokens": 3}, "calib_tokens without calibration"),
+        ({"quantize": "int8", "quantize_block": 32}, "quantize_block without blocks"),
+        ({"quantize": "fp8", "calib": ""}, "a file of prompts"),
     ],
 )
 def test_options_that_are_wrong(pair: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -406,6 +409,12 @@ def test_options_that_are_wrong(pair: Path, tmp_path: Path, options: dict[str, A
         make(pair, tmp_path / "bundle", **options)
 
 
-def test_no_engines_yet(bundle: Bundle) -> None:
-    with pytest.raises(EngineBuildError, match="quantised"):
-        compile_engines(bundle, backend="tensorrt-rtx")
+def test_a_drafter_with_convolutions_is_refused_if_asked(pair: Path, tmp_path: Path) -> None:
+    """The weights of a DFlash 2 drafter aren't all linear layers. The target alone is quantised."""
+    dflash2 = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 3}
+    spec = TargetSpec("qwen2", tied=False, vocab=40, hidden=64, layers=2, more={"intermediate_size": 96})
+    raw = drafter_config(spec, architectures=["DFlash2DraftModel"], dflash_config=dflash2)
+    make_drafter(tmp_path / "drafter", raw)
+    options = {"quantize": "int8-weight-only", "quantize_drafter": True, "measure_quantization": False}
+    with pytest.raises(UnsupportedModelError, match=r"(?s)convolutions.*leave --quantize-drafter out"):
+        build(pair / "target", tmp_path / "drafter", tmp_path / "bundle", **options)

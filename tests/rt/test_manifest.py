@@ -54,9 +54,12 @@ COST = {
 }
 QUANTIZATION = {
     "weights": "int4",
+    "activations": None,
     "head": "int8",
+    "drafter": None,
     "block_size": 32,
-    "method": "rtn",
+    "method": "awq",
+    "calibration": {"prompts": 32, "tokens": 2048, "sha256": "a" * 64},
     "bytes": 100,
     "bytes_before": 400,
     "cost": COST,
@@ -244,8 +247,20 @@ CASES: dict[str, tuple[Callable[[Document], None], list[str]]] = {
     "hash and newline": (put("files", "embed.onnx", "sha256", value="a" * 64 + "\n"), ["sha256", "64"]),
     "unknown precision": (put("precision", value="int4"), ["precision", "'int4'", "fp32, fp16, bf16"]),
     "unknown quantisation": (
-        put("quantization", value={**QUANTIZATION, "method": "awq"}),
-        ["quantization.method", "'awq'", "rtn"],
+        put("quantization", value={**QUANTIZATION, "method": "gptq"}),
+        ["quantization.method", "'gptq'", "rtn"],
+    ),
+    "calibrated on nothing": (
+        put("quantization", value={**QUANTIZATION, "calibration": None}),
+        ["quantization.calibration", "method rtn"],
+    ),
+    "blocks beside rounded activations": (
+        put("quantization", value={**QUANTIZATION, "weights": "int8", "activations": "int8"}),
+        ["quantization.block_size", "null with activations"],
+    ),
+    "weights and activations of two kinds": (
+        put("quantization", value={**QUANTIZATION, "activations": "fp8", "block_size": None}),
+        ["quantization.activations", "int4"],
     ),
     "a block that no kernel takes": (
         put("quantization", value={**QUANTIZATION, "block_size": 48}),
