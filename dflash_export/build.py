@@ -44,7 +44,7 @@ from ._quantize_plan import make_plan
 from .calibration import CALIBRATION_FILE, Folding
 from .drafter_config import DrafterConfig, load_drafter_config
 from .graph_passes import TracedGraph
-from .graphs import PRECISIONS, trace_drafter, trace_target
+from .graphs import PRECISIONS, step_graphs, trace_drafter, trace_target
 from .pairing import require_pair
 from .progress import SILENT, Progress
 from .publish import check_output, new_folder
@@ -231,6 +231,7 @@ def build(
             folded=folded,
             calibration=None if calibrated is None else calibrated.layers,
         )
+        graphs |= step_graphs(facts.vocab_size, drafter_config.draft_vocab_size or facts.vocab_size)
         for graph_name, graph in graphs.items():
             _write_graph(folder / f"{graph_name}.onnx", graph)
         text = None if calibrated is None else calibrated.text

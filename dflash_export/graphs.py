@@ -26,6 +26,7 @@ from .modules import (
     WindowedDraft,
     WindowedInject,
 )
+from .step_graphs import accept_graph, draft_check_graph
 from .target_config import target_facts
 from .tracing import ATTENTION, GraphInput, emit_operators, fake_mode, trace
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from .drafter_config import DrafterConfig
 
-__all__ = ["PRECISIONS", "trace_drafter", "trace_target"]
+__all__ = ["PRECISIONS", "step_graphs", "trace_drafter", "trace_target"]
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -144,6 +145,12 @@ def trace_drafter(
         graphs["select"] = _select(drafter, config, config.selector.top_k, dtype)
         traced("select")
     return graphs
+
+
+def step_graphs(vocab_size: int, draft_vocab_size: int) -> dict[str, TracedGraph]:
+    """Graphs ``accept`` and ``draft_check``, which have no weights and depend on the vocabularies alone."""
+    models = {"accept": accept_graph(vocab_size), "draft_check": draft_check_graph(draft_vocab_size)}
+    return {name: TracedGraph(ir.serde.deserialize_model(model)) for name, model in models.items()}
 
 
 def _select(drafter: DrafterLayers, config: DrafterConfig, top_k: int, dtype: torch.dtype) -> TracedGraph:

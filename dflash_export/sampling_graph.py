@@ -4,14 +4,16 @@ For a step that stays on a device, as inside a captured CUDA graph: the host sen
 token ids. Opset 24, default operator domain only. There is no sort, so no limit on the vocabulary either
 (TensorRT's TopK ends at 3840): a threshold is found by bisection, which only counts and sums.
 
-Names and shapes; b is ``batch``, r is ``rows``, V is ``vocab``:
+Names and shapes; b is ``batch``, r is ``rows``, V is ``vocab``, m and g are ``members`` and ``groups``: the
+vocabulary is cut into g groups of m tokens, the last one maybe shorter (``dflash_rt.distribution.GROUP``):
 
 =====================  =====================  ===================================================
 input                  type                   meaning
 =====================  =====================  ===================================================
 ``logits``             float32 ``[b, r, V]``  the target's own, finite
 ``drafted``            int64 ``[b, r - 1]``   the block behind the anchor
-``uniforms``           float32 ``[b, r]``     of each row's position, cut to multiples of 2^-24
+``noise_within``       float32 ``[b, r, m]``  of each row's position: ``Noise.at``, its first m numbers
+``noise_between``      float32 ``[b, r, g]``  the others; where g is 1 there are none, and any will do
 ``temperature``        float32 ``[b]``        0 is greedy
 ``top_k``              int64 ``[b]``          0 is all
 ``top_p``, ``min_p``   float32 ``[b]``        1 and 0 are all
@@ -26,28 +28,25 @@ Outputs: ``accepted`` int64 ``[b]``; ``token_ids`` int64 ``[b, r]``, of which th
 count; ``counts.out`` float32 ``[b, V]``, ``counts`` with those added.
 
 It works in float32 throughout, as TensorRT has no float64. So a token may differ from that of
-``dflash_rt.sampler`` where the random number lies within rounding of a boundary between two tokens.
+``dflash_rt.sampler`` where two are within rounding of one another in its race.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
-from dflash_rt._version import __version__
+from ._nodes import OPSET, Nodes, Values
 
 __all__ = ["OPSET", "sampling_graph"]
 
-OPSET = 24
-
 _FLOAT, _INT = TensorProto.FLOAT, TensorProto.INT64
-_INPUTS: dict[str, tuple[int, list[str]]] = {
+_INPUTS: Values = {
     "logits": (_FLOAT, ["batch", "rows", "vocab"]),
     "drafted": (_INT, ["batch", "drafts"]),
-    "uniforms": (_FLOAT, ["batch", "rows"]),
+    "noise_within": (_FLOAT, ["batch", "rows", "members"]),
+    "noise_between": (_FLOAT, ["batch", "rows", "groups"]),
     "temperature": (_FLOAT, ["batch"]),
     "top_k": (_INT, ["batch"]),
     "top_p": (_FLOAT, ["batch"]),
@@ -58,7 +57,7 @@ _INPUTS: dict[str, tuple[int, list[str]]] = {
     "prompt_mask": (_FLOAT, ["batch", "vocab"]),
     "counts": (_FLOAT, ["batch", "vocab"]),
 }
-_OUTPUTS: dict[str, tuple[int, list[str]]] = {
+_OUTPUTS: Values = {
     "accepted": (_INT, ["batch"]),
     "token_ids": (_INT, ["batch", "rows"]),
     "counts.out": (_FLOAT, ["batch", "vocab"]),
@@ -78,52 +77,11 @@ def sampling_graph() -> onnx.ModelProto:
     weights = _truncated(graph, scaled)
     chosen = _picked(graph, scores, weights)
     _accept(graph, chosen)
-    model = helper.make_model(
-        helper.make_graph(
-            graph.nodes,
-            "accept_and_sample",
-            [helper.make_tensor_value_info(name, *spec) for name, spec in _INPUTS.items()],
-            [helper.make_tensor_value_info(name, *spec) for name, spec in _OUTPUTS.items()],
-            graph.constants,
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=11,
-        producer_name="dflash-export",
-        producer_version=__version__,
-    )
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    return graph.model("accept_and_sample", _INPUTS, _OUTPUTS)
 
 
-class _Nodes:
-    """Nodes and constants as they are added; every value gets a name of its own."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
-
-    def op(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        output = output or f"{kind.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
-        return output
-
-    def constant(self, value: Any, dtype: type[np.generic] = np.float32) -> str:
-        name = f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.array(value, dtype), name))
-        return name
-
-    def axis(self, *axes: int) -> str:
-        return self.constant(axes, np.int64)
-
-    def per_row(self, name: str) -> str:
-        """``[b]`` as ``[b, 1, 1]``, to go with ``[b, r, V]``."""
-        return self.op("Unsqueeze", name, self.axis(1, 2))
-
-    def sum(self, value: str, axis: int, *, keep: bool = True) -> str:
-        return self.op("ReduceSum", value, self.axis(axis), keepdims=int(keep))
-
-    def floats(self, value: str) -> str:
-        return self.op("Cast", value, to=_FLOAT)
+class _Nodes(Nodes):
+    """With what only this graph needs."""
 
     def one_hot(self, ids: str) -> str:
         """int64 ``[b, n]`` -> float32 ``[b, n, V]``."""
@@ -218,17 +176,39 @@ def _bisected(graph: _Nodes, values: str, amounts: str, wanted: str) -> tuple[st
 
 
 def _picked(graph: _Nodes, scores: str, weights: str) -> str:
-    """int64 ``[b, r]``: the first token whose running sum is above its row's number times the sum."""
-    sums = graph.op("CumSum", weights, graph.constant(2, np.int64))
-    total = graph.op("ReduceMax", sums, graph.axis(2))
-    target = graph.op("Mul", graph.op("Unsqueeze", "uniforms", graph.axis(2)), total)
-    passed = graph.op(
-        "And", graph.op("Greater", sums, target), graph.op("Greater", weights, graph.constant(0))
+    """int64 ``[b, r]``: the winner of a race of groups, and then of the winning group's tokens."""
+    groups = graph.op("Shape", "noise_between", start=2, end=3)
+    members = graph.op("Shape", "noise_within", start=2, end=3)
+    one = graph.axis(1)
+    missing = graph.op(
+        "Sub", graph.op("Mul", groups, members), graph.op("Shape", "logits", start=2, end=3)
+    )  # the last group's, without weight
+    padding = graph.op("Concat", graph.axis(0), missing, axis=0)
+    whole = graph.op("Pad", weights, padding, "", graph.axis(2))
+    # 0 keeps the batch and the rows as they are.
+    by_group = graph.op(
+        "Reshape", whole, graph.op("Concat", graph.constant([0, 0], np.int64), groups, members, axis=0)
     )
-    sampled = graph.op("ArgMax", graph.floats(passed), axis=2, keepdims=0)
+    group = _winner(graph, graph.sum(by_group, 3, keep=False), "noise_between", keep=True)
+    places = graph.op(
+        "Expand",
+        graph.op("Unsqueeze", group, graph.axis(3)),
+        graph.op("Concat", one, one, one, members, axis=0),
+    )
+    inside = graph.op("Squeeze", graph.op("GatherElements", by_group, places, axis=2), graph.axis(2))
+    member = _winner(graph, inside, "noise_within", keep=False)
+    before = graph.op("Mul", graph.op("Squeeze", group, graph.axis(2)), members)
+    sampled = graph.op("Add", before, member)
     best = graph.op("ArgMax", scores, axis=2, keepdims=0)
     greedy = graph.op("Equal", graph.op("Unsqueeze", "temperature", graph.axis(1)), graph.constant(0))
     return graph.op("Where", greedy, best, sampled, output="token_ids")
+
+
+def _winner(graph: _Nodes, weights: str, noise: str, *, keep: bool) -> str:
+    """``dflash_rt.distribution.race`` on axis 2, ``[b, r, 1]`` or ``[b, r]``."""
+    runs = graph.op("Greater", weights, graph.constant(0))
+    arrivals = graph.op("Where", runs, graph.op("Div", noise, weights), graph.constant(np.inf))
+    return graph.op("ArgMin", arrivals, axis=2, keepdims=int(keep))
 
 
 def _accept(graph: _Nodes, chosen: str) -> None:

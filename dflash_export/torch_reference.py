@@ -207,12 +207,12 @@ def generate_greedy(
         eos_token_id=stops or None,
         pad_token_id=stops[0] if stops else 0,
     )
-    input_ids = torch.tensor([list(prompt)])
+    input_ids = torch.tensor([list(prompt)], device=model.device)
     kept: list[FloatArray] = []
 
     def record(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if len(kept) < record_rows:
-            kept.append(scores[0].float().numpy().copy())
+            kept.append(scores[0].float().cpu().numpy().copy())
         return scores
 
     output = model.generate(
@@ -235,18 +235,18 @@ def teacher_forced(
     the reference taps them.
     """
     fed = [*prompt, *new_tokens[:-1]]
-    input_ids = torch.tensor([fed])
+    input_ids = torch.tensor([fed], device=model.device)
     with torch.inference_mode():
         output = model(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             use_cache=False,
             output_hidden_states=bool(feature_layers),
-            logits_to_keep=torch.arange(len(prompt) - 1, len(fed)),
+            logits_to_keep=torch.arange(len(prompt) - 1, len(fed), device=model.device),
         )
         taps = [output.hidden_states[layer + 1][0] for layer in feature_layers]
         features = torch.stack(taps, dim=1) if taps else torch.zeros(len(fed), 0, 0)
-        return TeacherForced(output.logits[0].float().numpy(), features.float().numpy())
+        return TeacherForced(output.logits[0].float().cpu().numpy(), features.float().cpu().numpy())
 
 
 def generate_reference(
@@ -264,7 +264,8 @@ def generate_reference(
     """
     module = importlib.import_module("dflash.model")
     input_ids = torch.tensor([list(prompt)], device=target.device)
-    with _clock_without_cuda(module):
+    on_cpu = target.device.type == "cpu"
+    with _clock_without_cuda(module) if on_cpu else contextlib.nullcontext():
         found = module.dflash_generate(
             drafter,
             target,

@@ -15,11 +15,16 @@ hidden size, ``V`` vocabulary, ``Vd`` the drafter's own, ``C`` candidates of a s
     select         hidden[b,r,H], logits[b,r,V], anchors[b],
                    temperature[b], uniforms[b,r]                -> token_ids[b,r], candidates[b,r,C],
                                                                    probabilities[b,r,C]
+    accept         block[b,r], token_ids[b,r], logits[b,r,V],
+                   start[b]                                     -> accepted[b], anchors[b], start.out[b],
+                                                                   finite[b]
+    draft_check    logits[b,r,Vd]                               -> finite[b]
 
 A cache is ``key.{i}`` and ``value.{i}`` per layer, ``[b,Hkv,capacity,D]``; its output is ``key.{i}.out`` and
-lies in the same memory. The last four exist only for drafters that need them: ``draft_logits`` for one that
+lies in the same memory. Four exist only for drafters that need them: ``draft_logits`` for one that
 changes the logits after the head, ``draft_embed`` and ``draft_lm_head`` for one with a vocabulary of its own,
-``select`` for one that chooses among candidates. ``token_ids`` are always ids of the target.
+``select`` for one that chooses among candidates. ``token_ids`` are always ids of the target. ``accept`` and
+``draft_check`` have no weights: they are for a step that stays on a device, and a bundle may lack them.
 
 A drafter whose layers all slide needs no cache much longer than its window. Its ``inject`` and ``draft`` take
 one input more, ``offset[b]``: the position of row 0 of the caches, added to that of ``start``. A backend that
@@ -39,6 +44,7 @@ __all__ = [
     "GRAPH_NAMES",
     "LINKS",
     "REQUIRED_GRAPHS",
+    "STEP_GRAPHS",
     "cache_names",
     "expected_tensors",
     "key_name",
@@ -47,7 +53,9 @@ __all__ = [
 ]
 
 REQUIRED_GRAPHS = ("embed", "target", "lm_head", "inject", "draft")
-GRAPH_NAMES = (*REQUIRED_GRAPHS, "draft_logits", "draft_embed", "draft_lm_head", "select")
+# What a device does between the models. Bundles that were exported before there was a need lack them.
+STEP_GRAPHS = ("accept", "draft_check")
+GRAPH_NAMES = (*REQUIRED_GRAPHS, "draft_logits", "draft_embed", "draft_lm_head", "select", *STEP_GRAPHS)
 # Kind of drafter -> graphs that its bundles have besides, and those that they may have.
 DRAFTER_GRAPHS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dflash-v1": ((), ("draft_logits",)),
@@ -67,6 +75,7 @@ LINKS = (
     ("draft_embed", "embeddings", "draft", "embeddings"),
     ("draft", "hidden", "draft_lm_head", "hidden"),
     ("draft", "hidden", "select", "hidden"),
+    ("lm_head", "logits", "accept", "logits"),
 )
 
 Shape = tuple["str | int", ...]
@@ -88,7 +97,7 @@ def value_name(layer: int) -> str:
 
 
 def output_name(name: str) -> str:
-    """Output name of what a graph takes in and gives back: a cache, or the ``logits`` of ``draft_logits``."""
+    """Output name of what a graph takes in and gives back changed: a cache, ``logits``, a ``start``."""
     return f"{name}.out"
 
 
@@ -108,6 +117,12 @@ def expected_tensors(graph: str, manifest: Manifest) -> tuple[Tensors, Tensors]:
     token_ids = {"token_ids": (_INT64, rows)}
     logits = (_FLOAT32, (*rows, target.vocab_size))
     start = {"start": (_INT64, ("batch",))}
+    per_slot: Tensors = {
+        "accepted": start["start"],
+        "anchors": start["start"],
+        output_name("start"): start["start"],
+    }
+    finite: Tensors = {"finite": start["start"]}
     own_logits = (_FLOAT32, (*rows, drafter.vocab_size))
     per_candidate: Shape = (*rows, drafter.selector_top_k or 1)
     place = {**start, "offset": start["start"]} if drafter.is_windowed else start
@@ -136,6 +151,8 @@ def expected_tensors(graph: str, manifest: Manifest) -> tuple[Tensors, Tensors]:
                 "probabilities": (_FLOAT32, per_candidate),
             },
         ),
+        "accept": ({"block": (_INT64, rows), **token_ids, "logits": logits, **start}, {**per_slot, **finite}),
+        "draft_check": ({"logits": own_logits}, finite),
     }
     return table[graph]
 

@@ -9,6 +9,7 @@ from dflash_rt._contract import (
     DRAFTER_GRAPHS,
     LINKS,
     REQUIRED_GRAPHS,
+    STEP_GRAPHS,
     Tensors,
     expected_tensors,
     output_name,
@@ -88,7 +89,7 @@ def _check_graph_names(manifest: Manifest, problems: Problems) -> None:
         if name not in manifest.graphs:
             problems.add(f"graphs.{name}", "no such graph", "all of " + ", ".join(required))
     for name in manifest.graphs:
-        if name not in (*required, *optional):
+        if name not in (*required, *optional, *STEP_GRAPHS):
             expected = f"none of that name with a drafter of kind {manifest.drafter.kind}"
             problems.add(f"graphs.{name}", "a graph", expected)
 

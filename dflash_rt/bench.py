@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
-from dflash_rt.backends import create_backend
+from dflash_rt.backends import create_backend, takes_threads
 from dflash_rt.bench_contenders import BenchSetup, Contender, OurContender, Outcome, make_contenders
 from dflash_rt.bench_floor import StepFloor, measure_read_bandwidth, step_floor
 from dflash_rt.bench_machine import cpu_name, load_average, package_versions, physical_cores
@@ -70,6 +70,7 @@ def run_bench(
     repeats: int = 3,
     draft_widths: Sequence[int] = (),
     backend: str = "onnxruntime",
+    backend_options: Mapping[str, Any] | None = None,
     threads: int | None = None,
     target: str | None = None,
     drafter: str | None = None,
@@ -91,6 +92,7 @@ def run_bench(
         repeats: runs over all prompts.
         draft_widths: rows of a verify pass to measure, each at least 2; empty for the bundle's own.
         backend: what runs the bundle.
+        backend_options: options of that backend, as :class:`Generator` takes them.
         threads: CPU threads of every contender; ``None`` for one per core that this process may use.
         target, drafter: checkpoints for contenders that need them, as ``dflash_export.build`` takes them;
             ``None`` for the recipe's, or for the hub ids that the bundle records.
@@ -125,9 +127,13 @@ def run_bench(
         plot = check_plot(plot)
     with ExitStack() as stack:
         say(f"loading {opened.manifest.name}")
-        ours = _our_contenders(setup, backend, stack)
+        ours = _our_contenders(setup, backend, backend_options, stack)
         second = None if beside is None else _open_beside(beside, setup)
-        theirs = [] if second is None else _our_contenders(replace(setup, bundle=second), backend, stack)
+        theirs = (
+            []
+            if second is None
+            else _our_contenders(replace(setup, bundle=second), backend, backend_options, stack)
+        )
         encoded = encode_prompts(
             ours[0], default_prompts(opened) if prompts is None else prompts, max_new_tokens
         )
@@ -250,9 +256,16 @@ def checked_widths(widths: Sequence[int], bundle: Bundle) -> tuple[int, ...]:
     return chosen
 
 
-def _our_contenders(setup: BenchSetup, backend: str, stack: ExitStack) -> list[Generator]:
+def _our_contenders(
+    setup: BenchSetup, backend: str, backend_options: Mapping[str, Any] | None, stack: ExitStack
+) -> list[Generator]:
     """Generators for plain decoding and each width, on one backend: the same sessions and caches for all."""
-    shared = create_backend(backend, setup.bundle, threads=setup.threads)
+    shared = create_backend(
+        backend,
+        setup.bundle,
+        threads=setup.threads if takes_threads(backend) else None,
+        options=backend_options,
+    )
     stack.callback(shared.close)
     return [Generator(setup.bundle, shared, draft_width=width) for width in (1, *setup.draft_widths)]
 

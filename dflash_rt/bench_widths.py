@@ -7,11 +7,12 @@ text for each: greedy prompts have no choice, and sampled ones have a seed.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
-from dflash_rt.backends import create_backend
+from dflash_rt.backends import create_backend, takes_threads
 from dflash_rt.bench import Say, check_counts, checked_widths, conditions_of, encode_prompts, measure
 from dflash_rt.bench_contenders import OurContender, Outcome
 from dflash_rt.bench_machine import load_average, physical_cores
@@ -51,6 +52,7 @@ def run_widths(
     repeats: int = 3,
     draft_widths: Sequence[int] = (),
     backend: str = "onnxruntime",
+    backend_options: Mapping[str, Any] | None = None,
     threads: int | None = None,
     plot: str | os.PathLike[str] | None = None,
     progress: Say | None = None,
@@ -66,6 +68,7 @@ def run_widths(
         draft_widths: fixed widths to measure, each at least 2; empty for 2, 3, 4, 6, 8, 12, …
             and the block size.
         backend: what runs the bundle.
+        backend_options: options of that backend, as :class:`Generator` takes them.
         threads: CPU threads; ``None`` for one per core that this process may use.
         plot: PNG file to write.
         progress: takes lines about how far it is; ``None`` for silence.
@@ -90,7 +93,9 @@ def run_widths(
         mix = [(f"prompt {i}", prompt, SamplingParams()) for i, prompt in enumerate(prompts, 1)]
     with ExitStack() as stack:
         say(f"loading {opened.manifest.name}")
-        shared = create_backend(backend, opened, threads=threads)
+        shared = create_backend(
+            backend, opened, threads=threads if takes_threads(backend) else None, options=backend_options
+        )
         stack.callback(shared.close)
         fixed = [Generator(opened, shared, draft_width=width) for width in (1, *widths)]
         encoded = encode_prompts(fixed[0], [prompt for _, prompt, _ in mix], max_new_tokens)

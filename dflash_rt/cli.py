@@ -28,6 +28,13 @@ _THREADS = click.option("--threads", type=_COUNT, metavar="N", help="CPU threads
 _BACKEND = click.option(
     "--backend", type=click.Choice(BACKEND_NAMES), default="onnxruntime", show_default=True
 )
+_BACKEND_OPTION = click.option(
+    "--backend-option",
+    "backend_options",
+    type=JsonPair(),
+    multiple=True,
+    help="Option of the backend, like cuda_graph=false. May be repeated; docs/gpu.md has them.",
+)
 _SAMPLING_HELP = {
     "temperature": (float, "0 is greedy; 1 is the model's own distribution."),
     "top_p": (float, "Only the most probable tokens that together reach this probability."),
@@ -118,6 +125,7 @@ def main() -> None:
     "own, up to the bundle's.",
 )
 @_BACKEND
+@_BACKEND_OPTION
 @_THREADS
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text.")
 @click.option("--stats", is_flag=True, help="Say on stderr what it cost and what drafting gained.")
@@ -133,6 +141,7 @@ def generate(
     no_draft: bool,
     draft_width: int | Literal["auto"] | None,
     backend: str,
+    backend_options: tuple[tuple[str, Any], ...],
     threads: int | None,
     as_json: bool,
     stats: bool,
@@ -154,7 +163,13 @@ def generate(
     said: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
     SamplingParams(**said)  # what is wrong by itself needs no bundle to be opened
     with (
-        Generator(bundle, backend, threads=threads, draft_width=draft_width) as generator,
+        Generator(
+            bundle,
+            backend,
+            threads=threads,
+            backend_options=dict(backend_options),
+            draft_width=draft_width,
+        ) as generator,
         generator.stream(
             _messages(text, system) if chat else text,
             max_new_tokens=max_new_tokens,
@@ -214,6 +229,7 @@ def generate(
     help="Rows of a verify pass, anchor included. May be repeated. By default the bundle's.",
 )
 @_BACKEND
+@_BACKEND_OPTION
 @_THREADS
 @click.option("--cache-folder", type=click.Path(path_type=Path), help="Keeps what was converted for genai.")
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG file to write.")
@@ -228,6 +244,7 @@ def bench(
     as_json: bool,
     bundle: Path,
     widths: bool,
+    backend_options: tuple[tuple[str, Any], ...],
     **options: Any,
 ) -> None:
     """Measure drafted against plain decoding, and both against others. Ends with one line of JSON."""
@@ -246,6 +263,7 @@ def bench(
         bundle,
         prompts=as_chats(texts) if chat and texts is not None else texts,
         progress=lambda line: click.echo(line, err=True),
+        backend_options=dict(backend_options),
         **options,
     )
     if not as_json:

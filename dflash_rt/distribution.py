@@ -7,7 +7,7 @@ tokens that survive are sorted.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,10 @@ import numpy.typing as npt
 from dflash_rt.backends.base import FloatArray, IntArray
 from dflash_rt.sampling import SamplingParams, TokenLogprob
 
-__all__ = ["Distribution", "distribution", "penalised", "token_logprob"]
+__all__ = ["GROUP", "Distribution", "distribution", "noise_size", "penalised", "race", "token_logprob"]
+
+GROUP = 256
+"""Tokens with neighbouring ids that :meth:`Distribution.pick` takes together."""
 
 _BLOCK = 256
 _STEEPEST = 1e38  # 1 / temperature, kept finite in float32: 0 times it is still 0
@@ -34,14 +37,34 @@ class Distribution:
     weights: FloatArray
     ids: IntArray | None = None
 
-    def pick(self, uniform: float) -> int:
-        """The token at ``uniform``, in ``[0, 1)``, of the cumulative distribution in the order of ids.
+    def pick(self, noise: npt.NDArray[np.float64]) -> int:
+        """The token that ``noise`` chooses: a group of ``GROUP`` tokens first, then one of its tokens.
 
-        That is the first token whose weight together with those before it is above ``uniform`` times the
-        sum. A token without weight is never picked; a larger ``uniform`` never gives a smaller id.
+        ``noise`` is float64 ``[noise_size(vocab)]``, independent and exponential with mean 1: a number for
+        each place in a group, then one for each group. Both choices are races (:func:`race`): a group wins
+        with the probability of all its tokens, and a token with its share of the group, so that each token
+        is chosen with its probability. Every token and every group has its number whatever the weights are,
+        so that weights that differ by rounding choose the same token but for a chance as small as that
+        difference. In the cumulative distribution each boundary would move with all weights before it.
+
+        A token without weight is never chosen.
         """
-        index = _first_above(self.weights, uniform)
-        return index if self.ids is None else int(self.ids[index])
+        within, between = noise[:GROUP], noise[GROUP:]
+        if between.size == 0:  # the vocabulary is one group
+            index = int(race(self.weights, within if self.ids is None else within[self.ids]))
+            return index if self.ids is None else int(self.ids[index])
+        if self.ids is None:
+            sums = np.add.reduceat(self.weights, np.arange(0, self.weights.size, GROUP))
+            first = GROUP * int(race(sums, between))
+            members = self.weights[first : first + GROUP]
+            return first + int(race(members, within[: members.size]))
+        groups = self.ids // GROUP
+        firsts = np.flatnonzero(np.diff(groups, prepend=-1))
+        sums = np.add.reduceat(self.weights, firsts)
+        chosen = int(race(sums, between[groups[firsts]]))
+        first, last = np.append(firsts, groups.size)[chosen : chosen + 2]
+        ids = self.ids[first:last]
+        return int(ids[race(self.weights[first:last], within[ids % GROUP])])
 
     def probabilities(self, vocab_size: int) -> npt.NDArray[np.float64]:
         """Normalised, float64 ``[vocab_size]``."""
@@ -49,6 +72,26 @@ class Distribution:
         dense[slice(None) if self.ids is None else self.ids] = self.weights
         dense /= dense.sum()
         return dense
+
+
+def noise_size(vocab_size: int) -> int:
+    """How many numbers :meth:`Distribution.pick` takes."""
+    groups = -(-vocab_size // GROUP)
+    return vocab_size if groups == 1 else GROUP + groups
+
+
+def race(weights: npt.NDArray[np.floating[Any]], noise: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    """Index of the smallest ``noise / weights`` on the last axis.
+
+    With independent exponential ``noise`` of mean 1, ``noise / weight`` is exponential with the rate
+    ``weight``, and the first of such arrivals is each index with the probability weight / sum of weights.
+    That is the Gumbel-max trick without its logarithms (C. Maddison et al., A* Sampling, NeurIPS 2014).
+    Where a weight is 0 nothing ever arrives.
+    """
+    arrivals = np.full(np.broadcast_shapes(weights.shape, noise.shape), np.inf)
+    np.divide(noise, weights, out=arrivals, where=weights > 0)
+    winners: npt.NDArray[np.intp] = arrivals.argmin(-1)
+    return winners
 
 
 def penalised(
@@ -125,7 +168,7 @@ def _nucleus(weights: FloatArray, top_p: float) -> IntArray:
     # them. What is left to sort is short, unless the distribution is flat. The 0.999 covers rounding.
     heavy = weights[weights >= 0.999 * (1 - top_p) * total / weights.size]
     heavy[::-1].sort()  # values alone: sorting indices takes twenty times as long
-    last = _first_reaching(heavy, top_p * total, "left")
+    last = _first_reaching(heavy, top_p * total)
     lightest = heavy[last]
     kept = np.flatnonzero(weights >= lightest)
     surplus = kept.size - (last + 1)
@@ -135,25 +178,14 @@ def _nucleus(weights: FloatArray, top_p: float) -> IntArray:
     return kept
 
 
-def _first_above(weights: FloatArray, uniform: float) -> int:
-    """The first index whose running sum is above ``uniform`` times the whole sum."""
-    if weights.size <= _BLOCK:
-        sums = weights.cumsum(dtype=np.float64)
-        return int(sums.searchsorted(uniform * sums[-1], side="right"))
-    return _first_reaching(weights, uniform * _block_sums(weights)[-1], "right")
-
-
-def _first_reaching(weights: FloatArray, target: float, side: Literal["left", "right"]) -> int:
-    """The first index whose running sum is at least (``left``) or above (``right``) ``target``.
-
-    If rounding hides it, the last index that has weight.
-    """
+def _first_reaching(weights: FloatArray, target: float) -> int:
+    """First index whose running sum is at least ``target``, or if rounding hides it the last with weight."""
     blocks = _block_sums(weights)
-    block = min(int(blocks.searchsorted(target, side=side)), blocks.size - 1)
+    block = min(int(blocks.searchsorted(target)), blocks.size - 1)
     before = blocks[block - 1] if block else 0.0
     begin = block * _BLOCK
     inside = weights[begin : begin + _BLOCK]
-    index = int(inside.cumsum(dtype=np.float64).searchsorted(target - before, side=side))
+    index = int(inside.cumsum(dtype=np.float64).searchsorted(target - before))
     if index == inside.size:
         index = int(np.flatnonzero(inside)[-1])
     return begin + index

@@ -8,6 +8,7 @@
     │   └── IntegrityError          a file is missing, truncated or not the one that was recorded
     ├── BackendError                a backend can't be loaded or failed while running
     │   ├── BackendUnavailableError the vendor library or device isn't there
+    │   ├── DeviceError             a call of the device's own library failed
     │   ├── EngineError             no built engine fits this machine, or its record can't be read
     │   └── NumericalError          a step gave logits that are not finite
     ├── RequestError                a request is refused before any work (also a ValueError)
@@ -40,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "ContextLengthError",
     "DFlashError",
+    "DeviceError",
     "EngineBuildError",
     "EngineError",
     "ExportError",
@@ -116,6 +118,10 @@ class BackendError(DFlashError):
 
 class BackendUnavailableError(BackendError):
     """The vendor library or the device that a backend needs isn't there."""
+
+
+class DeviceError(BackendError):
+    """A call of the library that drives a device failed; what was running there is lost."""
 
 
 class EngineError(BackendError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +40,8 @@ class Generator:
         backend: a name of :data:`dflash_rt.backends.BACKEND_NAMES`, or a backend object, which the generator
             then owns and closes.
         threads: CPU threads of the backend; ``None`` leaves it to the backend.
+        backend_options: options of the backend of that name, such as ``{"memory_limit": 8 * 10**9}``; see
+            docs/gpu.md. A backend refuses those that it doesn't have.
         draft_width: rows of a verify pass, the anchor included. A number, 1 (no drafting) to the drafter's
             block size, is that of every step. ``None``: each step has the width that promises most tokens
             per second, from 1 to the bundle's ``draft_width``; ``"auto"``: from 1 to the block size. For
@@ -49,7 +52,7 @@ class Generator:
     Raises:
         BundleError: the bundle can't be used.
         BackendError: the backend can't be loaded.
-        RequestError: ``threads`` or ``draft_width`` is out of range.
+        RequestError: ``threads``, ``backend_options`` or ``draft_width`` is wrong.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Generator:
         backend: str | Backend = "onnxruntime",
         *,
         threads: int | None = None,
+        backend_options: Mapping[str, Any] | None = None,
         draft_width: DraftWidth = None,
         verify_files: bool = False,
     ) -> None:
@@ -65,12 +69,16 @@ class Generator:
         limits = ModelLimits.from_manifest(opened.manifest, draft_width=draft_width)
         prompts = PromptEncoder.from_bundle(opened)
         # Last, since it is what has to be closed when something fails after it.
-        runner = _backend(opened, backend, threads)
+        runner = _backend(opened, backend, threads, backend_options)
         try:
+            # Caches of full size may be smaller than the bundle allows.
+            longest = min(limits.max_seq_len, getattr(runner, "max_seq_len", limits.max_seq_len))
+            limits = replace(limits, max_seq_len=longest)
             costs = None
             if limits.adaptive:
-                # Nothing is known of how a ready backend object was made: its costs aren't kept.
-                kept = opened if isinstance(backend, str) else None
+                # Nothing is known of how a ready backend object was made, and a GPU isn't part of the key:
+                # such costs aren't kept.
+                kept = opened if backend == "onnxruntime" else None
                 costs = _step_costs(kept, runner, limits, threads)
             self._set_parts(limits, runner, prompts, costs)
         except BaseException:
@@ -264,18 +272,21 @@ def _step_costs(
     return costs
 
 
-def _backend(bundle: Bundle, backend: str | Backend, threads: int | None) -> Backend:
+def _backend(
+    bundle: Bundle, backend: str | Backend, threads: int | None, options: Mapping[str, Any] | None
+) -> Backend:
     if threads is not None:
         check_count("threads", threads)
     if isinstance(backend, str):
-        return create_backend(backend, bundle, threads=threads)
-    if threads is not None:
-        raise RequestError(
-            "threads has no effect on a backend that is made already",
-            found=f"threads={threads} and a backend object",
-            expected="one of the two",
-            todo="set the threads where the backend is made",
-        )
+        return create_backend(backend, bundle, threads=threads, options=options)
+    for name, value in (("threads", threads), ("backend_options", options or None)):
+        if value is not None:
+            raise RequestError(
+                f"{name} has no effect on a backend that is made already",
+                found=f"{name}={value} and a backend object",
+                expected="one of the two",
+                todo="set it where the backend is made",
+            )
     if not callable(getattr(backend, "step", None)):
         raise BackendError(
             "this isn't a backend",

@@ -21,16 +21,20 @@ The target's cache heals in the same way: later verify passes cover what the las
 
 A plain step (width 1) doesn't need the drafter's cache and injects nothing; the backend keeps the features,
 and all of them are injected in one pass when a step drafts again, or before they would be overwritten.
+
+A backend may keep anchor and ``start`` itself, and then take a greedy request's next step while this loop
+reads the last one. Its width is chosen a step early, and it is in vain if the last step ends the request.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Set
 from dataclasses import dataclass
 from typing import Literal
 
 from dflash_rt.accept import accept_greedy
-from dflash_rt.backends.base import Backend, Inject
+from dflash_rt.backends.base import Backend, Inject, as_ahead
 from dflash_rt.sampler import Sampler
 from dflash_rt.sequence import Sequence
 from dflash_rt.width import FixedWidth, WidthPolicy
@@ -60,18 +64,22 @@ def decode(
     prefill_chunk: int,
     stop_token_ids: Set[int] = frozenset(),
     sampler: Sampler | None = None,
+    run_ahead: bool = True,
 ) -> Generator[Decoded, None, None]:
     """Decode; yield what the prefill decided (one token), then what each step decided.
 
     ``width`` is the rows of a verify pass, the anchor and ``width - 1`` drafts, or a policy that says so step
     by step; no token depends on it. Width 1 throughout is plain decoding, in which the drafter never runs
     and gets no features. ``max_new_tokens`` and ``prefill_chunk`` are at least 1. Without a ``sampler``
-    tokens are the backend's own greedy choices.
+    tokens are the backend's own greedy choices. With ``run_ahead`` a backend that can do so begins a greedy
+    request's next step before the last one is yielded.
 
     The caller may stop after any item: between steps every cache is whole. If the backend raises, its caches
     are cleared, the error passes on, and the backend can take another sequence.
     """
     policy = FixedWidth(width) if isinstance(width, int) else width
+    ahead = as_ahead(backend) if run_ahead and sampler is None else None
+    launched: deque[int] = deque()  # widths of the steps that run, the oldest first
     try:
         # 1) Prefill. The last chunk's answer is the first token. Features are injected as they come.
         #    Room is asked for as it is needed, since attention over a larger buffer takes longer.
@@ -92,15 +100,26 @@ def decode(
 
             # 3) Inject features, draft, verify: one call, so that a backend may fuse them.
             backend.reserve(sequence.start)
-            rows = policy.choose()
-            inject = _due(sequence, rows, prefill_chunk) if policy.widest > 1 else None
-            output = backend.step(
-                sequence.anchors,
-                sequence.starts,
-                width=rows,
-                inject=inject,
-                sampling=None if sampler is None else sampler.draft_sampling(rows - 1),
-            )
+            if ahead is None:
+                rows = policy.choose()
+                inject = _due(sequence, rows, prefill_chunk) if policy.widest > 1 else None
+                output = backend.step(
+                    sequence.anchors,
+                    sequence.starts,
+                    width=rows,
+                    inject=inject,
+                    sampling=None if sampler is None else sampler.draft_sampling(rows - 1),
+                )
+                injected = inject is not None
+            else:
+                if not launched:
+                    launched.append(policy.choose())
+                    ahead.launch(launched[0], sequence.anchors, sequence.starts)
+                # Not behind a step that may reach the length limit: there might be no room for another.
+                if max_new_tokens - len(sequence.new_tokens) > launched[0]:
+                    launched.append(policy.choose())
+                    ahead.launch(launched[-1])
+                rows, injected, output = launched.popleft(), True, ahead.collect()
 
             # 4) Accept the drafts up to the first one that the target would not have chosen. Accepted drafts
             #    equal the target's choices, so those are the tokens; the last is the bonus.
@@ -111,7 +130,7 @@ def decode(
                 tokens = sampler.choose(backend.logits()[0], output.drafted[0].tolist(), output.proposal)
 
             # 5) Commit them.
-            sequence.commit_step(len(tokens) - 1, rows, injected=inject is not None)
+            sequence.commit_step(len(tokens) - 1, rows, injected=injected)
             policy.observe(rows, len(tokens) - 1)
     except GeneratorExit:
         raise  # the caller left between two steps: nothing is broken

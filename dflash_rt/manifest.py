@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 from dflash_rt._contract import (
     GRAPH_NAMES,
     REQUIRED_GRAPHS,
+    STEP_GRAPHS,
     cache_names,
     key_name,
     output_name,
@@ -41,6 +42,7 @@ __all__ = [
     "MAX_MANIFEST_BYTES",
     "REPORTS_FOLDER",
     "REQUIRED_GRAPHS",
+    "STEP_GRAPHS",
     "CalibrationInfo",
     "DrafterInfo",
     "FileRecord",

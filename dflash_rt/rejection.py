@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from dflash_rt.backends.base import FloatArray, IntArray
 from dflash_rt.distribution import Distribution
 
-__all__ = ["verify_sampled"]
+__all__ = ["residual", "verify_sampled"]
 
 
 def verify_sampled(
@@ -17,16 +18,38 @@ def verify_sampled(
     probabilities: FloatArray,
     *,
     accept: float,
-    pick: float,
+    noise: npt.NDArray[np.float64],
 ) -> tuple[int, bool]:
     """The token at the place of a draft, and whether it is the draft.
 
     The draft x was sampled from q: ``probabilities`` float32 ``[k]`` of ``candidates`` int64 ``[k]``, all
-    different; other tokens have none. It stands with probability min(1, p(x) / q(x)), which ``accept``
-    decides; otherwise the token comes from max(0, p - q), normalised, at ``pick``. Both numbers are in
-    ``[0, 1)`` and independent of x and of one another. The token then has the distribution p exactly
-    (Y. Leviathan et al., Fast Inference from Transformers via Speculative Decoding, ICML 2023, appendix A.1).
+    different; other tokens have none. It stands with probability min(1, p(x) / q(x)), which ``accept``, in
+    ``[0, 1)``, decides; otherwise ``noise`` (:meth:`Distribution.pick`) chooses from :func:`residual`. Both
+    are independent of x and of one another. The token then has the distribution p exactly (Y. Leviathan et
+    al., Fast Inference from Transformers via Speculative Decoding, ICML 2023, appendix A.1).
     """
+    weights, places, kept, q = _matched(p, candidates, probabilities)
+    index = int(np.flatnonzero(candidates == drafted)[0])
+    probability = float(weights[places[index]]) if kept[index] else 0.0
+    if accept * q[index] < probability:
+        return drafted, True
+    return residual(p, candidates, probabilities).pick(noise), False
+
+
+def residual(p: Distribution, candidates: IntArray, probabilities: FloatArray) -> Distribution:
+    """max(0, p - q), where a token comes from when its draft is rejected; q as in :func:`verify_sampled`."""
+    weights, places, kept, q = _matched(p, candidates, probabilities)
+    weights[places[kept]] -= q[kept]
+    np.maximum(weights, 0, out=weights)
+    if weights.sum() == 0:  # p equals q but for rounding
+        return p
+    return Distribution(weights.astype(np.float32), p.ids)
+
+
+def _matched(
+    p: Distribution, candidates: IntArray, probabilities: FloatArray
+) -> tuple[npt.NDArray[np.float64], IntArray, npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+    """p normalised, where each candidate lies in it, which ones it holds at all, and q normalised."""
     q = probabilities.astype(np.float64)
     q /= q.sum()  # what the drafter's own sum in float32 left over
     weights = p.weights.astype(np.float64)
@@ -35,12 +58,4 @@ def verify_sampled(
     kept = np.ones(len(places), bool)
     if p.ids is not None:  # a candidate that p excludes has no place in it
         kept = p.ids[np.minimum(places, len(p.ids) - 1)] == candidates
-    index = int(np.flatnonzero(candidates == drafted)[0])
-    probability = float(weights[places[index]]) if kept[index] else 0.0
-    if accept * q[index] < probability:
-        return drafted, True
-    weights[places[kept]] -= q[kept]
-    np.maximum(weights, 0, out=weights)
-    if weights.sum() == 0:  # p equals q but for rounding
-        return p.pick(pick), False
-    return Distribution(weights.astype(np.float32), p.ids).pick(pick), False
+    return weights, places, kept, q

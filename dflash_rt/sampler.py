@@ -1,8 +1,8 @@
 """Chooses the tokens of one request from the target's logits, drafted or not.
 
-The rule. Every output position t has one random number u(t), a function of the seed and of t alone. The token
-at t is y = F(p, u(t)): the inverse of the cumulative distribution p, which is the target's distribution after
-every processor of the request. A draft x stands if and only if x == y.
+The rule. Every output position t has random numbers u(t), a function of the seed and of t alone. The token
+at t is y = F(p, u(t)), what these numbers choose from p (``Distribution.pick``), which is the target's
+distribution after every processor of the request. A draft x stands if and only if x == y.
 
 Why that is the accept-or-resample rule of speculative sampling. The drafter proposes x by argmax, without
 looking at u(t). So a draft is accepted with probability P(y == x) = p(x), and after a rejection y has the
@@ -11,7 +11,7 @@ next row's y is the bonus, from p itself. Nothing depends on whether there was a
 gives the same text at every draft width and without drafting, as far as the logits are the same.
 
 A drafter may also sample its proposals, from a distribution q that it tells (DFlash 2 does). Then a draft x
-stands with probability min(1, p(x) / q(x)), and after a rejection the token comes from max(0, p - q), at
+stands with probability min(1, p(x) / q(x)), and after a rejection the token comes from max(0, p - q), by
 u(t): more drafts stand than would equal y. Drafts and verdicts have random numbers of their own, d(t) and
 a(t), functions of the seed and of t as well. Nothing that was emitted depends on those of places behind a
 rejection, so the next pass may use them again. Tokens have the same distribution, but which of them a seed
@@ -27,31 +27,13 @@ import numpy as np
 from dflash_rt.accept import accept_in_order
 from dflash_rt.backends.base import DraftSampling, FloatArray, IntArray, Proposal
 from dflash_rt.distribution import Distribution, distribution, penalised, token_logprob
+from dflash_rt.random_numbers import Noise, Uniforms
 from dflash_rt.rejection import verify_sampled
 from dflash_rt.sampling import SamplingParams, TokenLogprob
 
-__all__ = ["Sampler", "Uniforms"]
+__all__ = ["Sampler"]
 
-_DRAWN_AT_ONCE = 64
-
-
-class Uniforms:
-    """Numbers in ``[0, 1)``, multiples of 2^-53: the one at a position depends on the seed and on it alone.
-
-    They are the upper 53 bits of Philox-4x64's output, word by word, with the seed as key and the counter
-    from 1 on: numpy promises that this stream stays as it is. (J. Salmon et al., Parallel random numbers: as
-    easy as 1, 2, 3, SC 2011.) ``stream`` is the upper half of the key: other numbers for the same seed.
-    """
-
-    def __init__(self, seed: int, stream: int = 0) -> None:
-        self._bits = np.random.Philox(key=seed + (stream << 64))
-        self._drawn: list[float] = []
-
-    def __getitem__(self, position: int) -> float:
-        while position >= len(self._drawn):
-            words = self._bits.random_raw(_DRAWN_AT_ONCE)
-            self._drawn += ((words >> np.uint64(11)) * 2.0**-53).tolist()
-        return self._drawn[position]
+_DRAFTS, _VERDICTS = 1, 2  # streams of numbers
 
 
 class _Counts:
@@ -85,8 +67,8 @@ class Sampler:
         self.logprobs: list[TokenLogprob] = []
         self._params = params
         seed = int(params.seed or 0)
-        self._uniforms = Uniforms(seed)
-        self._draft_uniforms, self._verdict_uniforms = Uniforms(seed, 1), Uniforms(seed, 2)
+        self._noise = Noise(seed)
+        self._draft_uniforms, self._verdict_uniforms = Uniforms(seed, _DRAFTS), Uniforms(seed, _VERDICTS)
         self._position = 0
         # What only penalties read isn't kept for others.
         self._seen = _Counts(np.unique(prompt[: prompt.size if params.has_penalties else 0]))
@@ -121,7 +103,7 @@ class Sampler:
                 proposal.candidates[0, row],
                 proposal.probabilities[0, row],
                 accept=self._verdict_uniforms[self._position],
-                pick=self._uniforms[self._position],
+                noise=self._noise.at(self._position, logits.shape[1]),
             )
             tokens.append(self._emit(logits[row], token))
             if not stands:
@@ -132,7 +114,8 @@ class Sampler:
         """The target's own choice of the next token."""
         if self._params.temperature == 0:
             return self._emit(logits, int(self._scores(logits).argmax()))
-        return self._emit(logits, self._distribution(logits).pick(self._uniforms[self._position]))
+        noise = self._noise.at(self._position, logits.size)
+        return self._emit(logits, self._distribution(logits).pick(noise))
 
     def _distribution(self, logits: FloatArray) -> Distribution:
         return distribution(self._scores(logits), self._params)

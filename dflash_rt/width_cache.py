@@ -76,7 +76,8 @@ def cost_key(bundle: Bundle, backend: str, threads: int | None) -> CostKey:
     """The key of this machine, backend and bundle."""
     files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
     try:
-        backend_version = version(backend.removesuffix("-fast-plain"))
+        # A backend's name may say with which options it runs.
+        backend_version = version("onnxruntime" if backend.startswith("onnxruntime-") else backend)
     except PackageNotFoundError:
         backend_version = ""
     return CostKey(

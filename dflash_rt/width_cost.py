@@ -100,6 +100,7 @@ def _timed_steps(
                 max_new_tokens=limits.max_seq_len - rows,
                 width=policy,
                 prefill_chunk=limits.prefill_chunk,
+                run_ahead=False,  # a step's time is its own, and its width the one just told
             )
             next(running)  # the prefill
         policy.next_width = width

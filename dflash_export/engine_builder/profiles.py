@@ -19,6 +19,8 @@ _PASSES = {
     "draft_embed": ("block",),
     "draft_lm_head": ("block",),
     "select": ("block",),
+    "accept": ("block",),
+    "draft_check": ("block",),
 }
 
 

@@ -2,50 +2,105 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
-from dflash_rt.errors import BackendUnavailableError
+from dflash_rt.errors import BackendUnavailableError, RequestError
 
 if TYPE_CHECKING:
+    from dflash_rt.backends._device import DeviceOptions
     from dflash_rt.backends.base import Backend
     from dflash_rt.bundle import Bundle
 
-__all__ = ["BACKEND_NAMES", "create_backend"]
+__all__ = ["BACKEND_NAMES", "create_backend", "takes_threads"]
 
 
-def _onnxruntime(bundle: Bundle, threads: int | None, *, fast_plain: bool = False) -> Backend:
-    try:
+def _onnxruntime(bundle: Bundle, threads: int | None, options: Mapping[str, Any]) -> Backend:
+    _refuse_options("onnxruntime", options, ("fast_plain", "integer_activations"))
+    for option, value in options.items():
+        if type(value) is not bool:
+            raise _wrong_option(option, value, "true or false")
+    with _importing("onnxruntime", "onnxruntime"):
         from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
-    except ImportError as error:
-        raise BackendUnavailableError(
-            "the onnxruntime backend can't be imported",
-            found=error,
-            expected="the onnxruntime package, in a version that dflash_rt's setup asks for",
-            todo="pip install onnxruntime",
-        ) from error
-    return OnnxRuntimeBackend(bundle, threads=threads, fast_plain=fast_plain)
+    return OnnxRuntimeBackend(bundle, threads=threads, **options)
 
 
-_FACTORIES: dict[str, Callable[[Bundle, int | None], Backend]] = {
+def _onnxruntime_device(bundle: Bundle, threads: int | None, options: Mapping[str, Any]) -> Backend:
+    from dflash_rt.backends._device import DeviceBackend
+    from dflash_rt.device.host import HostDevice
+
+    checked = _device_options("onnxruntime-device", options)
+    with _importing("onnxruntime", "onnxruntime-device"):
+        import onnxruntime  # noqa: F401
+
+        from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
+    engines = OnnxRuntimeEngines(bundle, cuda=False, threads=threads)
+    return DeviceBackend(bundle, HostDevice(), engines, name="onnxruntime-device", options=checked)
+
+
+def _onnxruntime_cuda(bundle: Bundle, threads: int | None, options: Mapping[str, Any]) -> Backend:
+    from dflash_rt.backends._cuda_device import CudaDevice
+    from dflash_rt.backends._device import DeviceBackend
+
+    checked = _device_options("onnxruntime-cuda", options)
+    with _importing("onnxruntime-gpu", "onnxruntime-cuda"):
+        import onnxruntime  # noqa: F401
+
+        from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
+    device = CudaDevice("onnxruntime-cuda")
+    engines = OnnxRuntimeEngines(bundle, cuda=True, threads=threads)
+    return DeviceBackend(bundle, device, engines, name="onnxruntime-cuda", options=checked)
+
+
+def _tensorrt(name: str) -> Callable[[Bundle, int | None, Mapping[str, Any]], Backend]:
+    def factory(bundle: Bundle, _: int | None, options: Mapping[str, Any]) -> Backend:
+        from dflash_rt.backends._cuda_device import CudaDevice
+        from dflash_rt.backends._device import DeviceBackend
+        from dflash_rt.backends._tensorrt_engines import TensorRTEngines
+
+        checked = _device_options(name, options)
+        engines = TensorRTEngines(bundle, name)
+        device = CudaDevice(name)
+        engines.find(device, max_seq_len=checked.max_seq_len)
+        return DeviceBackend(bundle, device, engines, name=name, options=checked)
+
+    return factory
+
+
+_FACTORIES: dict[str, Callable[[Bundle, int | None, Mapping[str, Any]], Backend]] = {
     "onnxruntime": _onnxruntime,
-    # Of a quantised bundle; OnnxRuntimeBackend says what it gives and takes.
-    "onnxruntime-fast-plain": functools.partial(_onnxruntime, fast_plain=True),
+    "onnxruntime-cuda": _onnxruntime_cuda,
+    "onnxruntime-device": _onnxruntime_device,
+    "tensorrt": _tensorrt("tensorrt"),
+    "tensorrt-rtx": _tensorrt("tensorrt-rtx"),
 }
+# Their kernels run on the GPU alone.
+_WITHOUT_THREADS = ("tensorrt", "tensorrt-rtx")
 
 BACKEND_NAMES = tuple(sorted(_FACTORIES))
 """Every name that :func:`create_backend` knows; also the choices of the command line."""
 
 
-def create_backend(name: str, bundle: Bundle, *, threads: int | None = None) -> Backend:
+def takes_threads(name: str) -> bool:
+    """Whether the number of CPU threads means anything to a backend."""
+    return name not in _WITHOUT_THREADS
+
+
+def create_backend(
+    name: str, bundle: Bundle, *, threads: int | None = None, options: Mapping[str, Any] | None = None
+) -> Backend:
     """Make the backend called ``name`` for a bundle.
 
-    ``threads`` is the number of CPU threads a backend may use; ``None`` leaves it to the backend.
+    ``threads`` is the number of CPU threads a backend may use; ``None`` leaves it to the backend. ``options``
+    are the backend's own: fields of :class:`dflash_rt.backends._device.DeviceOptions` for those on a device
+    (docs/gpu.md), ``integer_activations`` and ``fast_plain`` for ``onnxruntime`` (docs/quantize.md).
 
     Raises:
-        BackendUnavailableError: the name is unknown, or the vendor's library can't be imported.
+        BackendUnavailableError: the name is unknown, or the vendor's library or device isn't there.
         BackendError: the backend can't load the bundle.
+        RequestError: an option is unknown to this backend, or wrong.
     """
     try:
         factory = _FACTORIES[name]
@@ -56,4 +111,58 @@ def create_backend(name: str, bundle: Bundle, *, threads: int | None = None) -> 
             expected="one of " + ", ".join(BACKEND_NAMES),
             todo="check the spelling, or upgrade dflash_rt",
         ) from None
-    return factory(bundle, threads)
+    if threads is not None and not takes_threads(name):
+        raise RequestError(
+            f"threads has no effect on the backend {name}",
+            found=f"threads={threads}",
+            expected="no number of CPU threads",
+            todo="leave it out",
+        )
+    return factory(bundle, threads, dict(options or {}))
+
+
+def _device_options(name: str, options: Mapping[str, Any]) -> DeviceOptions:
+    from dflash_rt.backends._device import DeviceOptions
+
+    _refuse_options(name, options, tuple(field.name for field in fields(DeviceOptions)))
+    for option, value in options.items():
+        if option in ("cuda_graph", "run_ahead"):
+            right, expected = type(value) is bool, "true or false"
+        else:
+            right, expected = (
+                value is None or (type(value) is int and value > 0),
+                "a whole number of at least 1",
+            )
+        if not right:
+            raise _wrong_option(option, value, expected)
+    return DeviceOptions(**options)
+
+
+def _wrong_option(option: str, value: object, expected: str) -> RequestError:
+    return RequestError(
+        f"the backend option {option} is wrong", found=repr(value), expected=expected, todo="mend it"
+    )
+
+
+def _refuse_options(name: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    unknown = [str(option) for option in options if option not in known]
+    if unknown:
+        raise RequestError(
+            f"the backend {name} has no such option",
+            found=", ".join(unknown),
+            expected=", ".join(known) or "no options",
+            todo="leave it out, or check its spelling",
+        )
+
+
+@contextmanager
+def _importing(package: str, backend: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"the {backend} backend can't be imported",
+            found=error,
+            expected=f"the {package} package, in a version that dflash_rt's setup asks for",
+            todo=f"pip install {package}",
+        ) from error

@@ -9,12 +9,22 @@ part writes at its own ``start``, and those rows are overwritten before anything
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Backend", "DraftSampling", "FloatArray", "Inject", "IntArray", "Proposal", "StepOutput"]
+__all__ = [
+    "AheadBackend",
+    "Backend",
+    "DraftSampling",
+    "FloatArray",
+    "Inject",
+    "IntArray",
+    "Proposal",
+    "StepOutput",
+    "as_ahead",
+]
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -138,3 +148,29 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free everything. Safe to call twice."""
+
+
+class AheadBackend(Backend, Protocol):
+    """A backend that can begin a greedy step before the host has read the one before it.
+
+    Every step that was launched is read by :meth:`collect`, in order. Those that nobody reads any more are
+    forgotten by the next prefill, the next :meth:`step`, :meth:`clear` and :meth:`close`.
+    """
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether to use :meth:`launch` and :meth:`collect`."""
+
+    def launch(self, width: int, anchors: IntArray | None = None, start: IntArray | None = None) -> None:
+        """Begin a greedy step of ``width`` rows: at ``anchors`` and ``start``, or where the last one ends.
+
+        The caller sees to it that there is room, however many drafts of the last step are accepted.
+        """
+
+    def collect(self) -> StepOutput:
+        """Wait for the oldest step that was launched. Raises NumericalError as :meth:`step` does."""
+
+
+def as_ahead(backend: Backend) -> AheadBackend | None:
+    """``backend``, if it can run ahead and is to."""
+    return cast(AheadBackend, backend) if getattr(backend, "runs_ahead", False) else None

@@ -29,7 +29,7 @@ import onnxruntime as ort
 from dflash_rt.backends._window import Window
 from dflash_rt.backends.base import DraftSampling, FloatArray, Inject, IntArray, Proposal, StepOutput
 from dflash_rt.errors import BackendError, NumericalError
-from dflash_rt.manifest import GraphSpec, TensorSpec, output_name
+from dflash_rt.manifest import STEP_GRAPHS, GraphSpec, TensorSpec, output_name
 
 if TYPE_CHECKING:
     from dflash_rt.bundle import Bundle
@@ -105,7 +105,9 @@ class OnnxRuntimeBackend:
                 todo="leave it out: plain steps are as fast as they can be, and equal to drafted ones",
             )
         # What kept step costs are told apart by.
-        self.name = "onnxruntime-fast-plain" if fast_plain else "onnxruntime"
+        self.name = "onnxruntime" + ("-fast-plain" if fast_plain else "")
+        if manifest.quantization is not None and not integer_activations:
+            self.name += "-float-activations"
         self._pads_plain_steps = rounds and not fast_plain
         self._block_size = manifest.drafter.block_size
         self._mask_token_id = manifest.drafter.mask_token_id
@@ -114,7 +116,9 @@ class OnnxRuntimeBackend:
         self._silent_rows = 0 if manifest.drafter.samples_from_anchor else 1
         # Rejected rows of the last block may lie behind the last row that a request can commit.
         self._limit = manifest.limits.max_seq_len + self._block_size
-        self._graphs: dict[str, GraphSpec] = dict(manifest.graphs)
+        self._graphs: dict[str, GraphSpec] = {
+            name: graph for name, graph in manifest.graphs.items() if name not in STEP_GRAPHS
+        }
         self._sessions = {
             name: _load(name, str(bundle.graph_path(name)), threads, integer_activations)
             for name in self._graphs

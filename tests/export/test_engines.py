@@ -112,6 +112,8 @@ def check_record(engines: EngineSet, bundle: Bundle, folder: Path) -> None:
         "lm_head": [block],
         "inject": [prefill, block],
         "draft": [block],
+        "accept": [block],
+        "draft_check": [block],
     }
     for graph, file in engines.files.items():
         record = hash_file(folder / file.name)
@@ -193,7 +195,7 @@ def test_a_changed_key_builds_only_what_changed(bundle: Bundle) -> None:
     second = quickly(bundle, max_seq_len=40)
     assert second.folder != first.folder
     assert set(second.built) == {"draft", "inject", "target"}
-    assert set(second.reused) == {"embed", "lm_head"}
+    assert set(second.reused) == {"embed", "lm_head", "accept", "draft_check"}
     assert second.engines.limits.capacity == 44
     for graph in second.reused:
         assert os.path.samefile(first.folder / f"{graph}.engine", second.folder / f"{graph}.engine")

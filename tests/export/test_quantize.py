@@ -277,8 +277,10 @@ def test_fast_plain_is_refused_where_it_changes_nothing(pair: Path, bundle: Bund
     with pytest.raises(BackendError, match=r"(?s)fast_plain changes nothing.*float activations"):
         OnnxRuntimeBackend(bundle, integer_activations=False, fast_plain=True)
     with pytest.raises(BackendError, match=r"(?s)fast_plain changes nothing.*isn't quantised"):
-        create_backend("onnxruntime-fast-plain", make_plain(pair, tmp_path / "plain"))
-    create_backend("onnxruntime-fast-plain", bundle, threads=1).close()
+        create_backend("onnxruntime", make_plain(pair, tmp_path / "plain"), options={"fast_plain": True})
+    create_backend("onnxruntime", bundle, threads=1, options={"fast_plain": True}).close()
+    with pytest.raises(RequestError, match="fast_plain is wrong"):
+        create_backend("onnxruntime", bundle, options={"fast_plain": 1})
 
 
 def test_bench_beside_the_bundle_that_is_not_quantised(pair: Path, bundle: Bundle, tmp_path: Path) -> None:

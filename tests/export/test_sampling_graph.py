@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dflash_export.engine_builder.monitor import make_logger
 from dflash_export.sampling_graph import OPSET, sampling_graph
-from dflash_rt.distribution import distribution, penalised
+from dflash_rt.distribution import GROUP, Distribution, distribution, noise_size, penalised
 from dflash_rt.sampler import Sampler
 from dflash_rt.sampling import SamplingParams
 
 Array = npt.NDArray[Any]
-EDGE = 1e-5  # float32 sums are off by less
+EDGE = 1e-5  # float32 sums are off by less, in parts of themselves
 
 
 @cache
@@ -31,9 +32,11 @@ class Slot:
     """One slot of a batch: the inputs of a step, and the sampler that has lived through the same."""
 
     def __init__(
-        self, params: SamplingParams, logits: Array, drafted: list[int], uniforms: list[float], past: Array
+        self, params: SamplingParams, logits: Array, drafted: list[int], noise: Array, past: Array
     ) -> None:
-        self.params, self.logits, self.drafted, self.uniforms = params, logits, drafted, uniforms
+        # In float32, as the graph gets it.
+        self.noise = noise.astype(np.float32).astype(np.float64)
+        self.params, self.logits, self.drafted = params, logits, drafted
         self.prompt, self.output = past[: len(past) // 2 + 1], past[len(past) // 2 + 1 :]
 
     def feeds(self) -> dict[str, Array]:
@@ -51,23 +54,33 @@ class Slot:
         return {
             "logits": self.logits,
             "drafted": np.array(self.drafted, np.int64),
-            "uniforms": np.array(self.uniforms, np.float32),
+            "noise_within": self.noise[:, :GROUP].astype(np.float32),
+            "noise_between": self._between().astype(np.float32),
             "top_k": np.array(params.top_k, np.int64),
             "prompt_mask": prompt_mask,
             "counts": np.bincount(self.output, minlength=size).astype(np.float32),
             **{name: np.array(value, np.float32) for name, value in floats.items()},
         }
 
+    def _between(self) -> Array:
+        between = self.noise[:, GROUP:]
+        return between if between.shape[1] else np.ones((len(between), 1))
+
+    def at(self, position: int, vocab_size: int) -> Array:
+        """As :meth:`dflash_rt.random_numbers.Noise.at`: a slot's rows are its positions."""
+        assert vocab_size == self.logits.shape[1]
+        return self.noise[position]
+
     def expected(self) -> list[int]:
         sampler = Sampler(self.params, self.prompt)
         for token in self.output.tolist():
             sampler._seen.add(token)
             sampler._output.add(token)
-        sampler._uniforms = self.uniforms  # type: ignore[assignment]
+        sampler._noise = self  # type: ignore[assignment]
         return sampler.choose(self.logits, self.drafted)
 
     def boundaries(self, tokens: list[int]) -> Iterator[float]:
-        """How far the numbers are from a boundary, for each row up to the last of ``tokens``."""
+        """How near the choices were, for each row up to the last of ``tokens``."""
         if self.params.temperature == 0:
             yield 1.0
             return
@@ -78,14 +91,24 @@ class Slot:
             scores = penalised(
                 self.logits[row], self.params, seen=seen, output=ids, counts=counts.astype(np.float32)
             )
-            p = distribution(scores, self.params).probabilities(scores.size)
-            yield float(abs(p.cumsum() - self.uniforms[row]).min())
+            yield from self._leads(distribution(scores, self.params), row)
             whole = SamplingParams(temperature=self.params.temperature, top_k=self.params.top_k)
             before = np.sort(distribution(scores, whole).probabilities(scores.size))[::-1]
             if self.params.top_p < 1:
                 yield float(abs(before.cumsum() - self.params.top_p).min())
             if self.params.min_p:
                 yield float(abs(before / before[0] - self.params.min_p).min())
+
+    def _leads(self, p: Distribution, row: int) -> Iterator[float]:
+        """By what part the second of each race came later than the first."""
+        dense = p.probabilities(self.logits.shape[1])
+        groups = [dense[first : first + GROUP] for first in range(0, dense.size, GROUP)]
+        winner = groups[p.pick(self.noise[row]) // GROUP]
+        sums = np.array([group.sum() for group in groups])
+        for noise, weights in ((self._between()[row], sums), (self.noise[row, : winner.size], winner)):
+            with np.errstate(divide="ignore"):
+                first, *others = np.sort(noise / weights)
+            yield float((others[0] - first) / first) if others else 1.0
 
 
 def check(slots: list[Slot]) -> None:
@@ -132,9 +155,9 @@ def test_equals_the_sampler(
         logits = random.normal(0, spread, (rows, size)).astype(np.float32)
         logits = np.round(logits) if ties else logits
         # Drafts that are often right: what the sampler itself would choose.
-        numbers = (random.integers(0, 2**24, rows) / 2**24).tolist()
+        noise = random.exponential(size=(rows, noise_size(size)))
         past = random.integers(0, size, 8)
-        slot = Slot(each, logits, [-1] * (rows - 1), numbers, past)
+        slot = Slot(each, logits, [-1] * (rows - 1), noise, past)
         for row in range(rows - 1):
             wrong = random.random() < 0.15
             slot.drafted[row] = int(random.integers(size)) if wrong else (slot.expected() + [0] * rows)[row]
@@ -142,7 +165,7 @@ def test_equals_the_sampler(
     check(slots)
 
 
-@pytest.mark.parametrize("number", [0.0, 1 - 2.0**-24])
+@pytest.mark.parametrize("number", [1e-30, 1.0, 36.7])
 @pytest.mark.parametrize("temperature", [0.0, 1e-30, 1.0, 100.0])
 def test_edges(number: float, temperature: float) -> None:
     rows = {
@@ -156,7 +179,7 @@ def test_edges(number: float, temperature: float) -> None:
         for changes in ({}, {"top_k": 1}, {"top_p": 0.0}, {"top_p": 0.5}, {"min_p": 1.0}):
             params = SamplingParams(temperature=temperature, **changes)  # type: ignore[arg-type]
             for drafted in ([1, 1], [0, 0], [0, 3]):
-                slot = Slot(params, np.array(logits, np.float32), drafted, [number] * 3, past)
+                slot = Slot(params, np.array(logits, np.float32), drafted, np.full((3, 4), number), past)
                 feeds = {name: value[None] for name, value in slot.feeds().items()}
                 accepted, token_ids = session().run(["accepted", "token_ids"], feeds)
                 found = token_ids[0, : accepted[0] + 1].tolist()
@@ -169,8 +192,8 @@ def test_a_vocabulary_of_a_real_size() -> None:
     for seed in range(4):
         logits = (random.normal(0, 2, (4, 49152)) + 6 * (random.random((4, 49152)) < 1e-4)).astype(np.float32)
         params = SamplingParams(temperature=0.9, top_p=0.9 if seed % 2 else 1.0, top_k=50 if seed > 1 else 0)
-        numbers = (random.integers(0, 2**24, 4) / 2**24).tolist()
-        slots.append(Slot(params, logits, [0, 0, 0], numbers, random.integers(0, 49152, 30)))
+        noise = random.exponential(size=(4, noise_size(49152)))
+        slots.append(Slot(params, logits, [0, 0, 0], noise, random.integers(0, 49152, 30)))
     check(slots)
 
 
@@ -180,3 +203,27 @@ def test_only_standard_operators() -> None:
     assert {node.domain for node in model.graph.node} == {""}
     assert "TopK" not in {node.op_type for node in model.graph.node}
     assert [item.name for item in model.graph.input] == [item.name for item in session().get_inputs()]
+
+
+def test_tensorrt_rtx_builds_it() -> None:
+    """Parsed whole, without an unused input, and built for a vocabulary of a real size."""
+    trt = pytest.importorskip(
+        "tensorrt_rtx", reason="engines are built: pip install 'dflash-export[tensorrt-rtx]'"
+    )
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(sampling_graph().SerializeToString()), logger.errors
+    model = sampling_graph()
+    assert {network.get_input(i).name for i in range(network.num_inputs)} == {
+        i.name for i in model.graph.input
+    }
+    profile, config = builder.create_optimization_profile(), builder.create_builder_config()
+    sizes = {"batch": 1, "vocab": 49152, "members": 256, "groups": 192}
+    for tensor in model.graph.input:
+        axes = [axis.dim_param for axis in tensor.type.tensor_type.shape.dim]
+        shapes = [[(sizes | {"rows": n, "drafts": n - 1})[axis] for axis in axes] for n in (2, 8, 16)]
+        profile.set_shape(tensor.name, *shapes)
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None, logger.errors

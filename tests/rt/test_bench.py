@@ -628,7 +628,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bundle:
     def count_up(prefix: tuple[int, ...]) -> int:
         return 3 + (prefix[-1] + 1) % 20
 
-    def make(name: str, bundle: Bundle, *, threads: int | None = None) -> ScriptedBackend:
+    def make(
+        name: str, bundle: Bundle, *, threads: int | None = None, options: object = None
+    ) -> ScriptedBackend:
         assert (name, threads) == ("onnxruntime", 1)
         return ScriptedBackend(count_up, block_size=4, prefill_chunk=8, max_rows=64)
 

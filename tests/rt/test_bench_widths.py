@@ -179,7 +179,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bundle:
     def logits(prefix: tuple[int, ...]) -> list[float]:
         return [4.0 * (token == (prefix[-1] + 1) % 30) for token in range(32)]
 
-    def make(name: str, bundle: Bundle, *, threads: int | None = None) -> ScriptedBackend:
+    def make(
+        name: str, bundle: Bundle, *, threads: int | None = None, options: object = None
+    ) -> ScriptedBackend:
         return ScriptedBackend.with_logits(logits, block_size=4, prefill_chunk=8, max_rows=64)
 
     monkeypatch.setattr("dflash_rt.bench_widths.create_backend", make)

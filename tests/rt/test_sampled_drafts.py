@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from dflash_rt.backends.base import DraftSampling, Inject, IntArray, Proposal, StepOutput
 from dflash_rt.distribution import Distribution
-from dflash_rt.rejection import verify_sampled
-from dflash_rt.sampler import Sampler, Uniforms
+from dflash_rt.random_numbers import Uniforms
+from dflash_rt.rejection import residual, verify_sampled
+from dflash_rt.sampler import Sampler
 from dflash_rt.sampling import SamplingParams
 from tests.rt.test_sampling_distribution import (
     LENGTH,
@@ -36,17 +37,16 @@ from tests.rt.test_sampling_distribution import (
     Tokens,
     count,
     exact,
+    noises,
     our_distribution,
     p_value,
     pick_all,
     requests,
     table,
     target,
-    uniforms,
 )
 
 CANDIDATES = 3
-LARGEST = 1 - 2.0**-53
 Indices = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.float32]
 
@@ -108,39 +108,31 @@ Choose = Callable[[Distribution, int, Indices, Probabilities, Floats, Floats], C
 
 
 def ours(
-    p: Distribution, draft: int, candidates: Indices, q: Probabilities, accept: Floats, pick: Floats
+    p: Distribution, draft: int, candidates: Indices, q: Probabilities, accept: Floats, noise: Floats
 ) -> Counts:
-    """``verify_sampled`` of each run. It is monotone in both numbers: a few calls find where it changes."""
+    """``verify_sampled`` of each run. Its verdict is monotone: a few calls find where it changes."""
 
-    def verify(accept: float, pick: float) -> tuple[int, bool]:
-        return verify_sampled(p, draft, candidates, q, accept=accept, pick=pick)
+    def rejected(number: float) -> bool:
+        return not verify_sampled(p, draft, candidates, q, accept=number, noise=noise[0])[1]
 
     ordered = np.sort(accept).tolist()
-    standing = bisect.bisect_left(ordered, True, key=lambda number: not verify(number, 0.0)[1])
+    standing = bisect.bisect_left(ordered, True, key=rejected)
     stands = accept < (ordered[standing] if standing < len(ordered) else 1.0)
-    tokens = np.full(len(accept), draft)
-    if not stands.all():
-        again = np.sort(pick[~stands]).tolist()
-        ends = [bisect.bisect_right(again, x, key=lambda n: verify(ordered[-1], n)[0]) for x in range(VOCAB)]
-        order = np.argsort(pick[~stands])
-        chosen = np.empty(len(order), np.int64)
-        chosen[order] = np.repeat(np.arange(VOCAB), np.diff(ends, prepend=0))
-        tokens[~stands] = chosen
-    return tokens
+    return np.where(stands, draft, pick_all(residual(p, candidates, q), noise))
 
 
 def walk(params: SamplingParams, choose: Choose = ours, verdicts: int = 2) -> Counts:
     """Outputs of all seeds when every place but the first is drafted, int64 ``[seeds, 4]``."""
-    numbers, drafts, accepts = uniforms(), stream(1), stream(verdicts)
+    noise, drafts, accepts = noises(), stream(1), stream(verdicts)
     drafts = np.floor(drafts * 2.0**24) * 2.0**-24  # as float32 has them
-    tokens = np.zeros(numbers.shape, np.int64)
-    groups: dict[Tokens, npt.NDArray[np.intp]] = {(): np.arange(len(numbers))}
+    tokens = np.zeros(drafts.shape, np.int64)
+    groups: dict[Tokens, npt.NDArray[np.intp]] = {(): np.arange(len(drafts))}
     for position in range(LENGTH):
         longer = {}
         for output, runs in groups.items():
             p = our_distribution(params, output)
-            pick = numbers[runs, position]
-            chosen = pick_all(p, pick)
+            mixed = noise[runs, position]
+            chosen = pick_all(p, mixed)
             if position > 0:  # the prefill's token is never drafted
                 candidates, q = proposal(PROMPT + output, params.temperature)
                 places = sample(q, drafts[runs, position])
@@ -148,7 +140,7 @@ def walk(params: SamplingParams, choose: Choose = ours, verdicts: int = 2) -> Co
                     mine = places == place
                     if mine.any():
                         accept = accepts[runs, position][mine]
-                        chosen[mine] = choose(p, draft, candidates, q, accept, pick[mine])
+                        chosen[mine] = choose(p, draft, candidates, q, accept, mixed[mine])
             tokens[runs, position] = chosen
             for token in np.unique(chosen):
                 longer[(*output, int(token))] = runs[chosen == token]
@@ -173,21 +165,20 @@ def test_whole_requests_with_a_bonus_have_it_too() -> None:
 
 
 def from_p(
-    p: Distribution, draft: int, candidates: Indices, q: Probabilities, accept: Floats, pick: Floats
+    p: Distribution, draft: int, candidates: Indices, q: Probabilities, accept: Floats, noise: Floats
 ) -> Counts:
     """A wrong residual: what was rejected gets a second chance."""
-    tokens = ours(p, draft, candidates, q, accept, pick)
     stands = accept * q[candidates == draft] < p.probabilities(VOCAB)[draft]
-    return np.where(stands, tokens, pick_all(p, pick))
+    return np.where(stands, draft, pick_all(p, noise))
 
 
 def without_q(
-    p: Distribution, draft: int, candidates: Indices, q: Probabilities, accept: Floats, pick: Floats
+    p: Distribution, draft: int, candidates: Indices, q: Probabilities, accept: Floats, noise: Floats
 ) -> Counts:
     """The rule for drafts that weren't sampled: accepted with p(x), and the residual without x."""
     dense = p.probabilities(VOCAB)
     rest = np.where(np.arange(VOCAB) == draft, 0, dense).astype(np.float32)
-    again = pick_all(Distribution(rest), pick) if rest.any() else np.full(len(pick), draft)
+    again = pick_all(Distribution(rest), noise) if rest.any() else np.full(len(noise), draft)
     return np.where(accept < dense[draft], draft, again)
 
 
@@ -215,13 +206,13 @@ def test_the_rule_for_drafts_that_were_not_sampled_is_exact_but_accepts_less() -
 
 
 def _acceptance(params: SamplingParams, choose: Choose, output: Tokens) -> float:
-    """Probability that a draft is the token, over a grid of numbers."""
+    """Probability that a draft is the token, over many numbers."""
     p = our_distribution(params, output)
     candidates, q = proposal(PROMPT + output, params.temperature)
-    side = (np.arange(60) + 0.5) / 60
-    accept, pick = (axis.ravel() for axis in np.meshgrid(side, side))
+    accept = (np.arange(3600) + 0.5) / 3600
+    noise = np.random.default_rng(0).exponential(size=(accept.size, VOCAB))
     shares = [
-        float((choose(p, draft, candidates, q, accept, pick) == draft).mean())
+        float((choose(p, draft, candidates, q, accept, noise) == draft).mean())
         for draft in candidates.tolist()
     ]
     return float(np.dot(shares, q))
@@ -246,22 +237,21 @@ def test_each_token_has_its_probability(
     proposed[chosen] = probabilities
     found = np.zeros(VOCAB)
     rest = np.maximum(dense - proposed, 0)
+    noise = np.random.default_rng(0).exponential(size=VOCAB)
     for draft in chosen[probabilities > 0].tolist():
         stands = min(1.0, dense[draft] / proposed[draft])
         for number, expected in ((stands * 0.999, True), (stands * 1.001 + 1e-12, False)):
             if number < 1:
-                _, accepted = verify_sampled(target_p, draft, chosen, probabilities, accept=number, pick=0.5)
+                token, accepted = verify_sampled(
+                    target_p, draft, chosen, probabilities, accept=number, noise=noise
+                )
                 assert accepted == (expected and bool(stands > 0))
+                assert accepted or token == residual(target_p, chosen, probabilities).pick(noise)
         found[draft] += proposed[draft] * stands
         if stands < 1 - 1e-6:
-            numbers = (np.arange(400) + 0.5) / 400
-            tokens = [
-                verify_sampled(target_p, draft, chosen, probabilities, accept=LARGEST, pick=u)[0]
-                for u in numbers
-            ]
-            share = np.bincount(tokens, minlength=VOCAB) / 400
-            np.testing.assert_allclose(share, rest / rest.sum(), atol=VOCAB / 400)
-            found += proposed[draft] * (1 - stands) * rest / rest.sum()
+            again = residual(target_p, chosen, probabilities).probabilities(VOCAB)
+            np.testing.assert_allclose(again, rest / rest.sum(), atol=1e-6)
+            found += proposed[draft] * (1 - stands) * again
     np.testing.assert_allclose(found, dense, atol=1e-6)
 
 
@@ -273,10 +263,9 @@ def test_numbers_belong_to_a_place_and_a_purpose() -> None:
     assert again is not None
     assert first.uniforms[0, :2].tolist() == again.uniforms[0].tolist()
     assert first.temperature.tolist() == [np.float32(0.7)]
-    numbers = [Uniforms(11, number)[0] for number in range(3)]
-    assert len(set(numbers)) == 3
-    assert numbers[0] == Uniforms(11)[0]
-    assert 0 <= numbers[1] - first.uniforms[0, 0] < 2**-24
+    drafts, verdicts = Uniforms(11, 1)[0], Uniforms(11, 2)[0]
+    assert drafts != verdicts
+    assert 0 <= drafts - first.uniforms[0, 0] < 2**-24
     sampler.choose(np.zeros((1, VOCAB), np.float32))
     moved = sampler.draft_sampling(3)
     assert moved is not None

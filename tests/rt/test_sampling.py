@@ -19,12 +19,13 @@ from transformers.generation import logits_process
 
 from dflash_rt.backends.base import FloatArray
 from dflash_rt.backends.scripted import ScriptedBackend
-from dflash_rt.distribution import Distribution, distribution, penalised, token_logprob
+from dflash_rt.distribution import GROUP, Distribution, distribution, penalised, token_logprob
 from dflash_rt.errors import BackendError, SamplingError
 from dflash_rt.generator import Generator
 from dflash_rt.manifest import SamplingDefaults
+from dflash_rt.random_numbers import Noise, Uniforms
 from dflash_rt.request import ModelLimits
-from dflash_rt.sampler import Sampler, Uniforms
+from dflash_rt.sampler import Sampler
 from dflash_rt.sampling import RANGES, SamplingParams
 from tests.rt.talker import END, limits, prompts
 
@@ -176,39 +177,74 @@ def test_extreme_numbers(temperature: float, scale: float) -> None:
         p = distribution(row, SamplingParams(temperature=temperature, **changes))  # type: ignore[arg-type]
         assert np.isfinite(p.weights).all()
         assert p.weights.max() == 1
-        assert 0 <= p.pick(0.0) <= p.pick(1 - 2.0**-53) < 5
+        tokens = {p.pick(Noise(seed).at(0, 5)) for seed in range(20)}
+        assert tokens <= set(range(5))
         if temperature < 1e-8 and scale >= 1:
-            assert p.pick(0.5) == 2
+            assert tokens == {2}
 
 
 @settings(deadline=None, max_examples=200)
 @given(
-    weights=st.lists(st.sampled_from([0.0, 1e-30, 1e-8, 0.25, 1.0]), min_size=1, max_size=700).filter(any),
-    numbers=st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=8),
+    size=st.integers(1, 1000),
+    empty=st.integers(0, 900),  # tokens before the first with a weight
+    share=st.sampled_from([0.01, 0.5, 1.0]),
+    seed=st.integers(0, 2**64 - 1),
 )
-def test_pick(weights: list[float], numbers: list[float]) -> None:
-    p = Distribution(np.array(weights, np.float32))
-    total = np.cumsum(weights)
-    last = -1
-    for number in sorted([0.0, *numbers, 1 - 2.0**-53]):
-        token = p.pick(number)
-        assert weights[token] > 0
-        assert token >= last
-        last = token
-        before = total[token - 1] if token else 0.0
-        assert before - 1e-4 <= number * total[-1] <= total[token] + 1e-4
+def test_pick_by_definition(size: int, empty: int, share: float, seed: int) -> None:
+    """A race of groups by the sums of their weights, then one of the winner's tokens."""
+    random = np.random.default_rng(seed)
+    weights = random.choice([1e-44, 1e-8, 0.25, 1.0], size) * (random.random(size) < share)
+    weights[: min(empty, size - 1)] = 0
+    weights[-1] = 1
+    noise = Noise(seed).at(3, len(weights))
+    dense = np.array(weights, np.float32)
+    groups = [dense[first : first + GROUP].astype(np.float64) for first in range(0, dense.size, GROUP)]
+    between = noise[GROUP:] if len(groups) > 1 else np.ones(1)
+    assert len(between) == len(groups)
+    with np.errstate(divide="ignore"):
+        group = int(np.argmin(between / [part.sum() for part in groups]))
+        member = int(np.argmin(noise[:GROUP][: groups[group].size] / groups[group]))
+    ids = np.flatnonzero(dense)
+    assert Distribution(dense).pick(noise) == group * GROUP + member
+    assert Distribution(dense[ids], ids).pick(noise) == group * GROUP + member
+    assert dense[group * GROUP + member] > 0
 
 
-def test_pick_where_a_block_s_sum_was_rounded_up() -> None:
-    for seed in range(50):
-        weights = np.random.default_rng(seed).random(2 * 256).astype(np.float32)
-        weights[-20:] = 0
-        assert Distribution(weights).pick(1 - 2.0**-53) == weights.size - 21
+def test_pick_has_the_distribution() -> None:
+    """60,000 choices of 600 tokens in three groups; a false alarm has the chance 1e-6."""
+    weights = np.random.default_rng(0).exponential(size=600).astype(np.float32) ** 2
+    weights[::7] = 0
+    p, runs = Distribution(weights), 60_000
+    tokens = [p.pick(Noise(seed).at(0, 600)) for seed in range(runs)]
+    found, wanted = np.bincount(tokens, minlength=600), runs * p.probabilities(600)
+    assert (found[wanted == 0] == 0).all()
+    common = wanted >= 10
+    found, wanted = (
+        np.append(found[common], found[~common].sum()),
+        np.append(wanted[common], wanted[~common].sum()),
+    )
+    statistic = ((found - wanted) ** 2 / wanted).sum()
+    freedom = torch.tensor((len(found) - 1) / 2)
+    assert torch.special.gammaincc(freedom, torch.tensor(statistic / 2)) > 1e-6
+
+
+def test_rounding_hardly_ever_changes_a_choice() -> None:
+    """Many tokens of a millionth each: the cumulative distribution's boundaries would lie within rounding."""
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 1, 49152).astype(np.float32)
+    nearly = logits + random.normal(0, 2e-6, logits.size).astype(np.float32)
+    params = SamplingParams(temperature=1.5)
+    one, other = distribution(logits, params), distribution(nearly, params)
+    noises = [Noise(seed).at(0, logits.size) for seed in range(2000)]
+    assert sum(one.pick(noise) != other.pick(noise) for noise in noises) == 0
 
 
 def test_pick_names_tokens_by_id() -> None:
     p = Distribution(np.array([1, 3], np.float32), np.array([4, 9]))
-    assert [p.pick(u) for u in (0.0, 0.2499, 0.25, 0.999)] == [4, 4, 9, 9]
+    noise = np.ones(10)
+    assert p.pick(noise) == 9
+    noise[4] = 0.3
+    assert p.pick(noise) == 4
 
 
 @settings(deadline=None, max_examples=100)
@@ -266,20 +302,37 @@ def test_logprobs_of_a_row(logits: FloatArray, token: int, top: int) -> None:
 
 
 def test_uniforms_belong_to_positions() -> None:
-    numbers, again = Uniforms(7), Uniforms(7)
+    numbers, again = Uniforms(7, 1), Uniforms(7, 1)
     later = again[200]
     assert [numbers[i] for i in range(300)] == [again[i] for i in range(300)]
     assert later == numbers[200]
-    assert len({numbers[i] for i in range(300)} | {Uniforms(8)[i] for i in range(300)}) == 600
+    others = (Uniforms(8, 1), Uniforms(7, 2))
+    assert len({each[i] for each in (numbers, *others) for i in range(300)}) == 900
     assert all(0 <= numbers[i] < 1 for i in range(300))
 
 
-def test_uniforms_are_those_that_were_promised() -> None:
+def test_noise_belongs_to_positions() -> None:
+    for vocab, size in ((5, 5), (256, 256), (257, 258), (49152, 448)):
+        rows = np.concatenate([Noise(7).at(position, vocab) for position in (3, 0, 1, 2)])
+        assert rows.size == 4 * size
+        assert len(set(rows.tolist())) == rows.size
+        assert (Noise(7).at(3, vocab) == rows[:size]).all()
+        assert (Noise(8).at(3, vocab) != rows[:size]).all()
+    assert np.concatenate([Noise(seed).at(0, 1000) for seed in range(500)]).mean() == pytest.approx(
+        1, abs=0.02
+    )
+
+
+def test_numbers_are_those_that_were_promised() -> None:
     """Saved seeds must give the same text tomorrow."""
-    words = np.random.Philox(key=[7, 0]).random_raw(70)
-    assert [Uniforms(7)[i] for i in (0, 69)] == [(int(words[i]) >> 11) / 2**53 for i in (0, 69)]
-    assert Uniforms(0)[0] == 0.011546754286331562
-    assert 0 <= Uniforms(2**64 - 1)[0] < 1
+    words = np.random.Philox(key=[7, 1]).random_raw(70)
+    assert [Uniforms(7, 1)[i] for i in (0, 69)] == [(int(words[i]) >> 11) / 2**53 for i in (0, 69)]
+    assert 0 <= Uniforms(2**64 - 1, 1)[0] < 1
+    words = np.random.Philox(key=[7, 0]).random_raw(3 * 112 * 4)  # 448 numbers take 112 values of the counter
+    uniform = (words[2 * 448 :] >> np.uint64(11)) / 2**53
+    assert Noise(7).at(2, 49152).tolist() == (-np.log1p(-uniform)).tolist()
+    assert Noise(0).at(0, 5)[0] == -np.log1p(-0.011546754286331562)
+    assert np.isfinite(Noise(2**64 - 1).at(2**31, 49152)).all()
 
 
 # --- the sampler ------------------------------------------------------------------------------------------
@@ -307,7 +360,9 @@ def test_rows_behind_a_rejected_draft_are_not_looked_at() -> None:
 
 def test_each_position_has_its_own_number() -> None:
     flat = np.zeros((4, 1000), np.float32)
-    expected = [int(Uniforms(3)[position] * 1000) for position in range(8)]
+    even = Distribution(np.ones(1000, np.float32))
+    expected = [even.pick(Noise(3).at(position, 1000)) for position in range(8)]
+    assert len(set(expected)) > 5
     sampler = Sampler(SamplingParams(temperature=1.0, seed=3), np.array([0]))
     found = sampler.choose(flat[:1])
     found += sampler.choose(flat, expected[1:4])  # all stand, and the bonus

@@ -10,7 +10,6 @@ sampler fails one with probability below 4e-5; seeds are fixed, so that it would
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable
 from functools import cache
 from itertools import product
@@ -24,10 +23,10 @@ from transformers.generation import logits_process
 
 from dflash_rt.backends.base import Backend, DraftSampling, Inject, IntArray, StepOutput
 from dflash_rt.backends.scripted import ScriptedBackend
-from dflash_rt.distribution import Distribution, distribution, penalised
+from dflash_rt.distribution import Distribution, distribution, penalised, race
 from dflash_rt.generator import Generator
+from dflash_rt.random_numbers import Noise
 from dflash_rt.request import ModelLimits
-from dflash_rt.sampler import Uniforms
 from dflash_rt.sampling import SamplingParams
 
 LEVEL = 1e-6
@@ -207,10 +206,9 @@ def p_value(counts: Counts, probabilities: Floats) -> float:
 
 
 @cache
-def uniforms() -> Floats:
-    """The random numbers of 200,000 seeds, float64 ``[seeds, 4]``."""
-    rows = [(numbers[0], numbers[1], numbers[2], numbers[3]) for numbers in map(Uniforms, range(RUNS))]
-    return np.array(rows)
+def noises() -> Floats:
+    """The random numbers of 200,000 seeds, float64 ``[seeds, 4, vocab]``."""
+    return np.array([[noise.at(i, VOCAB) for i in range(LENGTH)] for noise in map(Noise, range(RUNS))])
 
 
 def our_distribution(params: SamplingParams, output: Tokens) -> Distribution:
@@ -227,23 +225,19 @@ def our_distribution(params: SamplingParams, output: Tokens) -> Distribution:
     return distribution(logits, params)
 
 
-def pick_all(p: Distribution, numbers: Floats) -> Counts:
-    """``p.pick`` of each number. It is monotone, so that a few calls find where it changes."""
-    order = np.argsort(numbers)
-    ordered = numbers[order].tolist()
-    ends = [bisect.bisect_right(ordered, token, key=p.pick) for token in range(VOCAB)]
-    tokens = np.empty(len(numbers), np.int64)
-    tokens[order] = np.repeat(np.arange(VOCAB), np.diff(ends, prepend=0))
-    return tokens
+def pick_all(p: Distribution, noise: Floats) -> Counts:
+    """``p.pick`` of each row of ``noise``."""
+    ids = np.arange(VOCAB) if p.ids is None else p.ids
+    return ids[race(p.weights, noise[:, ids])]
 
 
 Choose = Callable[[Distribution, int, Floats, Floats], Counts]
-"""Distribution, draft, and two random numbers for each run -> token of each run."""
+"""Distribution, draft, noise and one more number for each run -> token of each run."""
 
 
-def coupled(p: Distribution, draft: int, numbers: Floats, more: Floats) -> Counts:
+def coupled(p: Distribution, draft: int, noise: Floats, more: Floats) -> Counts:
     """What the sampler does: the draft stands if it is the token."""
-    return pick_all(p, numbers)
+    return pick_all(p, noise)
 
 
 def walk(params: SamplingParams, choose: Choose = coupled, stale: bool = False) -> Counts:
@@ -251,10 +245,10 @@ def walk(params: SamplingParams, choose: Choose = coupled, stale: bool = False) 
 
     With ``stale`` penalties count the tokens up to the anchor, as if the block's own didn't matter.
     """
-    numbers = uniforms()
-    more = np.random.default_rng(5).random(numbers.shape)
-    tokens = np.zeros(numbers.shape, np.int64)
-    groups: dict[Tokens, npt.NDArray[np.intp]] = {(): np.arange(len(numbers))}
+    noise = noises()
+    more = np.random.default_rng(5).random((RUNS, LENGTH))
+    tokens = np.zeros((RUNS, LENGTH), np.int64)
+    groups: dict[Tokens, npt.NDArray[np.intp]] = {(): np.arange(RUNS)}
     for position in range(LENGTH):
         longer = {}
         for output, runs in groups.items():
@@ -268,9 +262,9 @@ def walk(params: SamplingParams, choose: Choose = coupled, stale: bool = False) 
             else:
                 p = our_distribution(params, output)
             if position == 0:  # the prefill's token is never drafted
-                chosen = pick_all(p, numbers[runs, 0])
+                chosen = pick_all(p, noise[runs, 0])
             else:
-                chosen = choose(p, propose(PROMPT + output), numbers[runs, position], more[runs, position])
+                chosen = choose(p, propose(PROMPT + output), noise[runs, position], more[runs, position])
             tokens[runs, position] = chosen
             for token in np.unique(chosen):
                 longer[(*output, int(token))] = runs[chosen == token]
@@ -316,20 +310,20 @@ def test_whole_requests_have_the_joint_distribution() -> None:
     assert (tokens == walk(params)).all()
 
 
-def residual(p: Distribution, draft: int, numbers: Floats, more: Floats) -> Counts:
+def residual(p: Distribution, draft: int, noise: Floats, more: Floats) -> Counts:
     """The rule as papers write it: accept with p(x), else resample from p without x."""
     dense = p.probabilities(VOCAB)
     without = np.where(np.arange(VOCAB) == draft, 0, dense).astype(np.float32)
-    accepted = numbers < dense[draft]
+    accepted = more < dense[draft]
     if accepted.all():
-        return np.full(len(numbers), draft)
-    return np.where(accepted, draft, pick_all(Distribution(without), more))
+        return np.full(len(more), draft)
+    return np.where(accepted, draft, pick_all(Distribution(without), noise))
 
 
-def wrong_residual(p: Distribution, draft: int, numbers: Floats, more: Floats) -> Counts:
+def wrong_residual(p: Distribution, draft: int, noise: Floats, more: Floats) -> Counts:
     """Resamples from p itself: x gets a second chance."""
-    accepted = numbers < p.probabilities(VOCAB)[draft]
-    return np.where(accepted, draft, pick_all(p, more))
+    accepted = more < p.probabilities(VOCAB)[draft]
+    return np.where(accepted, draft, pick_all(p, noise))
 
 
 def test_accepting_and_resampling_is_the_same_distribution() -> None:

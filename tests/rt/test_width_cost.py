@@ -302,7 +302,7 @@ class Named(ScriptedBackend):
 def by_name(monkeypatch: pytest.MonkeyPatch) -> type[Named]:
     """The backend `onnxruntime` is a script."""
 
-    def make(name: str, bundle: Bundle, *, threads: int | None = None) -> Named:
+    def make(name: str, bundle: Bundle, *, threads: int | None = None, **_: Any) -> Named:
         return Named(follow(range(100)), block_size=4, prefill_chunk=8, max_rows=64)
 
     monkeypatch.setattr("dflash_rt.generator.create_backend", make)

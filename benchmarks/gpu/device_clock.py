@@ -1,0 +1,142 @@
+"""Time on the device: of whole steps in the running loop, and of the operations of one step.
+
+The host doesn't see when a device works. On a GPU events in the backend's own stream do; on the host's
+stand-in for a device, which works off a queue, an entry of the queue that looks at the clock.
+
+This file reaches into :class:`dflash_rt.backends._device.DeviceBackend`: what it needs is of use to nobody
+else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from dflash_rt.backends._device import DeviceBackend
+from dflash_rt.backends.base import Backend, IntArray, StepOutput
+from dflash_rt.device.base import Device
+from dflash_rt.device.plan import Copy, Operation, Run
+
+__all__ = ["Clocked", "drafting_ends", "measure_draft_share"]
+
+_ROUNDS = 8
+
+
+class _Moment(Protocol):
+    """A place in the stream, and when the device got there."""
+
+    def until(self, later: Any) -> float:
+        """Seconds from here to ``later``; both were reached."""
+
+
+class _HostMoment:
+    def __init__(self, device: Device) -> None:
+        self._at: float | None = None
+        device.call(self._reach)
+
+    def _reach(self) -> None:
+        self._at = time.perf_counter()
+
+    def until(self, later: Any) -> float:
+        return float(later._at - self._at)
+
+
+class _CudaMoment:
+    def __init__(self, stream: Any) -> None:
+        cuda: Any = torch.cuda  # its types are incomplete
+        self._event = cuda.Event(enable_timing=True)
+        self._event.record(stream)
+
+    def until(self, later: Any) -> float:
+        later._event.synchronize()
+        return float(self._event.elapsed_time(later._event)) / 1e3
+
+
+def _clock(backend: DeviceBackend) -> Callable[[], _Moment]:
+    """What marks moments in the backend's stream."""
+    device = backend._device
+    if device.stream == 0:
+        return lambda: _HostMoment(device)
+    cuda: Any = torch.cuda
+    stream = cuda.ExternalStream(device.stream)
+    return lambda: _CudaMoment(stream)
+
+
+class Clocked:
+    """A backend on a device whose launched steps are timed there; everything else is passed on."""
+
+    def __init__(self, backend: DeviceBackend) -> None:
+        self._backend = backend
+        self._now = _clock(backend)
+        self._launches: list[tuple[_Moment, _Moment]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def launch(self, width: int, anchors: IntArray | None = None, start: IntArray | None = None) -> None:
+        """As the backend's, between two moments."""
+        before = self._now()
+        self._backend.launch(width, anchors, start)
+        self._launches.append((before, self._now()))
+
+    def collect(self) -> StepOutput:
+        """As the backend's."""
+        return self._backend.collect()
+
+    @property
+    def sees_device(self) -> bool:
+        """Whether moments pass by themselves. The host's queue stands still while nobody waits for it."""
+        return self._backend._device.stream != 0
+
+    def seconds(self, first: int, count: int) -> list[float]:
+        """Of ``count`` steps from the launch ``first`` on (0-based). Waits for all that was launched."""
+        device = self._backend._device
+        device.wait(device.mark())
+        return [begin.until(end) for begin, end in self._launches[first : first + count]]
+
+
+def measure_draft_share(
+    backend: Backend, prompt: Sequence[int], *, width: int, prefill_chunk: int
+) -> float | None:
+    """Share of a step's device time before the target's pass: inject, draft, and the draft's head.
+
+    The operations of a step are enqueued one by one, several steps in a row without waiting, with a moment
+    after each. ``None`` for a backend that isn't on a device.
+    """
+    if not isinstance(backend, DeviceBackend):
+        return None
+    runner, now = backend._runner, _clock(backend)
+    ids = np.array([prompt], np.int64)
+    for at in range(0, len(prompt), prefill_chunk):
+        chunk = ids[:, at : at + prefill_chunk]
+        anchors = backend.prefill(chunk, np.array([at], np.int64), inject=True)
+    start = np.array([len(prompt)], np.int64)
+    backend.launch(width, anchors, start)  # where the device stands is the device's from here on
+    backend.collect()
+    operations = runner._planner.step(width, width)
+    end = drafting_ends(operations)
+    moments: list[list[_Moment]] = []
+    for _ in range(_ROUNDS + 1):
+        marks = [now()]
+        for operation in operations:
+            if isinstance(operation, Copy):
+                runner._memory.copy(operation)
+            else:
+                backend._device.call(runner._work(operation))
+            marks.append(now())
+        moments.append(marks)
+    backend._device.wait(backend._device.mark())
+    backend.clear()  # it stands where its host doesn't know
+    return median(marks[0].until(marks[end]) / marks[0].until(marks[-1]) for marks in moments[1:])
+
+
+def drafting_ends(operations: Sequence[Operation]) -> int:
+    """How many operations come before the target's own pass, which begins with the last ``embed``."""
+    return max(
+        place for place, item in enumerate(operations) if isinstance(item, Run) and item.graph == "embed"
+    )

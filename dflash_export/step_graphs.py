@@ -1,0 +1,81 @@
+"""What a step does besides running the two models, as graphs: then a step never has to leave a device.
+
+``accept`` ends a step. b is ``batch``, r is ``rows``, V is the vocabulary:
+
+==============  =====================  ==========================================================
+input           type                   meaning
+==============  =====================  ==========================================================
+``block``       int64 ``[b, r]``       ids of the verify pass: the anchor, then the drafts
+``token_ids``   int64 ``[b, r]``       the target's own choice after each row
+``logits``      float32 ``[b, r, V]``  those that the choices were made from
+``start``       int64 ``[b]``          position of the anchor
+==============  =====================  ==========================================================
+
+Outputs, each int64 ``[b]``: ``accepted`` drafts, as :func:`dflash_rt.accept.accept_greedy` counts them;
+``anchors`` and ``start.out`` of the next step; ``finite``, 1 if every logit is finite and 0 if not.
+
+``draft_check`` has input ``logits`` ``[b, r, Vd]`` of the head that drafts, and ``finite`` alone as output: a
+drafter whose caches hold a NaN would draft nonsense for ever, and no token would show it.
+
+The block itself is put together by copies, and needs no graph.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from ._nodes import Nodes, Values
+
+__all__ = ["accept_graph", "draft_check_graph"]
+
+_FLOAT, _INT = TensorProto.FLOAT, TensorProto.INT64
+# A logit times this, summed over any number of rows and tokens, doesn't overflow.
+_SMALL, _LARGE = 2.0**-64, 1e38
+
+
+def accept_graph(vocab_size: int) -> onnx.ModelProto:
+    """The graph ``accept``. No axis is ever empty, also in a plain step of one row."""
+    graph = Nodes()
+    # Row j of the block stands if it is the choice after row j - 1, and all rows before it stand. The anchor
+    # is put before the choices, so that it stands.
+    anchor = graph.op("Slice", "block", graph.axis(0), graph.axis(1), graph.axis(1))
+    shifted = graph.op("Concat", anchor, "token_ids", axis=1)
+    chosen = graph.op("Slice", shifted, graph.axis(0), graph.axis(-1), graph.axis(1))
+    differs = graph.op("Cast", graph.op("Not", graph.op("Equal", "block", chosen)), to=TensorProto.INT32)
+    misses = graph.op("CumSum", graph.floats(differs), graph.constant(1, np.int64))
+    stands = graph.op("Cast", graph.op("Less", misses, graph.constant(0.5)), to=_INT)
+    count = graph.sum(stands, 1)  # [b, 1]: the anchor and the accepted drafts
+    accepted = graph.op("Sub", count, graph.axis(1))
+    graph.op("Squeeze", accepted, graph.axis(1), output="accepted")
+    bonus = graph.op("GatherElements", "token_ids", accepted, axis=1)
+    graph.op("Squeeze", bonus, graph.axis(1), output="anchors")
+    graph.op("Add", "start", graph.op("Squeeze", count, graph.axis(1)), output="start.out")
+    _finite(graph)
+    inputs: Values = {
+        "block": (_INT, ["batch", "rows"]),
+        "token_ids": (_INT, ["batch", "rows"]),
+        "logits": (_FLOAT, ["batch", "rows", vocab_size]),
+        "start": (_INT, ["batch"]),
+    }
+    names = ("accepted", "anchors", "start.out", "finite")
+    return graph.model("accept", inputs, {name: (_INT, ["batch"]) for name in names})
+
+
+def draft_check_graph(vocab_size: int) -> onnx.ModelProto:
+    """The graph ``draft_check`` for a drafting head of ``vocab_size`` rows."""
+    graph = Nodes()
+    _finite(graph)
+    return graph.model(
+        "draft_check",
+        {"logits": (_FLOAT, ["batch", "rows", vocab_size])},
+        {"finite": (_INT, ["batch"])},
+    )
+
+
+def _finite(graph: Nodes) -> None:
+    """1 where a slot's logits are all finite: their sum is, only if every term is; NaN is below nothing."""
+    total = graph.sum(graph.op("Mul", "logits", graph.constant(_SMALL)), 1, 2, keep=False)
+    below = graph.op("Less", graph.op("Abs", total), graph.constant(_LARGE))
+    graph.op("Cast", below, to=_INT, output="finite")

@@ -1,0 +1,355 @@
+"""A backend whose steps never leave a device; what is behind it is a device and whoever runs graphs there.
+
+The host launches a step and reads a few numbers of it from pinned memory. Where a step begins, its anchor and
+its counts are on the device, so the next step can be launched before the last one is read. A step that was
+launched in vain does no harm: like a rejected draft, it wrote behind the last committed row only.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dflash_rt.backends.base import DraftSampling, FloatArray, Inject, IntArray, Proposal, StepOutput
+from dflash_rt.device.base import Bytes, Device, Engines, Mark
+from dflash_rt.device.budget import Budget
+from dflash_rt.device.memory import Memory, Report
+from dflash_rt.device.planner import Planner
+from dflash_rt.device.runner import Runner
+from dflash_rt.errors import BackendError, NumericalError
+
+if TYPE_CHECKING:
+    from dflash_rt.bundle import Bundle
+
+__all__ = ["DeviceBackend", "DeviceOptions"]
+
+_LOG = logging.getLogger("dflash_rt")
+_DEPTH = 2  # steps that are launched and not read, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """Options of every backend on a device.
+
+    Attributes:
+        cuda_graph: launch a step as one captured graph; otherwise operation by operation. Same tokens.
+        run_ahead: let the loop launch a greedy request's next step before it has read the last. Same tokens.
+        memory_limit: bytes of the device's memory to use at most; ``None``: what is free.
+        max_seq_len: prompt and output tokens together at most; ``None``: what bundle and engines allow. The
+            caches are allocated for it.
+    """
+
+    cuda_graph: bool = True
+    run_ahead: bool = True
+    memory_limit: int | None = None
+    max_seq_len: int | None = None
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step that wasn't read yet: its rows, where its report goes, and when that is there."""
+
+    width: int
+    report: Bytes
+    mark: Mark
+
+
+class DeviceBackend:
+    """See :class:`dflash_rt.backends.base.AheadBackend` for the protocol.
+
+    ``device`` and ``engines`` are the backend's from now on, and closed with it.
+
+    Raises:
+        BackendError: something can't be loaded, or doesn't fit into the device's memory.
+    """
+
+    def __init__(
+        self, bundle: Bundle, device: Device, engines: Engines, *, name: str, options: DeviceOptions
+    ) -> None:
+        self.name = name
+        self.runs_ahead = options.run_ahead
+        self._device, self._engines = device, engines
+        try:
+            self._set_up(bundle, options)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, bundle: Bundle, options: DeviceOptions) -> None:
+        manifest, device, engines = bundle.manifest, self._device, self._engines
+        self.max_seq_len = _shortest(options.max_seq_len, engines.max_seq_len, manifest.limits.max_seq_len)
+        self._planner = planner = Planner(
+            manifest,
+            # Rejected rows of the last block may lie behind the last row that a request can commit.
+            capacity=self.max_seq_len + manifest.drafter.block_size,
+            prefill_chunk=min(manifest.limits.prefill_chunk, self.max_seq_len),
+        )
+        self._mask_token_id = manifest.drafter.mask_token_id
+        self._selects = "select" in manifest.graphs
+        budget = Budget.of(planner.layout, weights=engines.weight_bytes)
+        budget.check(free=device.free_bytes(), limit=options.memory_limit)
+        scratch = engines.load(device)
+        self.budget = budget = Budget.of(planner.layout, weights=engines.weight_bytes, scratch=scratch)
+        _LOG.info("%s on %s: %s", self.name, device.name, budget)
+        budget.check(free=None, limit=options.memory_limit)
+        replace(budget, weights=0).check(free=device.free_bytes(), limit=None)  # they are there by now
+        self._memory = memory = Memory(device, planner.layout)
+        scratch_address = device.allocate(scratch) if scratch else 0
+        self._runner = Runner(device, engines, memory, planner, scratch_address, graphs=options.cuda_graph)
+        self._windows = deque(memory.new_report() for _ in range(_DEPTH))
+        self._logits = memory.new_window("logits")
+        self._proposals = {
+            each: memory.new_window(each) for each in ("candidates", "probabilities") if self._selects
+        }
+        self._launched: deque[_Launched] = deque()
+        self._seconds = 0.0
+        self._logit_rows = 0
+        self._sampling_is_greedy = True
+        self._at: tuple[IntArray, IntArray] | None = None  # anchors and start that the device has
+        self._furthest = 0  # where the device's next step may begin at most
+        self._uninjected = 0  # rows of the last pass whose features the drafter lacks
+        self._injects = False
+        self._write_constants()
+
+    # --- Properties ---
+
+    @property
+    def run_seconds(self) -> dict[str, float]:
+        """Seconds in which the host launched and waited; one stage."""
+        return {"step": self._seconds}
+
+    @property
+    def capacity(self) -> int:
+        """Rows of each cache."""
+        return self.max_seq_len + self._planner.block_size
+
+    def reserve(self, rows: int) -> None:
+        """Nothing to make: the caches have their full size. Raises BackendError for more than that."""
+        if rows > self.max_seq_len:
+            raise BackendError(
+                "a sequence outgrew the caches",
+                found=f"{rows} rows",
+                expected=f"at most {self.max_seq_len}",
+                todo="shorten the prompt or max_new_tokens, or build with a larger --max-seq-len",
+            )
+
+    # --- Passes ---
+
+    def prefill(self, token_ids: IntArray, start: IntArray, *, inject: bool) -> IntArray:
+        """Feed prompt rows; see the protocol."""
+        self._forget()
+        rows = token_ids.shape[1]
+        self._check_room(int(start.max()), rows)
+        with self._timed():
+            self._memory.write("input_ids", token_ids)
+            self._memory.write("start", start)
+            self._runner.prefill(rows, inject=inject)
+            launched = self._read_later(0)
+            report = self._wait(launched)
+        self._at, self._uninjected, self._injects = None, 0, inject
+        self._check_finite(report, drafted=False)
+        self._logit_rows = 1
+        return report.rows("token_ids", 1)[:, 0]
+
+    def step(
+        self,
+        anchors: IntArray,
+        start: IntArray,
+        *,
+        width: int,
+        inject: Inject | None,
+        sampling: DraftSampling | None = None,
+    ) -> StepOutput:
+        """Run a whole step; see the protocol.
+
+        What ``inject`` asks for is a part of what is done anyway: where the prefill injected, each step
+        injects the rows of the pass before it.
+        """
+        self._forget()
+        self._launch(width, anchors, start, sampling)
+        output = self.collect()
+        if sampling is None or not self._selects or width == 1:
+            return output
+        return StepOutput(output.drafted, output.verified, self._proposal(width - 1))
+
+    def launch(self, width: int, anchors: IntArray | None = None, start: IntArray | None = None) -> None:
+        """Enqueue a greedy step; see the protocol."""
+        if len(self._launched) >= _DEPTH:
+            raise BackendError(
+                "too many steps were launched",
+                found=f"{len(self._launched)} that weren't read",
+                expected=f"at most {_DEPTH}",
+                todo="collect one first",
+            )
+        if anchors is not None:
+            self._forget()
+        self._launch(width, anchors, start, None)
+
+    def _launch(
+        self, width: int, anchors: IntArray | None, start: IntArray | None, sampling: DraftSampling | None
+    ) -> None:
+        with self._timed():
+            if self._selects:
+                self._set_sampling(sampling, width)
+            if anchors is not None and start is not None:
+                self._place(anchors, start)
+            self._check_room(self._furthest, width)
+            self._runner.step(self._uninjected, width)
+            self._launched.append(self._read_later(width))
+            self._uninjected = width if self._injects else 0
+            self._furthest += width
+            self._at = None
+
+    def collect(self) -> StepOutput:
+        """Read the oldest step that was launched; see the protocol."""
+        with self._timed():
+            launched = self._launched.popleft()
+            report, width = self._wait(launched), launched.width
+        self._check_finite(report, drafted=width > 1)
+        start = report.values["start"]
+        self._furthest = int(start.max()) + sum(step.width for step in self._launched)
+        if not self._launched:
+            self._at = report.values["anchors"], start
+        self._logit_rows = 0 if self._launched else width
+        return StepOutput(report.rows("block", width)[:, 1:], report.rows("token_ids", width))
+
+    def logits(self) -> FloatArray:
+        """A copy; see the protocol."""
+        rows = self._logit_rows
+        if not rows:
+            raise BackendError(
+                "there are no logits to read",
+                found="a step that was launched after the last one that was read",
+                expected="a step, a prefill, or a collected step with none after it",
+                todo="use step() where logits are wanted",
+            )
+        self._memory.read("logits", self._logits)
+        self._device.wait(self._device.mark())
+        batch, _, vocab = self._memory.layout.buffers["logits"].shape
+        logits: FloatArray = self._memory.as_array("logits", self._logits, (batch, rows, vocab)).copy()
+        return logits
+
+    def clear(self) -> None:
+        """Wait for what runs, and zero all memory."""
+        self._device.wait(self._device.mark())
+        self._reset()
+        self._memory.zero_all()
+        self._write_constants()
+
+    def close(self) -> None:
+        """Free everything."""
+        self._engines.close()
+        self._device.close()
+
+    # --- What the host knows ---
+
+    def _reset(self) -> None:
+        """Nothing runs, and nothing is known of where the device stands."""
+        for step in self._launched:
+            self._windows.append(step.report)
+        self._launched.clear()
+        self._at = None
+        self._furthest = self._uninjected = self._logit_rows = 0
+        self._injects = False
+
+    def _write_constants(self) -> None:
+        for name, buffer in self._memory.layout.buffers.items():
+            if name.startswith("draft_ids."):
+                self._memory.write(name, np.full(buffer.shape, self._mask_token_id, np.int64))
+
+    def _place(self, anchors: IntArray, start: IntArray) -> None:
+        """Make the device stand at ``start``, unless it does."""
+        at = self._at
+        if at is None or not np.array_equal(at[0], anchors) or not np.array_equal(at[1], start):
+            self._memory.write("anchors", anchors)
+            self._memory.write("start", start)
+        self._furthest = int(start.max())
+
+    def _check_room(self, start: int, rows: int) -> None:
+        """A write behind the end of a cache would hit other memory."""
+        if start + rows > self.capacity:
+            raise BackendError(
+                "a pass would write behind the caches",
+                found=f"{rows} rows from {start} on",
+                expected=f"an end of at most {self.capacity}",
+                todo="shorten the prompt or max_new_tokens, or build with a larger --max-seq-len",
+            )
+
+    def _forget(self) -> None:
+        """Wait for steps that nobody will read. If one of them failed, what it wrote must go."""
+        failed = False
+        while self._launched:
+            step = self._launched.popleft()
+            failed |= bool(self._wait(step).bad_slots(drafted=step.width > 1))
+            # They injected what was to be injected, and their own features are of no use.
+            self._at, self._uninjected = None, 0
+        if failed:
+            self.clear()
+
+    def _set_sampling(self, sampling: DraftSampling | None, width: int) -> None:
+        if width == 1:
+            return  # nothing is drafted
+        if sampling is not None:
+            self._memory.write("temperature", sampling.temperature)
+            self._memory.write("uniforms", sampling.uniforms[:, : width - 1])
+        elif not self._sampling_is_greedy:
+            self._memory.write(
+                "temperature", np.zeros(self._memory.layout.buffers["temperature"].shape[0], np.float32)
+            )
+        self._sampling_is_greedy = sampling is None
+
+    def _proposal(self, drafts: int) -> Proposal:
+        arrays = []
+        for name, window in self._proposals.items():
+            self._memory.read(name, window)
+            self._device.wait(self._device.mark())
+            batch, _, count = self._memory.layout.buffers[name].shape
+            arrays.append(self._memory.as_array(name, window, (batch, drafts, count)).copy())
+        return Proposal(*arrays)
+
+    def _read_later(self, width: int) -> _Launched:
+        report = self._windows.popleft()
+        self._memory.read_report(report)
+        return _Launched(width, report, self._device.mark())
+
+    def _wait(self, launched: _Launched) -> Report:
+        self._device.wait(launched.mark)
+        self._windows.append(launched.report)
+        return self._memory.report(launched.report)
+
+    def _check_finite(self, report: Report, *, drafted: bool) -> None:
+        bad = report.bad_slots(drafted=drafted)
+        if bad:
+            raise NumericalError(
+                "a step gave logits that are not finite",
+                found="; ".join(f"values of {stage} are NaN or infinite" for stage in bad),
+                expected="finite logits",
+                todo="check the bundle with `dflash-export inspect`; in fp16, build with bf16 or fp32",
+            )
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - began
+
+
+def _shortest(wanted: int | None, *limits: int) -> int:
+    longest = min(limits)
+    if wanted is None:
+        return longest
+    if type(wanted) is not int or not 1 <= wanted <= longest:
+        raise BackendError(
+            "max_seq_len is out of range",
+            found=wanted,
+            expected=f"1 to {longest}, the limit of the bundle or its engines",
+            todo="mend the option, or build with a larger --max-seq-len",
+        )
+    return wanted

@@ -1,0 +1,111 @@
+"""ONNX Runtime on a device: its CPU kernels on the host, its CUDA kernels on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dflash_rt.bench_floor import weight_bytes
+from dflash_rt.device.base import Device, Work
+from dflash_rt.device.plan import Run
+from dflash_rt.errors import BackendError
+
+if TYPE_CHECKING:
+    from dflash_rt.bundle import Bundle
+
+__all__ = ["OnnxRuntimeEngines"]
+
+# What onnx.TensorProto calls the types; bfloat16 has no numpy type.
+_ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+
+
+class OnnxRuntimeEngines:
+    """See :class:`dflash_rt.device.base.Engines`. ``cuda``: on the GPU's stream; otherwise on the host.
+
+    Every tensor is bound to its address, so that a run copies nothing. With CUDA a run only enqueues work on
+    the device's own stream, and doesn't wait for it.
+    """
+
+    def __init__(self, bundle: Bundle, *, cuda: bool, threads: int | None = None) -> None:
+        self._bundle = bundle
+        self._cuda = cuda
+        self._threads = threads
+        self._sessions: dict[str, Any] = {}
+        self.max_seq_len = bundle.manifest.limits.max_seq_len
+        self.weight_bytes = sum(weight_bytes(bundle.graph_path(graph)) for graph in bundle.manifest.graphs)
+
+    def load(self, device: Device) -> int:
+        """Make the sessions; see the protocol. ONNX Runtime keeps its own scratch memory."""
+        for graph in self._bundle.manifest.graphs:
+            self._sessions[graph] = self._load(graph, device)
+        return 0
+
+    def prepare(self, run: Run, address: Callable[[str], int], scratch: int) -> Work:
+        """Bind every tensor; see the protocol."""
+        import onnxruntime as ort
+
+        session = self._sessions[run.graph]
+        binding = session.io_binding()
+        place = "cuda" if self._cuda else "cpu"
+        for item in run.inputs:
+            binding.bind_input(
+                item.tensor, place, 0, _ONNX_TYPES[item.dtype], item.shape, address(item.buffer)
+            )
+        for item in run.outputs:
+            binding.bind_output(
+                item.tensor, place, 0, _ONNX_TYPES[item.dtype], item.shape, address(item.buffer)
+            )
+        options = ort.RunOptions()
+        if self._cuda:
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+        def work() -> None:
+            try:
+                session.run_with_iobinding(binding, options)
+            except Exception as error:  # ONNX Runtime's own classes share no public base
+                raise BackendError(
+                    f"ONNX Runtime failed in graph {run.graph}",
+                    found=str(error),
+                    expected="a run over "
+                    + ", ".join(f"{item.tensor} {item.shape}" for item in run.inputs[:2]),
+                    todo="check the bundle with `dflash-export inspect`; if it is whole, report this",
+                ) from error
+
+        return work
+
+    def close(self) -> None:
+        """Drop the sessions."""
+        self._sessions.clear()
+
+    def _load(self, graph: str, device: Device) -> Any:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1 if graph in ("embed", "draft_embed") else (self._threads or 0)
+        options.inter_op_num_threads = 1
+        # Without this the idle threads of one session spin for milliseconds into the run of the next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self._cuda:
+            cuda = {"device_id": "0", "user_compute_stream": str(device.stream)}
+            # Graphs are captured by us; its own arena only grows by what is asked for.
+            cuda |= {"enable_cuda_graph": "0", "arena_extend_strategy": "kSameAsRequested"}
+            providers.insert(0, ("CUDAExecutionProvider", cuda))
+        try:
+            session = ort.InferenceSession(str(self._bundle.graph_path(graph)), options, providers=providers)
+        except Exception as error:  # ONNX Runtime's own classes share no public base
+            raise BackendError(
+                f"ONNX Runtime {ort.__version__} can't load graph {graph}",
+                found=str(error),
+                expected="a graph of opset 24 whose operators have kernels of its precision",
+                todo="use onnxruntime 1.32 or newer; on a CPU, build the bundle with --precision fp32",
+            ) from error
+        # ONNX Runtime falls back to the CPU with a warning only; tensors on the GPU would then be copied.
+        if self._cuda and "CUDAExecutionProvider" not in session.get_providers():
+            raise BackendError(
+                f"ONNX Runtime can't run graph {graph} on the GPU",
+                found="execution providers " + ", ".join(session.get_providers()),
+                expected="CUDAExecutionProvider",
+                todo="check the driver with nvidia-smi, and that CUDA and cuDNN fit this onnxruntime-gpu",
+            )
+        return session

@@ -1,0 +1,159 @@
+"""Built engines of a bundle on a GPU, by TensorRT or TensorRT-RTX: one Python API, one class."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dflash_rt.backends._cuda_device import CudaDevice
+from dflash_rt.device.base import Device, Work
+from dflash_rt.device.plan import Binding, Run
+from dflash_rt.engines import EngineSet, Machine, find_engines
+from dflash_rt.errors import BackendError, BackendUnavailableError
+
+if TYPE_CHECKING:
+    from dflash_rt.bundle import Bundle
+
+__all__ = ["TensorRTEngines"]
+
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+
+
+class TensorRTEngines:
+    """See :class:`dflash_rt.device.base.Engines`.
+
+    One execution context for each graph and shape, since a captured graph belongs to the state of its
+    context. They share the engine's weights, and the scratch memory: the stream runs one at a time.
+
+    Raises:
+        BackendUnavailableError: the library isn't installed, or doesn't load.
+    """
+
+    def __init__(self, bundle: Bundle, backend: str) -> None:
+        self._bundle, self._backend = bundle, backend
+        self._trt = _import(backend)
+        self._logger = _make_logger(self._trt)
+        self._runtime: Any = None
+        self._engines: dict[str, Any] = {}
+        self._stream = self._scratch_bytes = 0
+        self._folder: Path = bundle.root
+        self._set: EngineSet | None = None
+        self.max_seq_len = self.weight_bytes = 0
+
+    def find(self, device: CudaDevice, *, max_seq_len: int | None) -> None:
+        """Choose the engine set that fits the GPU. Raises EngineError, with the command that builds one."""
+        machine = Machine(
+            backend=self._backend,
+            backend_version=str(self._trt.__version__),
+            gpu=device.name,
+            compute_capability=device.compute_capability,
+        )
+        self._folder, self._set = find_engines(self._bundle, machine, max_seq_len=max_seq_len)
+        self.max_seq_len = self._set.limits.max_seq_len
+        # An engine is its weights, and little else.
+        self.weight_bytes = sum(file.size for file in self._set.files.values())
+
+    def load(self, device: Device) -> int:
+        """Deserialize every engine, which puts its weights on the GPU; see the protocol."""
+        assert self._set is not None
+        self._stream = device.stream
+        self._runtime = self._trt.Runtime(self._logger)
+        for graph, file in self._set.files.items():
+            engine = self._runtime.deserialize_cuda_engine((self._folder / file.name).read_bytes())
+            if engine is None:
+                raise self._failed(f"{self._folder.name}/{file.name} can't be loaded")
+            self._engines[graph] = engine
+        self._scratch_bytes = max(int(engine.device_memory_size_v2) for engine in self._engines.values())
+        return self._scratch_bytes
+
+    def prepare(self, run: Run, address: Callable[[str], int], scratch: int) -> Work:
+        """A context for one graph and shape, with every tensor bound; see the protocol."""
+        context = self._new_context(self._engines[run.graph])
+        if context is None:
+            raise self._failed(f"no execution context for {run.graph}")
+        if scratch:
+            context.set_device_memory(scratch, self._scratch_bytes)
+        stream = self._stream
+        done = context.set_optimization_profile_async(self._profile(run), stream)
+        for item in run.inputs:
+            done = done and context.set_input_shape(item.tensor, item.shape)
+        for item in (*run.inputs, *run.outputs):
+            done = done and context.set_tensor_address(item.tensor, address(item.buffer))
+        lacking = context.infer_shapes() if done else []
+        if not done or lacking:
+            raise self._failed(f"{run.graph} doesn't take {_shapes(run.inputs)}", ", ".join(lacking))
+
+        def work() -> None:
+            if not context.execute_async_v3(stream):
+                raise self._failed(f"{run.graph} failed")
+
+        return work
+
+    def close(self) -> None:
+        """Drop engines and runtime."""
+        self._engines.clear()
+        self._runtime = None
+
+    def _new_context(self, engine: Any) -> Any:
+        trt = self._trt
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._backend == "tensorrt":
+            return engine.create_execution_context(strategy)
+        # TensorRT-RTX compiles kernels for a shape in the background and then changes over to them, which a
+        # captured graph would never see: they are wanted at once. And the graph is captured by us.
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = eager
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        return engine.create_execution_context(config)
+
+    def _profile(self, run: Run) -> int:
+        """The index of the profile for this run; a graph that has only one uses it for everything."""
+        assert self._set is not None
+        names = [profile.name for profile in self._set.engines[run.graph].profiles]
+        wanted = "prefill" if run.prefill else "block"
+        return names.index(wanted) if wanted in names else 0
+
+    def _failed(self, what: str, more: str = "") -> BackendError:
+        errors = "; ".join(text for text in (*self._logger.errors[-3:], more) if text)
+        return BackendError(
+            f"{self._backend} {self._trt.__version__}: {what}",
+            found=errors or "no message",
+            expected="an engine of this bundle, built for this GPU",
+            todo="check the GPU with nvidia-smi, or build them again: "
+            f"dflash-export compile {self._bundle.root} --backend {self._backend}",
+        )
+
+
+def _shapes(bindings: tuple[Binding, ...]) -> str:
+    return ", ".join(f"{item.tensor} {item.shape}" for item in bindings[:3])
+
+
+def _import(backend: str) -> Any:
+    try:
+        return importlib.import_module(_MODULES[backend])
+    except (ImportError, OSError) as error:
+        raise BackendUnavailableError(
+            f"the {backend} library can't be imported",
+            found=error,
+            expected=f"the package {_MODULES[backend]}",
+            todo=f"pip install 'dflash-export[{backend}]'",
+        ) from error
+
+
+def _make_logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]  # a vendor's class, known when it is imported
+        """Keeps the errors, for messages."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= int(trt.ILogger.ERROR):
+                self.errors.append(message)
+
+    return Logger()

@@ -1,0 +1,143 @@
+"""A device that is the host itself: the whole of the device's loop on a CPU, for tests and dry runs.
+
+It works as a GPU's stream does, and not at once: work waits until somebody waits for it. So a host that
+overwrites what is still to be copied, or reads what isn't there yet, is wrong here too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from dflash_rt.device.base import Bytes, Captured, Mark, Work
+from dflash_rt.device.plan import ALIGNMENT
+from dflash_rt.errors import BackendError
+
+__all__ = ["HostDevice", "Recorded"]
+
+
+@dataclass
+class _Mark:
+    reached: bool = False
+
+    def __call__(self) -> None:
+        self.reached = True
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Work to be enqueued again at each launch."""
+
+    queue: deque[Work]
+    work: tuple[Work, ...]
+
+    def launch(self) -> None:
+        """Enqueue it."""
+        self.queue.extend(self.work)
+
+
+class HostDevice:
+    """See :class:`dflash_rt.device.base.Device`. ``limit``: bytes that it pretends to have."""
+
+    name = "host"
+    stream = 0
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit
+        self._queue: deque[Work] = deque()
+        self._recording: list[Work] | None = None
+        self._memory: list[Bytes] = []
+
+    def free_bytes(self) -> int | None:
+        """The limit less what was allocated."""
+        return None if self._limit is None else self._limit - sum(array.nbytes for array in self._memory)
+
+    def allocate(self, nbytes: int) -> int:
+        """Zeroed memory; see the protocol."""
+        free = self.free_bytes()
+        if free is not None and nbytes > free:
+            raise BackendError(
+                "the device is out of memory",
+                found=f"{free} bytes free",
+                expected=f"{nbytes} bytes",
+                todo="choose a shorter max_seq_len",
+            )
+        memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
+        self._memory.append(memory)
+        return -(-memory.ctypes.data // ALIGNMENT) * ALIGNMENT
+
+    def pinned(self, nbytes: int) -> Bytes:
+        """Any memory of the host will do."""
+        return np.zeros(nbytes, np.uint8)
+
+    def upload(self, address: int, source: Bytes) -> None:
+        """Enqueue; see the protocol."""
+        self._add(lambda: _move(address, source.ctypes.data, source.nbytes))
+
+    def download(self, target: Bytes, address: int) -> None:
+        """Enqueue; see the protocol."""
+        self._add(lambda: _move(target.ctypes.data, address, target.nbytes))
+
+    def copy(
+        self, source: int, source_pitch: int, target: int, target_pitch: int, width: int, height: int
+    ) -> None:
+        """Enqueue; see the protocol."""
+
+        def work() -> None:
+            for index in range(height):
+                _move(target + index * target_pitch, source + index * source_pitch, width)
+
+        self._add(work)
+
+    def zero(self, address: int, nbytes: int) -> None:
+        """Enqueue; see the protocol."""
+        self._add(lambda: _zero(address, nbytes))
+
+    def call(self, work: Work) -> None:
+        """Enqueue; see the protocol."""
+        self._add(work)
+
+    def capture(self, record: Work) -> Captured:
+        """Record; see the protocol."""
+        recorded: list[Work] = []
+        self._recording = recorded
+        try:
+            record()
+        finally:
+            self._recording = None
+        return Recorded(self._queue, tuple(recorded))
+
+    def mark(self) -> Mark:
+        """Enqueue a mark."""
+        mark = _Mark()
+        self._add(mark)
+        return mark
+
+    def wait(self, mark: Mark) -> None:
+        """Do the work up to the mark. What fails takes the rest of the queue with it."""
+        assert isinstance(mark, _Mark)
+        try:
+            while self._queue and not mark.reached:
+                self._queue.popleft()()
+        except BaseException:
+            self._queue.clear()
+            raise
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._queue.clear()
+        self._memory.clear()
+
+    def _add(self, work: Work) -> None:
+        (self._queue if self._recording is None else self._recording).append(work)
+
+
+def _move(target: int, source: int, nbytes: int) -> None:
+    ctypes.memmove(target, source, nbytes)
+
+
+def _zero(address: int, nbytes: int) -> None:
+    ctypes.memset(address, 0, nbytes)

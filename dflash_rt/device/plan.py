@@ -1,0 +1,127 @@
+"""What a pass does, as data: buffers in one piece of memory, and operations on them in order.
+
+A plan knows no device and allocates nothing, so that all of it can be checked without one. ``start``, the
+anchor and everything else that a step depends on lies in buffers, which the step itself moves on: the
+operations of a step depend on its numbers of rows alone, and can be captured once and launched again::
+
+    inject(features, inject_start)      the rows of the last pass, if the sequence drafts
+    embed, draft(start), lm_head        drafted
+    block = [anchors, drafted]
+    embed, target(start), lm_head       token_ids; features for the next step
+    accept(block, token_ids, start)     accepted, next_anchors, next_start
+    inject_start = start;  start = next_start;  anchors = next_anchors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from dflash_rt.manifest import TensorSpec
+
+__all__ = ["Binding", "Buffer", "Copy", "Layout", "Operation", "Run", "item_size"]
+
+# What TensorRT asks of addresses; also what cudaMalloc gives.
+ALIGNMENT = 256
+_ITEM_SIZES = {"float32": 4, "int64": 8, "float16": 2, "bfloat16": 2}
+
+BufferKind: TypeAlias = Literal["cache", "state", "constant", "activation", "report"]
+
+
+def item_size(dtype: str) -> int:
+    """Bytes of one value."""
+    return _ITEM_SIZES[dtype]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory of one tensor at its largest; a smaller shape uses its beginning.
+
+    ``kind``: ``cache``; ``state`` moves from step to step; ``constant`` is written at load; ``report`` is
+    what the host reads after a pass; every other is an ``activation``.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: BufferKind = "activation"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return int(np.prod(self.shape, dtype=np.int64)) * item_size(self.dtype)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A tensor of a graph that lies at the beginning of a buffer, with its shape in this run."""
+
+    tensor: str
+    buffer: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run a graph. ``prefill`` says which of an engine's profiles it belongs to."""
+
+    graph: str
+    inputs: tuple[Binding, ...]
+    outputs: tuple[Binding, ...]
+    prefill: bool = False
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Copy ``height`` pieces of ``width`` bytes, each a pitch behind the one before."""
+
+    source: str
+    source_at: int
+    source_pitch: int
+    target: str
+    target_at: int
+    target_pitch: int
+    width: int
+    height: int
+
+
+Operation: TypeAlias = Run | Copy
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every buffer lies in one allocation. Those of the report are next to each other."""
+
+    buffers: dict[str, Buffer]
+    offsets: dict[str, int]
+    nbytes: int
+
+    @classmethod
+    def of(cls, buffers: Iterable[Buffer]) -> Layout:
+        """Lay buffers out, aligned, those of the report last."""
+        ordered = sorted(buffers, key=lambda buffer: buffer.kind == "report")
+        offsets, at = {}, 0
+        for buffer in ordered:
+            offsets[buffer.name] = at
+            at += -(-buffer.nbytes // ALIGNMENT) * ALIGNMENT
+        return cls({buffer.name: buffer for buffer in ordered}, offsets, at)
+
+    @property
+    def report(self) -> tuple[int, int]:
+        """Offset and bytes of all that the host reads."""
+        begin = min(self.offsets[name] for name, buffer in self.buffers.items() if buffer.kind == "report")
+        return begin, self.nbytes - begin
+
+    def bytes_of(self, *kinds: BufferKind) -> int:
+        """Bytes of the buffers of these kinds, without the gaps between them."""
+        return sum(buffer.nbytes for buffer in self.buffers.values() if buffer.kind in kinds)
+
+
+def sized(spec: TensorSpec, batch: int, rows: int, capacity: int) -> tuple[int, ...]:
+    """The shape of a tensor with numbers for its symbolic axes."""
+    sizes = {"batch": batch, "rows": rows, "capacity": capacity}
+    return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape)

@@ -1,0 +1,59 @@
+"""A request's random numbers: each depends on the seed, its purpose and its position, and on nothing else.
+
+They are the upper 53 bits of Philox-4x64's output, with the seed and the purpose as key and the position in
+the counter: numpy promises that these streams stay as they are. (J. Salmon et al., Parallel random numbers:
+as easy as 1, 2, 3, SC 2011.)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from dflash_rt.distribution import noise_size
+
+__all__ = ["Noise", "Uniforms"]
+
+_DRAWN_AT_ONCE = 64
+_WORDS = 4  # that Philox gives for each value of its counter
+
+
+class Uniforms:
+    """One number in ``[0, 1)`` for each position, a multiple of 2^-53.
+
+    The counter runs from 1 on, and each of its words is a position's. ``stream`` is the upper half of the
+    key: other numbers for the same seed.
+    """
+
+    def __init__(self, seed: int, stream: int) -> None:
+        self._bits = np.random.Philox(key=seed + (stream << 64))
+        self._drawn: list[float] = []
+
+    def __getitem__(self, position: int) -> float:
+        while position >= len(self._drawn):
+            self._drawn += _uniform(self._bits.random_raw(_DRAWN_AT_ONCE)).tolist()
+        return self._drawn[position]
+
+
+class Noise:
+    """Numbers with the exponential distribution of mean 1, as many at each position as a choice needs.
+
+    They are ``-log(1 - u)`` of uniform numbers u. Positions follow one another in the counter, each beginning
+    with a value of its own, so that any of them is had without the ones before it.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def at(self, position: int, vocab_size: int) -> npt.NDArray[np.float64]:
+        """float64 ``[noise]`` for :meth:`dflash_rt.distribution.Distribution.pick`."""
+        size = noise_size(vocab_size)
+        values = -(-size // _WORDS)
+        bits = np.random.Philox(key=self._seed, counter=position * values)
+        noise: npt.NDArray[np.float64] = -np.log1p(-_uniform(bits.random_raw(size)))
+        return noise
+
+
+def _uniform(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    uniform: npt.NDArray[np.float64] = (words >> np.uint64(11)) * 2.0**-53
+    return uniform

@@ -1,0 +1,484 @@
+"""A step that stays on a device gives what the graphs give when the host runs them one by one.
+
+The device is the host, and works as a GPU's stream does: later, and in order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dflash_rt import Bundle, Generator, SamplingParams
+from dflash_rt.backends import create_backend
+from dflash_rt.backends._cuda_device import CudaDevice
+from dflash_rt.backends._device import DeviceBackend, DeviceOptions
+from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
+from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.cli import main
+from dflash_rt.device.base import Captured, Work
+from dflash_rt.device.host import HostDevice, Recorded
+from dflash_rt.errors import BackendError, NumericalError
+from dflash_rt.loop import decode
+from dflash_rt.sequence import Sequence
+from tests.rt.fake_cuda import FakeRuntime
+
+from ._pairs import Run, TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
+from ._speculators import make_speculators, speculators_config
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+CHUNK, LENGTH = 8, 90
+TELLING = [0, 3, 4, 5, 3, 2, 1, 2, 2, 4]  # goes on with drafts of several tokens
+PROMPT = [1, 2, 0, 3, 1, 2, 0, 3, 1, 2, 0]  # two chunks
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target, and what writes its drafter."""
+
+    target: TargetSpec
+    save: Callable[[Path], object]
+
+
+def zlab(target: TargetSpec, **more: Any) -> Pair:
+    raw = drafter_config(target, **more)
+    return Pair(target, partial(make_drafter, raw=raw, seed=3, spread=0.3))
+
+
+def speculators(target: TargetSpec, *layers: str, **more: Any) -> Pair:
+    raw = speculators_config(target, layer_types=list(layers), **more)
+    return Pair(target, partial(make_speculators, raw=raw, seed=5, spread=0.5))
+
+
+def sliding(size: int, *layers: str) -> dict[str, Any]:
+    return {
+        "layer_types": list(layers),
+        "layers": len(layers),
+        "sliding_window": size,
+        "use_sliding_window": True,
+    }
+
+
+DFLASH2 = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 3}
+PAIRS = {
+    "full": zlab(TargetSpec("qwen3", vocab=6, layers=2), layers=1),
+    "windowed": zlab(TargetSpec("qwen2", vocab=5, layers=2), block_size=5, **sliding(7, SLIDING)),
+    "own vocabulary, from the anchor": speculators(
+        TargetSpec("smollm2", vocab=4, tied=False),
+        SLIDING,
+        FULL,
+        block_size=3,
+        own_vocab=3,
+        window=3,
+        sample_from_anchor=True,
+    ),
+    "dflash 2": zlab(
+        TargetSpec("qwen3", vocab=4, layers=2),
+        block_size=4,
+        architectures=["DFlash2DraftModel"],
+        **sliding(9, SLIDING),
+        is_causal=False,
+        dflash_config=DFLASH2 | {"final_logit_softcapping": 5.0},
+    ),
+}
+MODES = {
+    "graph, ahead": {},
+    "graph": {"run_ahead": False},
+    "ahead": {"cuda_graph": False},
+    "neither": {"cuda_graph": False, "run_ahead": False},
+}
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    made: dict[str, Bundle] = {}
+
+    def get(name: str) -> Bundle:
+        if name not in made:
+            folder, pair = tmp_path_factory.mktemp("pair"), PAIRS[name]
+            make_target(folder / "target", pair.target, seed=3, spread=0.5)
+            pair.save(folder / "drafter")
+            made[name] = build(
+                folder / "target",
+                folder / "drafter",
+                folder / "bundle",
+                max_seq_len=LENGTH,
+                prefill_chunk=CHUNK,
+            )
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def bundle(bundles: Callable[[str], Bundle]) -> Bundle:
+    return bundles("full")
+
+
+def on_device(bundle: Bundle, **options: Any) -> DeviceBackend:
+    backend = create_backend("onnxruntime-device", bundle, threads=1, options=options)
+    assert isinstance(backend, DeviceBackend)
+    return backend
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: Bundle) -> OnnxRuntimeBackend:
+    return OnnxRuntimeBackend(bundle, threads=1)
+
+
+@pytest.fixture(scope="module", params=MODES)
+def device(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[DeviceBackend]:
+    backend = on_device(bundle, **MODES[request.param])
+    yield backend
+    backend.close()
+
+
+@dataclass
+class Told:
+    """Widths that a test chooses; the last one again and again."""
+
+    widths: list[int]
+    widest: int = 4
+
+    def choose(self) -> int:
+        return self.widths.pop(0) if len(self.widths) > 1 else self.widths[0]
+
+    def observe(self, width: int, accepted: int) -> None:
+        pass
+
+
+def tokens_of(backend: Any, prompt: list[int], new_tokens: int, widths: list[int], **more: Any) -> Run:
+    sequence = Sequence(np.array(prompt, np.int64))
+    policy = Told(list(widths))
+    for _ in decode(backend, sequence, max_new_tokens=new_tokens, width=policy, prefill_chunk=CHUNK, **more):
+        pass
+    return Run(sequence.new_tokens, sequence.accepted_per_step)
+
+
+# --- The same tokens and the same accepted counts ---
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_kind_of_drafter(name: str, bundles: Callable[[str], Bundle]) -> None:
+    bundle = bundles(name)
+    reference = OnnxRuntimeBackend(bundle, threads=1)
+    accepted: set[int] = set()
+    for mode in ("graph, ahead", "neither"):
+        backend = on_device(bundle, **MODES[mode])
+        for width in {2, bundle.manifest.drafter.block_size}:
+            for prompt in (PROMPT, [2, 1] * 25):
+                new_tokens = LENGTH - len(prompt)  # to the last row that there is
+                run = run_loop(reference, bundle, prompt, new_tokens, width)
+                assert run_loop(backend, bundle, prompt, new_tokens, width) == run, (mode, width)
+                accepted |= set(run.accepted)
+        backend.close()
+    assert {0, 1} <= accepted  # otherwise nothing was tried
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_random_widths_stops_and_departures(
+    data: st.DataObject, device: DeviceBackend, expected: OnnxRuntimeBackend
+) -> None:
+    """One request after another, some cut off between two steps, on a backend that is never cleared."""
+    for _ in range(2):
+        prompt = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=20))
+        widths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=12))
+        stops = frozenset(data.draw(st.sets(st.integers(0, 5), max_size=1)))
+        new_tokens = data.draw(st.integers(1, 40))
+        options: dict[str, Any] = {
+            "max_new_tokens": new_tokens,
+            "prefill_chunk": CHUNK,
+            "stop_token_ids": stops,
+        }
+        leave = data.draw(st.integers(1, 20))
+        runs = []
+        for backend in (expected, device):
+            steps = decode(backend, Sequence(np.array(prompt)), width=Told(list(widths)), **options)  # type: ignore[arg-type]
+            runs.append([step for _, step in zip(range(leave), steps, strict=False)])
+            steps.close()
+        assert runs[0] == runs[1]
+
+
+def test_features_of_plain_steps_are_injected(device: DeviceBackend, expected: OnnxRuntimeBackend) -> None:
+    widths = [1] * 15 + [4, 4, 1, 3, 2, 4]
+    assert tokens_of(device, PROMPT, 60, widths) == tokens_of(expected, PROMPT, 60, widths)
+
+
+@pytest.mark.parametrize("name", ["full", "dflash 2"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(temperature=0.8, seed=7),
+        SamplingParams(temperature=1.3, top_p=0.9, repetition_penalty=1.2, seed=8, logprobs=2),
+        SamplingParams(presence_penalty=1.0, logprobs=1),
+    ],
+)
+def test_sampled_requests(name: str, sampling: SamplingParams, bundles: Callable[[str], Bundle]) -> None:
+    """Logits and proposals come from the device; a greedy request before and after leaves no trace."""
+    results = []
+    for backend in ("onnxruntime", "onnxruntime-device"):
+        with Generator(bundles(name), backend, threads=1, draft_width=3) as generator:
+            for request in (SamplingParams(), sampling, SamplingParams(), sampling):
+                result = generator.generate(PROMPT, max_new_tokens=30, sampling=request, stop_token_ids=[])
+                logprobs = [item.logprob for item in result.logprobs or ()]
+                results.append(
+                    (result.token_ids, result.stats.accepted_per_step, np.round(logprobs, 4).tolist())
+                )
+    assert results[:4] == results[4:]
+
+
+def test_a_policy_that_adapts(bundle: Bundle) -> None:
+    """Widths depend on the clock there; tokens don't."""
+    with (
+        Generator(bundle, threads=1, draft_width=1) as plain,
+        Generator(bundle, "onnxruntime-device", threads=1, draft_width="auto") as adaptive,
+    ):
+        assert adaptive.step_costs is not None
+        for prompt in (PROMPT, [3]):
+            wanted = plain.generate(prompt, max_new_tokens=40, stop_token_ids=[]).token_ids
+            assert adaptive.generate(prompt, max_new_tokens=40, stop_token_ids=[]).token_ids == wanted
+    assert not (bundle.root / "reports").exists()  # costs of a device depend on more than their key says
+
+
+# --- Running ahead ---
+
+
+class Counting(HostDevice):
+    """Counts how many marks were set and not waited for, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+
+    def capture(self, record: Work) -> Captured:
+        captured = super().capture(record)
+
+        class Launching:
+            def launch(_) -> None:  # noqa: N805
+                self.launches += 1
+                captured.launch()
+
+        return Launching()
+
+
+def made(bundle: Bundle, device: HostDevice, **options: Any) -> DeviceBackend:
+    engines = OnnxRuntimeEngines(bundle, cuda=False, threads=1)
+    return DeviceBackend(bundle, device, engines, name="test", options=DeviceOptions(**options))
+
+
+def test_the_next_step_is_launched_before_the_last_is_read(bundle: Bundle) -> None:
+    device = Counting()
+    backend = made(bundle, device)
+    tokens_of(backend, PROMPT, 40, [4])  # the graphs are made and compared
+    counts = []
+    sequence = Sequence(np.array(PROMPT))
+    before = device.launches
+    for _ in decode(backend, sequence, max_new_tokens=40, width=4, prefill_chunk=CHUNK):
+        counts.append(device.launches - before - len(sequence.accepted_per_step))
+    assert counts[0] == 0  # the prefill
+    assert 1 in counts[1:]
+    assert set(counts[1:]) <= {0, 1}
+    assert counts[-1] == 0  # none behind a step that may have been the last
+
+
+def test_a_whole_step_is_one_launch(bundle: Bundle) -> None:
+    device = Counting()
+    backend = made(bundle, device, run_ahead=False)
+    tokens_of(backend, PROMPT, 60, [3])
+    before, steps = device.launches, tokens_of(backend, PROMPT, 60, [3]).accepted
+    assert device.launches - before == len(steps)
+
+
+def test_too_many_launches_are_refused(bundle: Bundle) -> None:
+    backend = on_device(bundle)
+    backend.prefill(np.array([PROMPT[:CHUNK]]), np.array([0]), inject=True)
+    backend.launch(2, np.array([1]), np.array([CHUNK]))
+    backend.launch(2)
+    with pytest.raises(BackendError, match="too many steps"):
+        backend.launch(2)
+    backend.collect()
+    with pytest.raises(BackendError, match="no logits to read"):
+        backend.logits()
+    backend.collect()
+    assert backend.logits().shape == (1, 2, 6)
+
+
+# --- CUDA's calls, on a stand-in of its runtime ---
+
+
+@pytest.mark.parametrize("name", ["full", "own vocabulary, from the anchor"])
+def test_the_loop_by_cudas_calls(
+    name: str, bundles: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without graphs: ONNX Runtime's CPU kernels run at once, and can't be captured."""
+    runtime = FakeRuntime()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)  # type: ignore[arg-type]
+    bundle = bundles(name)
+    engines = OnnxRuntimeEngines(bundle, cuda=False, threads=1)
+    options = DeviceOptions(cuda_graph=False)
+    backend = DeviceBackend(bundle, CudaDevice("test"), engines, name="test", options=options)
+    reference = OnnxRuntimeBackend(bundle, threads=1)
+    for prompt in (PROMPT, [2]):
+        wanted = run_loop(reference, bundle, prompt, 40, 3)
+        assert run_loop(backend, bundle, prompt, 40, 3) == wanted
+    backend.close()
+    assert runtime.live == {}
+
+
+# --- A graph that isn't the step ---
+
+
+class Forgetful(HostDevice):
+    """Leaves one operation out of every graph, as a wrong capture would."""
+
+    def __init__(self, left_out: int) -> None:
+        super().__init__()
+        self.left_out = left_out
+        self.sizes: set[int] = set()
+
+    def capture(self, record: Work) -> Captured:
+        captured = super().capture(record)
+        assert isinstance(captured, Recorded)
+        work = captured.work
+        self.sizes.add(len(work))
+        return Recorded(captured.queue, tuple(w for i, w in enumerate(work) if i != self.left_out))
+
+
+class Loaded(OnnxRuntimeEngines):
+    """Keeps its sessions from one backend to the next."""
+
+    def load(self, device: Any) -> int:
+        return 0 if self._sessions else super().load(device)
+
+    def close(self) -> None:
+        pass
+
+
+def test_every_operation_that_a_graph_forgets_is_noticed(bundle: Bundle) -> None:
+    """A step's start that isn't moved on, a block that keeps old drafts, features that aren't injected, …"""
+    engines = Loaded(bundle, cuda=False, threads=1)
+    options = DeviceOptions()
+    whole = Forgetful(-1)
+    tokens_of(DeviceBackend(bundle, whole, engines, name="test", options=options), TELLING, 60, [4])
+    (size,) = whole.sizes
+    assert size > 12
+    for left_out in range(size):
+        backend = DeviceBackend(bundle, Forgetful(left_out), engines, name="test", options=options)
+        with pytest.raises(BackendError, match="isn't that step"):
+            tokens_of(backend, TELLING, 60, [4])
+        # Without graphs it is the same device, and right.
+        backend = DeviceBackend(
+            bundle, Forgetful(left_out), engines, name="test", options=DeviceOptions(cuda_graph=False)
+        )
+        assert len(tokens_of(backend, PROMPT, 9, [4]).token_ids) == 9
+
+
+# --- Errors ---
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("cache", "stage"), [("target.value.0", "target_head"), ("draft.value.0", "draft_head")]
+)
+def test_a_step_that_isnt_finite(
+    mode: str, cache: str, stage: str, bundle: Bundle, expected: OnnxRuntimeBackend
+) -> None:
+    """The request ends, and the next one finds clean caches."""
+    backend = on_device(bundle, **MODES[mode])
+    wanted = tokens_of(expected, PROMPT, 40, [4])
+    assert tokens_of(backend, PROMPT, 40, [4]) == wanted
+    steps = decode(backend, Sequence(np.array(PROMPT)), max_new_tokens=40, width=4, prefill_chunk=CHUNK)
+    next(steps)
+    next(steps)
+    backend._memory.write(cache, np.full(8, np.nan, np.float32))
+    with pytest.raises(NumericalError, match=stage):
+        for _ in steps:
+            pass
+    assert tokens_of(backend, PROMPT, 40, [4]) == wanted
+
+
+def test_a_forgotten_step_that_isnt_finite(bundle: Bundle, expected: OnnxRuntimeBackend) -> None:
+    """Nobody reads it, but what it wrote would spoil the next request."""
+    backend = on_device(bundle)
+    backend.prefill(np.array([PROMPT[:CHUNK]]), np.array([0]), inject=True)
+    backend._memory.write("target.value.0", np.full(8, np.nan, np.float32))
+    backend.launch(4, np.array([1]), np.array([CHUNK]))
+    assert tokens_of(backend, PROMPT, 40, [4]) == tokens_of(expected, PROMPT, 40, [4])
+
+
+def test_nothing_is_written_behind_the_caches(bundle: Bundle) -> None:
+    backend = on_device(bundle, max_seq_len=20)
+    assert backend.capacity == 24
+    with pytest.raises(BackendError, match="outgrew the caches"):
+        backend.reserve(21)
+    with pytest.raises(BackendError, match="behind the caches"):
+        backend.launch(4, np.array([1]), np.array([21]))
+    backend.launch(4, np.array([1]), np.array([17]))
+    with pytest.raises(BackendError, match="behind the caches"):
+        backend.launch(4)  # it might begin at 21
+    backend.collect()
+    backend.launch(1)
+    backend.launch(1)
+    backend.collect()
+    with pytest.raises(BackendError, match="behind the caches"):
+        backend.launch(5)
+
+
+def test_a_shorter_max_seq_len_is_the_generators_limit(bundle: Bundle) -> None:
+    options = {"max_seq_len": 20}
+    with Generator(bundle, "onnxruntime-device", backend_options=options, draft_width=4) as generator:
+        assert generator.limits.max_seq_len == 20
+        assert len(generator.generate(PROMPT, stop_token_ids=[]).token_ids) == 20 - len(PROMPT)
+
+
+def test_options_from_the_command_line(bundle: Bundle) -> None:
+    """They reach the backend: one that doesn't have an option refuses it, one that has it checks it."""
+    command = ["generate", str(bundle.root), "--prompt", "x", "--backend-option", "max_seq_len=0"]
+    for backend, message in (
+        ("onnxruntime", "no such option"),
+        ("onnxruntime-device", "max_seq_len is wrong"),
+    ):
+        result = CliRunner().invoke(main, [*command, "--backend", backend])
+        assert result.exit_code == 1
+        assert message in result.output
+
+
+def test_memory_is_counted_before_it_is_taken(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "dflash_rt"):
+        backend = on_device(bundle)
+    budget = backend.budget
+    assert str(budget) in caplog.text
+    rows = LENGTH + 4
+    assert budget.caches == 4 * 2 * 2 * 8 * rows * (2 + 1)  # bytes, heads, keys and values, head_dim, layers
+    assert budget.total == budget.weights + budget.caches + budget.activations
+    on_device(bundle, memory_limit=budget.total).close()
+    with pytest.raises(BackendError, match="doesn't fit") as caught:
+        on_device(bundle, memory_limit=budget.total - 1)
+    assert "caches" in str(caught.value)
+    with pytest.raises(BackendError, match="doesn't fit"):
+        made(bundle, HostDevice(limit=budget.total - 1))
+
+
+def test_a_bundle_without_the_graphs(bundle: Bundle, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    folder = tmp_path / "old"
+    shutil.copytree(bundle.root, folder)
+    document = json.loads((folder / "manifest.json").read_text())
+    for name in ("accept", "draft_check"):
+        del document["graphs"][name], document["files"][f"{name}.onnx"]
+    (folder / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(BackendError, match="can't run on a device"):
+        on_device(Bundle.open(folder))
+    OnnxRuntimeBackend(Bundle.open(folder), threads=1).close()
