@@ -199,8 +199,10 @@ def build(
             )
             _check_disk(folder, target_weights, drafter_weights, precision)
         with progress.stage("tracing graphs", total=5 + len(drafter_config.own_graphs)) as stage:
-            graphs = trace_target(config, drafter_config.feature_layers, precision, lambda _: stage.advance())
-            graphs |= trace_drafter(drafter_config, precision, facts.vocab_size, lambda _: stage.advance())
+            graphs = {
+                **trace_target(config, drafter_config.feature_layers, precision, lambda _: stage.advance()),
+                **trace_drafter(drafter_config, precision, facts.vocab_size, lambda _: stage.advance()),
+            }
         unquantised, calibrated, folded = graphs, None, Folding()
         if plan is not None:
             encoder = _encoder(folder, tokenizer, chat_template_kwargs)
@@ -231,7 +233,7 @@ def build(
             folded=folded,
             calibration=None if calibrated is None else calibrated.layers,
         )
-        graphs |= step_graphs(facts.vocab_size, drafter_config.draft_vocab_size or facts.vocab_size)
+        graphs = graphs | step_graphs(facts.vocab_size, drafter_config.draft_vocab_size or facts.vocab_size)
         for graph_name, graph in graphs.items():
             _write_graph(folder / f"{graph_name}.onnx", graph)
         text = None if calibrated is None else calibrated.text

@@ -199,7 +199,7 @@ class _Traces:
         key = ("target", config.to_json_string(), tuple(feature_layers), precision)
         if key not in self._graphs:
             self._graphs[key] = trace_target(config, feature_layers, precision, traced)
-        return self._graphs[key]
+        return dict(self._graphs[key])  # a caller's additions stay the caller's
 
     def drafter(
         self, config: DrafterConfig, precision: str, vocab: int, traced: Any
@@ -207,7 +207,7 @@ class _Traces:
         key = ("drafter", repr(config), precision, vocab)
         if key not in self._graphs:
             self._graphs[key] = trace_drafter(config, precision, vocab, traced)
-        return self._graphs[key]
+        return dict(self._graphs[key])  # a caller's additions stay the caller's
 
     @contextmanager
     def shared(self) -> Iterator[None]:

@@ -186,8 +186,8 @@ def test_sampled_tokens_have_the_targets_distribution(tmp_path: Path) -> None:
         assert again.token_ids == result.token_ids  # same seed, same tokens
     assert set(accepted) == {0, 1, 2, 3}
     assert p_value(counts.ravel(), _joint(target, prompt, spec.vocab)) > LEVEL
-    # What it can see: a tenth off in temperature.
-    assert p_value(counts.ravel(), _joint(target, prompt, spec.vocab, 1.1)) < LEVEL
+    # What it can see: a quarter off in temperature.
+    assert p_value(counts.ravel(), _joint(target, prompt, spec.vocab, 1.25)) < LEVEL
 
 
 def _joint(target: Any, prompt: list[int], vocab: int, temperature: float = 1.0) -> Any:

@@ -289,7 +289,7 @@ def test_compile_prints_the_folder(bundle: Bundle) -> None:
     folder = Path(result.stdout.strip())
     assert read_engines(folder).build.workspace == 64 * 2**20
     assert "building target" in result.stderr
-    assert "built 5, reused 0" in result.stderr
+    assert f"built {len(bundle.manifest.graphs)}, reused 0" in result.stderr
 
 
 def test_build_compiles_afterwards(bundles: MakeBundle, tmp_path: Path) -> None:
