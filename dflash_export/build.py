@@ -43,6 +43,7 @@ from ._options import check_options
 from ._quantize_plan import make_plan
 from .calibration import CALIBRATION_FILE, Folding
 from .drafter_config import DrafterConfig, load_drafter_config
+from .fused_target import fuse_target
 from .graph_passes import TracedGraph
 from .graphs import PRECISIONS, step_graphs, trace_drafter, trace_target
 from .pairing import require_pair
@@ -234,8 +235,7 @@ def build(
             calibration=None if calibrated is None else calibrated.layers,
         )
         graphs = graphs | step_graphs(facts.vocab_size, drafter_config.draft_vocab_size or facts.vocab_size)
-        for graph_name, graph in graphs.items():
-            _write_graph(folder / f"{graph_name}.onnx", graph)
+        specs = _write_graphs(folder, graphs, limits.max_seq_len + drafter_config.block_size)
         text = None if calibrated is None else calibrated.text
         quantization = None if plan is None else plan.info(unquantised, graphs, text)
         if plan is not None and quantization is not None and plan.measure:
@@ -262,7 +262,7 @@ def build(
                 limits=limits,
                 target=_target_info(facts, target_source),
                 drafter=_drafter_info(drafter_config, drafter_source),
-                graphs={graph_name: _graph_spec(graph_name, graph) for graph_name, graph in graphs.items()},
+                graphs=specs,
                 tokenizer=_tokenizer_spec(tokenizer),
                 generation=GenerationDefaults(
                     stop_token_ids=stop_ids,
@@ -351,9 +351,24 @@ def _check_disk(folder: Path, target: Weights, drafter: Weights, precision: str)
         )
 
 
-def _write_graph(path: Path, graph: TracedGraph) -> None:
+def _write_graphs(folder: Path, graphs: Mapping[str, TracedGraph], max_rows: int) -> dict[str, GraphSpec]:
+    """Write every graph, and the fused form of those that have one; no pass goes beyond ``max_rows``."""
+    specs = {}
+    for name, graph in graphs.items():
+        path, fused = folder / f"{name}.onnx", folder / f"{name}.fused.onnx"
+        _save(path, graph.model)
+        # By path, so that the checker also follows the pointers into the data files.
+        onnx.checker.check_model(path, full_check=True)
+        model = fuse_target(graph, max_rows) if name == "target" else None
+        if model is not None:
+            _save(fused, model)
+        specs[name] = _graph_spec(path.name, None if model is None else fused.name, graph)
+    return specs
+
+
+def _save(path: Path, model: ir.Model) -> None:
     try:
-        onnx.save(ir.serde.serialize_model(graph.model), path)
+        onnx.save(ir.serde.serialize_model(model), path)
     except OSError as error:
         raise OutputError(
             f"can't write {path}",
@@ -361,8 +376,6 @@ def _write_graph(path: Path, graph: TracedGraph) -> None:
             expected="a writable folder with room for the bundle",
             todo="free disk space or choose another output; nothing was left behind",
         ) from error
-    # By path, so that the checker also follows the pointers into the data files.
-    onnx.checker.check_model(path, full_check=True)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -443,7 +456,7 @@ def _tokenizer_spec(files: TokenizerFiles | None) -> TokenizerSpec | None:
     )
 
 
-def _graph_spec(name: str, graph: TracedGraph) -> GraphSpec:
+def _graph_spec(path: str, fused: str | None, graph: TracedGraph) -> GraphSpec:
     inputs = tuple(_tensor_spec(value) for value in graph.model.graph.inputs)
     outputs = tuple(_tensor_spec(value) for value in graph.model.graph.outputs)
     names = {tensor.name for tensor in outputs}
@@ -452,7 +465,7 @@ def _graph_spec(name: str, graph: TracedGraph) -> GraphSpec:
         for tensor in inputs
         if "capacity" in tensor.shape and output_name(tensor.name) in names
     }
-    return GraphSpec(path=f"{name}.onnx", inputs=inputs, outputs=outputs, aliases=aliases)
+    return GraphSpec(path=path, fused=fused, inputs=inputs, outputs=outputs, aliases=aliases)
 
 
 _DTYPES = {

@@ -154,7 +154,7 @@ def _check_files(manifest: Manifest, problems: Problems) -> None:
                 "which change after the build"
             )
             problems.add(child("files", path), "a listed file", expected)
-    graph_paths = [graph.path for graph in manifest.graphs.values()]
+    graph_paths = [path for graph in manifest.graphs.values() for path in (graph.path, graph.fused) if path]
     _check_unique("the paths of graphs", graph_paths, problems)
     for where, path in _used_paths(manifest):
         if path not in manifest.files:
@@ -164,6 +164,8 @@ def _check_files(manifest: Manifest, problems: Problems) -> None:
 def _used_paths(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for name, graph in manifest.graphs.items():
         yield f"graphs.{name}.path", graph.path
+        if graph.fused is not None:
+            yield f"graphs.{name}.fused", graph.fused
     if manifest.tokenizer is not None:
         yield "tokenizer.path", manifest.tokenizer.path
         if manifest.tokenizer.chat_template is not None:
@@ -171,6 +173,8 @@ def _used_paths(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _check_graph(name: str, graph: GraphSpec, manifest: Manifest, problems: Problems) -> None:
+    if graph.fused is not None and name != "target":
+        problems.add(f"graphs.{name}.fused", shown(graph.fused), "null: only the target has a fused form")
     inputs, outputs = expected_tensors(name, manifest)
     _check_tensors(f"graphs.{name}.inputs", graph.inputs, inputs, problems)
     _check_tensors(f"graphs.{name}.outputs", graph.outputs, outputs, problems)

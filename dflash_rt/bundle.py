@@ -84,6 +84,12 @@ class Bundle:
             )
         return self.path_of(self.manifest.graphs[graph].path)
 
+    def fused_path(self, graph: str) -> Path | None:
+        """Absolute path of a graph's fused form; None where it has none. Raises BundleError as graph_path."""
+        self.graph_path(graph)
+        fused = self.manifest.graphs[graph].fused
+        return None if fused is None else self.path_of(fused)
+
     def tokenizer_path(self) -> Path | None:
         """Absolute path of tokenizer.json; None for a bundle that takes token ids only."""
         spec = self.manifest.tokenizer

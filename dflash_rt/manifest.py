@@ -189,9 +189,13 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphSpec:
-    """One ONNX file. ``aliases`` maps an output to the input whose memory it shares."""
+    """One ONNX file. ``aliases`` maps an output to the input whose memory it shares.
+
+    ``fused`` is the same graph in operators of ONNX Runtime, which its CPU backend runs instead.
+    """
 
     path: FilePath
+    fused: FilePath | None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     aliases: Mapping[str, str]

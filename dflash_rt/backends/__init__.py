@@ -18,7 +18,7 @@ __all__ = ["BACKEND_NAMES", "create_backend", "takes_threads"]
 
 
 def _onnxruntime(bundle: Bundle, threads: int | None, options: Mapping[str, Any]) -> Backend:
-    _refuse_options("onnxruntime", options, ("fast_plain", "integer_activations"))
+    _refuse_options("onnxruntime", options, ("fast_plain", "fused", "integer_activations"))
     for option, value in options.items():
         if type(value) is not bool:
             raise _wrong_option(option, value, "true or false")

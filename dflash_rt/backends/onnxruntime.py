@@ -5,12 +5,13 @@ these bindings and copies nothing but a few rows of hidden states. Facts that sh
 tried on ONNX Runtime 1.32:
 
 - ``TensorScatter`` writes in place only if one buffer is bound as input and as output.
-- ``Attention`` costs time for every row of the cache buffer, valid or not, so the caches start small
-  and grow by an eighth or a bucket when a sequence outgrows them. That is the only time a cache is
-  allocated or copied; rows of a windowed drafter's caches also move to the front now and then.
+- ``Attention`` costs time for every row of the cache buffer, valid or not (``GroupQueryAttention`` of a
+  fused target doesn't), so the caches start small and grow by an eighth or a bucket when a sequence
+  outgrows them. That is the only time a cache is allocated or copied; rows of a windowed drafter's caches
+  also move to the front now and then.
 - ``MatMul(x, DequantizeLinear(codes, scales))`` becomes one operator, ``MatMulNBits``, which rounds each
   block of ``x`` to 8 bits first. Without that it is slower than fp32 as soon as there are two rows.
-- It gives a row the same bits however many rows there are. ``Attention`` does so from two rows on, but
+- It gives a row the same bits however many rows there are. Attention does so from two rows on, but
   multiplies one row by other kernels. 1e-7 is enough to round something behind it another way, which moves
   logits by a quarter of their spread. So a quantised target never gets one row alone.
 - Each session has its own thread pool, whose idle threads would spin while another session works.
@@ -79,12 +80,15 @@ class OnnxRuntimeBackend:
         integer_activations: of a quantised bundle: round what enters a quantised layer to 8 bits, which is
             fast. ``False`` computes with the dequantised weights, which is exact and takes the time and
             memory of a bundle that isn't quantised.
+        fused: run the target in fused operators of ONNX Runtime, if the bundle has it in that form; that is
+            faster. ``None``: if it has. ``True`` may only be asked for if it has.
         fast_plain: of a quantised bundle with integer activations: feed the one row of a plain step alone.
             Such a step is 10 to 20 % faster, and its tokens are no longer those of drafted decoding. It may
             only be asked for where it changes something.
 
     Raises:
-        BackendError: ONNX Runtime can't load a graph of the bundle, or ``fast_plain`` would change nothing.
+        BackendError: ONNX Runtime can't load a graph of the bundle, ``fast_plain`` would change nothing, or
+            the bundle has no fused target.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class OnnxRuntimeBackend:
         threads: int | None = None,
         integer_activations: bool = True,
         fast_plain: bool = False,
+        fused: bool | None = None,
     ) -> None:
         manifest = bundle.manifest
         rounds = manifest.quantization is not None and integer_activations
@@ -104,10 +109,19 @@ class OnnxRuntimeBackend:
                 expected="a quantised bundle whose activations are rounded",
                 todo="leave it out: plain steps are as fast as they can be, and equal to drafted ones",
             )
+        if fused and manifest.graphs["target"].fused is None:
+            raise BackendError(
+                "the bundle has no fused target",
+                found=f"{manifest.target.model_type} in {manifest.precision}",
+                expected="an fp32 target of a form that can be fused (docs/bundle.md)",
+                todo="leave fused out: it is used wherever it is there",
+            )
         # What kept step costs are told apart by.
         self.name = "onnxruntime" + ("-fast-plain" if fast_plain else "")
         if manifest.quantization is not None and not integer_activations:
             self.name += "-float-activations"
+        if fused is False:
+            self.name += "-unfused"
         self._pads_plain_steps = rounds and not fast_plain
         self._block_size = manifest.drafter.block_size
         self._mask_token_id = manifest.drafter.mask_token_id
@@ -120,7 +134,7 @@ class OnnxRuntimeBackend:
             name: graph for name, graph in manifest.graphs.items() if name not in STEP_GRAPHS
         }
         self._sessions = {
-            name: _load(name, str(bundle.graph_path(name)), threads, integer_activations)
+            name: _load(name, _path(bundle, name, fused), threads, integer_activations)
             for name in self._graphs
         }
         self._stage_seconds: dict[str, float] = {}
@@ -433,6 +447,11 @@ class OnnxRuntimeBackend:
                     grown[:, :, : old.shape[2]] = old
                 self._caches[graph][tensor.name] = grown
         self._capacity = capacity
+
+
+def _path(bundle: Bundle, graph: str, fused: bool | None) -> str:
+    found = None if fused is False else bundle.fused_path(graph)
+    return str(found or bundle.graph_path(graph))
 
 
 def _load(graph: str, path: str, threads: int | None, integer_activations: bool) -> ort.InferenceSession:

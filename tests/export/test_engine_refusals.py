@@ -101,7 +101,9 @@ class Case:
             for each in (plain.inputs, plain.outputs)
         ]
         aliases = {"key.0.out": "key.0", "value.0.out": "value.0"}
-        return GraphSpec(path="draft.onnx", inputs=tensors[0], outputs=tensors[1], aliases=aliases)
+        return GraphSpec(
+            path="draft.onnx", fused=None, inputs=tensors[0], outputs=tensors[1], aliases=aliases
+        )
 
     def job(self, folder: Path) -> EngineJob:
         values = [
@@ -213,7 +215,11 @@ def test_caches_that_are_swapped(vendor: Vendor, tmp_path: Path) -> None:
 def test_a_cache_that_the_manifest_does_not_list(vendor: Vendor, tmp_path: Path) -> None:
     job = Case().job(tmp_path)
     spec = GraphSpec(
-        path=job.spec.path, inputs=job.spec.inputs, outputs=job.spec.outputs, aliases={"key.0.out": "key.0"}
+        path=job.spec.path,
+        fused=None,
+        inputs=job.spec.inputs,
+        outputs=job.spec.outputs,
+        aliases={"key.0.out": "key.0"},
     )
     job = EngineJob(job.graph, spec, job.header, job.profiles, job.build)
     with pytest.raises(EngineBuildError, match="a cache that the manifest doesn't list is updated"):

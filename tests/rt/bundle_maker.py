@@ -39,6 +39,7 @@ def caches(layers: int, suffix: str = "") -> list[dict[str, Any]]:
 def graph(path: str, inputs: list[Any], outputs: list[Any], layers: int = 0) -> dict[str, Any]:
     return {
         "path": path,
+        "fused": None,
         "inputs": inputs + caches(layers),
         "outputs": outputs + caches(layers, ".out"),
         "aliases": {f"{kind}.{i}.out": f"{kind}.{i}" for i in range(layers) for kind in ("key", "value")},

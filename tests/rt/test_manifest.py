@@ -297,6 +297,18 @@ CASES: dict[str, tuple[Callable[[Document], None], list[str]]] = {
     "lists a report": (rename("embed.onnx", "reports/a.json"), ["reports/a.json", "neither"]),
     "lists an engine": (rename("embed.onnx", "engines/a/b"), ["engines/a/b", "neither"]),
     "graph not listed": (put("files", "draft.onnx", value=DELETE), ["graphs.draft.path", "listed in files"]),
+    "fused form not listed": (
+        put("graphs", "target", "fused", value="f.onnx"),
+        ["graphs.target.fused", "listed in files"],
+    ),
+    "fused form of another graph": (
+        put("graphs", "draft", "fused", value="tokenizer.json"),
+        ["graphs.draft.fused", "null: only the target"],
+    ),
+    "fused form is the graph": (
+        put("graphs", "target", "fused", value="target.onnx"),
+        ["target.onnx", "twice"],
+    ),
     "tokenizer not listed": (put("tokenizer", "path", value="t.json"), ["tokenizer.path", "listed"]),
     "template not listed": (put("tokenizer", "chat_template", value="t"), ["chat_template", "listed"]),
     "two graphs in a file": (put("graphs", "draft", "path", value="embed.onnx"), ["embed.onnx", "twice"]),

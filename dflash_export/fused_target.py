@@ -1,0 +1,216 @@
+"""The graph ``target`` once more, in the operators that ONNX Runtime's CPU kernels are fastest with.
+
+A decoder layer of a small model takes tens of microseconds on a CPU, so that every node counts. What lies
+between two products there is a dozen nodes in plain ONNX, and two in ONNX Runtime's own operators:
+
+- ``GroupQueryAttention`` cuts joined projections into heads, rotates them, writes the caches in place, and
+  attends. It reads the rows that are valid, where ``Attention`` reads the whole buffer.
+- ``SkipSimplifiedLayerNormalization`` is ``Add`` and ``RMSNormalization``.
+
+Inputs, outputs, weights and meaning are those of the graph that it is made from, which stays the one that
+counts: engines are built from it, and every other backend runs it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
+
+from .graph_passes import TracedGraph
+from .head_layout import int64_constant, only_reader
+
+__all__ = ["fuse_target"]
+
+_DOMAIN = "com.microsoft"
+_HEAD_DIMS = 16  # GroupQueryAttention rotates heads of a multiple of so many only
+_TABLE_ROWS = 512  # of one run that makes a table: it takes that many rows of embeddings
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What ``GroupQueryAttention`` replaces, from the joined projections to the rows of their result."""
+
+    projections: ir.Value
+    rotary: tuple[ir.Value, ir.Value]  # cos and sin
+    scatters: tuple[ir.Node, ir.Node]
+    attention: ir.Node
+    result: ir.Value
+    heads: tuple[int, int]  # of queries, and of keys
+
+
+def fuse_target(target: TracedGraph, rows: int) -> ir.Model | None:
+    """A copy of the graph in fused operators, or None where they can't say what it says.
+
+    They can for fp32 layers that see all rows before their own, whose q, k and v are joined and not normed,
+    and whose heads have a multiple of 16 numbers. The sines and cosines of ``rows`` positions become
+    constants of the copy, and no run may go beyond them. The initializers of ``target`` must point at their
+    data.
+    """
+    model = target.model.clone()
+    graph = model.graph
+    try:
+        layers = [_layer(node) for node in graph if node.op_type == "Attention"]
+        _require(len({layer.rotary for layer in layers}) == 1)
+        tables = _tables(model, layers[0].rotary, rows)
+    except _OtherFormError:
+        return None
+    constants = []
+    for name, numbers in zip(("rotary.cos", "rotary.sin"), tables, strict=True):
+        tensor = ir.tensor(numbers, name=name)
+        value = ir.Value(
+            name=name, shape=ir.Shape(numbers.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        graph.initializers[name] = value
+        constants.append(value)
+    lengths = _lengths(graph)
+    for layer in layers:
+        _fuse_attention(graph, layer, lengths, constants)
+    for node in list(graph):
+        if node.op_type == "RMSNormalization":
+            _fuse_norm(graph, node)
+    RemoveUnusedNodesPass()(model)
+    TopologicalSortPass()(model)
+    model.opset_imports[_DOMAIN] = 1
+    return model
+
+
+def _layer(attention: ir.Node) -> _Layer:
+    """What is around ``attention``. Raises _OtherFormError where it is anything else."""
+    query, key, value, mask = attention.inputs
+    _maker(mask, "LessOrEqual")  # Visibility's rule for all rows before
+    scatters = _maker(key, "TensorScatter"), _maker(value, "TensorScatter")
+    turned = _maker(query, "RotaryEmbedding"), _maker(scatters[0].inputs[1], "RotaryEmbedding")
+    split = _maker(turned[0].inputs[0], "Split")
+    reshape = _maker(_maker(split.inputs[0], "Transpose").inputs[0], "Reshape")
+    joined = _reader(_reader(attention, "Transpose"), "Reshape")
+    counts = _maker(split.inputs[1], "Constant").attributes["value"].as_tensor().numpy().tolist()
+    cos, sin = turned[0].inputs[1:]
+    projections, cache = reshape.inputs[0], scatters[0].inputs[0]
+    _require(tuple(split.outputs) == (turned[0].inputs[0], turned[1].inputs[0], scatters[1].inputs[1]))
+    _require(turned[1].inputs[1:] == (cos, sin) and counts[1] == counts[2])
+    assert projections is not None
+    assert cos is not None
+    assert sin is not None
+    assert cache is not None
+    assert cache.shape is not None
+    head_dim = cache.shape[3]
+    _require(cache.dtype == ir.DataType.FLOAT and isinstance(head_dim, int) and head_dim % _HEAD_DIMS == 0)
+    return _Layer(projections, (cos, sin), scatters, attention, joined.outputs[0], (counts[0], counts[1]))
+
+
+class _OtherFormError(Exception):
+    """A graph isn't of the form that can be fused."""
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise _OtherFormError
+
+
+def _maker(value: ir.Value | None, op_type: str) -> ir.Node:
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != op_type:
+        raise _OtherFormError
+    return node
+
+
+def _reader(node: ir.Node, op_type: str) -> ir.Node:
+    reader = only_reader(node.outputs[0])
+    if reader is None or reader.op_type != op_type:
+        raise _OtherFormError
+    return reader
+
+
+def _tables(model: ir.Model, rotary: tuple[ir.Value, ir.Value], rows: int) -> list[np.ndarray]:
+    """Cosines and sines ``[rows, head_dim / 2]``, as the graph itself computes them.
+
+    Raises _OtherFormError if they depend on anything but the position.
+    """
+    inputs = {value.name: value for value in model.graph.inputs}
+    try:
+        part = ir.convenience.extract(
+            model.graph, [inputs["embeddings"], inputs["start"]], [v.name for v in rotary if v.name]
+        )
+    except ValueError as error:  # another input is read
+        raise _OtherFormError from error
+    small = ir.Model(part, ir_version=model.ir_version)
+    session = ort.InferenceSession(
+        ir.serde.serialize_model(small).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    shape = inputs["embeddings"].shape
+    assert shape is not None
+    width = shape[2]
+    assert isinstance(width, int)
+    embeddings = np.zeros((1, _TABLE_ROWS, width), np.float32)
+    parts = [
+        session.run(None, {"embeddings": embeddings, "start": np.array([start], np.int64)})
+        for start in range(0, rows, _TABLE_ROWS)
+    ]
+    return [np.concatenate([part[i][0] for part in parts])[:rows] for i in range(2)]
+
+
+def _lengths(graph: ir.Graph) -> list[ir.Value]:
+    """What ``GroupQueryAttention`` is told: the last valid row of each sequence, and the longest's length."""
+    inputs = {value.name: value for value in graph.inputs}
+    start, embeddings = inputs["start"], inputs["embeddings"]
+    first = graph[0]
+    int32 = {"to": ir.DataType.INT32}
+    count = ir.node("Shape", [embeddings], {"start": 1, "end": 2})
+    total = ir.node("Add", [start, count.outputs[0]])
+    one = int64_constant([1])
+    last = ir.node("Sub", [total.outputs[0], one.outputs[0]])
+    last32 = ir.node("Cast", [last.outputs[0]], int32)
+    longest = ir.node("ReduceMax", [total.outputs[0]], {"keepdims": 0})
+    longest32 = ir.node("Cast", [longest.outputs[0]], int32)
+    graph.insert_before(first, [count, total, one, last, last32, longest, longest32])
+    return [last32.outputs[0], longest32.outputs[0]]
+
+
+def _fuse_attention(graph: ir.Graph, layer: _Layer, lengths: list[ir.Value], tables: list[ir.Value]) -> None:
+    caches = [scatter.inputs[0] for scatter in layer.scatters]
+    fused = ir.node(
+        "GroupQueryAttention",
+        [layer.projections, None, None, *caches, *lengths, *tables],
+        {
+            "num_heads": layer.heads[0],
+            "kv_num_heads": layer.heads[1],
+            "scale": layer.attention.attributes["scale"].as_float(),
+            "do_rotary": 1,
+            "rotary_interleaved": 0,
+        },
+        domain=_DOMAIN,
+        num_outputs=3,
+    )
+    graph.insert_before(layer.attention, fused)
+    old = [layer.result, *(scatter.outputs[0] for scatter in layer.scatters)]
+    for before, after in zip(old, fused.outputs, strict=True):
+        _take_over(before, after)
+
+
+def _fuse_norm(graph: ir.Graph, norm: ir.Node) -> None:
+    try:
+        add = _maker(norm.inputs[0], "Add")
+    except _OtherFormError:
+        return
+    fused = ir.node(
+        "SkipSimplifiedLayerNormalization",
+        [*add.inputs, norm.inputs[1]],
+        {"epsilon": norm.attributes["epsilon"].as_float()},
+        domain=_DOMAIN,
+        num_outputs=4,
+    )
+    graph.insert_before(norm, fused)
+    _take_over(norm.outputs[0], fused.outputs[0])
+    _take_over(add.outputs[0], fused.outputs[3])
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """Let ``new`` be read wherever ``old`` is, and leave the graph under its name."""
+    new.shape, new.type = old.shape, old.type
+    name = old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    old.name, new.name = None, name

@@ -1,0 +1,153 @@
+"""The fused target against the plain graph that it is made from, over caches that are written in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dflash_rt import Bundle
+from dflash_rt.backends import create_backend
+from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.errors import BackendError
+
+from ._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+
+FUSED = {
+    "smollm2": TargetSpec("smollm2", head_dim=16),
+    "untied, one key head": TargetSpec("smollm2", head_dim=32, kv_heads=1, tied=False),
+    "llama3 rope": TargetSpec("llama3", head_dim=16),
+    "biases": TargetSpec("qwen2", heads=2, kv_heads=2),
+}
+PLAIN = {
+    "a norm before the rotation": (TargetSpec("qwen3", head_dim=16), "fp32"),
+    "experts": (TargetSpec("qwen3_moe", head_dim=16), "fp32"),
+    "a window": (TargetSpec("mistral", head_dim=16, more={"sliding_window": 8}), "fp32"),
+    "heads of 8": (TargetSpec("smollm2", head_dim=8), "fp32"),
+    "fp16": (TargetSpec("smollm2", head_dim=16), "fp16"),
+    "bf16": (TargetSpec("llama3", head_dim=16), "bf16"),
+}
+LIMIT, BLOCK = 96, 4
+
+Array = np.ndarray[Any, Any]
+
+
+def make(folder: Path, spec: TargetSpec, **options: Any) -> Bundle:
+    make_target(folder / "target", spec, spread=0.4)
+    make_drafter(folder / "drafter", drafter_config(spec, block_size=BLOCK))
+    return build(folder / "target", folder / "drafter", folder / "bundle", **options)
+
+
+@pytest.fixture(scope="module", params=FUSED)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("fused")
+    return make(folder, FUSED[request.param], max_seq_len=LIMIT, prefill_chunk=32)
+
+
+class Target:
+    """One form of the target over caches of its own."""
+
+    def __init__(self, bundle: Bundle, path: Path | None, capacity: int, seed: int) -> None:
+        assert path is not None
+        self._spec = bundle.manifest.graphs["target"]
+        self._session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        generator = np.random.default_rng(seed)
+        self.caches = {
+            tensor.name: generator.normal(size=(1, tensor.shape[1], capacity, tensor.shape[3])).astype("f4")  # type: ignore[arg-type]
+            for tensor in self._spec.inputs
+            if "capacity" in tensor.shape
+        }
+
+    def run(self, embeddings: Array, start: int) -> dict[str, Array]:
+        """Hidden states and features."""
+        rows = embeddings.shape[1]
+        arrays = {"embeddings": embeddings, "start": np.array([start]), **self.caches}
+        for tensor in self._spec.outputs:
+            source = self._spec.aliases.get(tensor.name)
+            arrays[tensor.name] = (
+                np.zeros((1, rows, tensor.shape[2]), "f4")  # type: ignore[arg-type]
+                if source is None
+                else self.caches[source]
+            )
+        binding = self._session.io_binding()
+        for name, bind in (("inputs", binding.bind_input), ("outputs", binding.bind_output)):
+            for tensor in getattr(self._spec, name):
+                array = arrays[tensor.name]
+                bind(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return {name: arrays[name] for name in ("hidden", "features")}
+
+
+@given(seed=st.integers(0, 2**32 - 1), data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_passes_are_those_of_the_plain_graph(bundle: Bundle, seed: int, data: st.DataObject) -> None:
+    """Some passes in a row, also over rows that an earlier one wrote; caches are full of junk before."""
+    capacity = data.draw(st.sampled_from([40, LIMIT + BLOCK]), "capacity")
+    width = bundle.manifest.target.hidden_size
+    plain = Target(bundle, bundle.graph_path("target"), capacity, seed)
+    fused = Target(bundle, bundle.fused_path("target"), capacity, seed)
+    generator = np.random.default_rng(seed)
+    start = data.draw(st.sampled_from([0, 0, 7, capacity - 12]), "start")
+    for _ in range(3):
+        rows = data.draw(st.integers(1, min(12, capacity - start)), "rows")
+        before = {name: cache.copy() for name, cache in fused.caches.items()}
+        embeddings = generator.normal(size=(1, rows, width)).astype("f4")
+        wanted, found = plain.run(embeddings, start), fused.run(embeddings, start)
+        for name, value in wanted.items():
+            assert np.abs(found[name] - value).max() < 2e-5 * max(1.0, np.abs(value).max()), name
+        for name, cache in fused.caches.items():
+            written = slice(start, start + rows)
+            assert np.abs(cache[:, :, written] - plain.caches[name][:, :, written]).max() < 2e-5, name
+            cache = cache.copy()  # noqa: PLW2901
+            cache[:, :, written] = before[name][:, :, written]
+            assert np.array_equal(cache, before[name]), "rows that aren't this pass's"
+        start = data.draw(st.integers(max(0, start - 2), min(start + rows, capacity - 1)), "next")
+
+
+def test_the_form_of_the_graph(bundle: Bundle) -> None:
+    path = bundle.fused_path("target")
+    assert path is not None
+    assert path.name in bundle.manifest.files
+    graph = onnx.load(path, load_external_data=False).graph
+    operators = [node.op_type for node in graph.node]
+    layers = bundle.manifest.target.num_layers
+    assert operators.count("GroupQueryAttention") == layers
+    assert operators.count("SkipSimplifiedLayerNormalization") == 2 * layers
+    assert not {"Attention", "TensorScatter", "RotaryEmbedding", "Cos", "Transpose"} & set(operators)
+    plain = onnx.load(bundle.graph_path("target"), load_external_data=False).graph
+    for tensors in ("input", "output"):
+        names = [tensor.name for tensor in getattr(graph, tensors)]
+        assert names == [tensor.name for tensor in getattr(plain, tensors)]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_other_targets_have_none(name: str, tmp_path: Path) -> None:
+    spec, precision = PLAIN[name]
+    bundle = make(tmp_path, spec, precision=precision)
+    assert bundle.fused_path("target") is None
+    assert not [name for name in bundle.manifest.files if "fused" in name]
+    with pytest.raises(BackendError, match="the bundle has no fused target"):
+        OnnxRuntimeBackend(bundle, fused=True)
+
+
+def test_the_backend_runs_it_unless_told_otherwise(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, loaded = ort.InferenceSession, list[str]()
+
+    def watched(path: str, *rest: Any, **options: Any) -> Any:
+        loaded.append(Path(path).name)
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(ort, "InferenceSession", watched)
+    files = {None: "target.fused.onnx", True: "target.fused.onnx", False: "target.onnx"}
+    for choice, file in files.items():
+        loaded.clear()
+        backend = create_backend("onnxruntime", bundle, options={} if choice is None else {"fused": choice})
+        assert [name for name in loaded if name.startswith("target")] == [file]
+        assert backend.name == ("onnxruntime-unfused" if choice is False else "onnxruntime")
+        backend.close()
