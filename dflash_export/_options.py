@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dflash_export._quantize_plan import SCHEMES
+from dflash_export._quantize_plan import HEAD_TYPES, SCHEMES
 from dflash_export.quantization import BLOCK_SIZES
 from dflash_rt.errors import Problem, RecipeError
 
@@ -76,6 +76,10 @@ def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _is_head(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value in HEAD_TYPES)
+
+
 def _is_json_object(value: object) -> bool:
     return isinstance(value, Mapping) and all(
         _is_text(key) and _is_scalar(item) for key, item in value.items()
@@ -108,7 +112,7 @@ _RULES: dict[str, _Rule] = {
     "draft_width": _COUNT,
     "quantize": (_is_scheme, ", ".join(SCHEMES), "choose one of these, or leave the option out"),
     "quantize_block": (_is_block_size, ", ".join(map(str, BLOCK_SIZES)), "choose one of these"),
-    "quantize_head": _FLAG,
+    "quantize_head": (_is_head, ", ".join(HEAD_TYPES) + ", true (int8) or false", "choose one of these"),
     "quantize_drafter": _FLAG,
     "calib": (_is_path, "the path of a file of prompts", "name the file"),
     "calib_limit": _COUNT,

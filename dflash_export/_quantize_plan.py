@@ -15,7 +15,7 @@ from .graph_passes import TracedGraph
 from .quantization import CodeType, WeightFormat
 from .quantize_pass import InputTreatment, quantize_graph
 
-__all__ = ["SCHEMES", "QuantizePlan", "Scheme", "make_plan"]
+__all__ = ["HEAD_TYPES", "SCHEMES", "QuantizePlan", "Scheme", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ SCHEMES = {
     "fp8": Scheme("fp8", "fp8", "max"),
 }
 
+HEAD_TYPES: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
+
 # The first that divides the inputs of every layer. 128 is AWQ's. Models that it doesn't fit are small, and
 # small ones need small blocks: the demo's target keeps more of its tokens with 32 than with 64.
 _INT4_BLOCKS, _INT8_BLOCKS = (128, 32, 16), (32, 16)
@@ -53,7 +55,7 @@ class QuantizePlan:
 
     scheme: Scheme
     block_size: int | None
-    head: bool
+    head: Literal["int8", "int4"] | None
     drafter: bool
     measure: bool
     calib: str | None
@@ -85,14 +87,15 @@ class QuantizePlan:
             factor = None if layer.multiplier is None or name not in folded.divided else 1 / layer.multiplier
             inputs[name] = InputTreatment(factor, layer.largest if self.scheme.activations else None)
         changed = {"target": quantize_graph(graphs["target"], self.target_form(graphs), inputs)}
-        # The head chooses the tokens, of the target and of the drafter, and drafters are small: 8 bits, and
-        # nothing that would have to be calibrated.
-        others = ["lm_head"] * self.head + ["inject", "draft"] * self.drafter
-        for name in others:
+        # The head chooses the tokens, of the target and of the drafter, and drafters are small: 8 bits unless
+        # 4 are asked for, and nothing that would have to be calibrated.
+        others: dict[str, CodeType] = {} if self.head is None else {"lm_head": self.head}
+        others |= dict.fromkeys(("inject", "draft"), "int8") if self.drafter else {}
+        for name, weights in others.items():
             graph = graphs[name]
-            size = self.block_size or _fitting(graph, _INT8_BLOCKS)
+            size = self.block_size or _fitting(graph, _INT8_BLOCKS if weights == "int8" else _INT4_BLOCKS)
             skip = [key for key in graph.weights if key.startswith(_FEATURE_PROJECTION)]
-            changed[name] = quantize_graph(graph, WeightFormat("int8", size), skip=skip)
+            changed[name] = quantize_graph(graph, WeightFormat(weights, size), skip=skip)
         return {**graphs, **changed}, folded
 
     def info(
@@ -105,7 +108,7 @@ class QuantizePlan:
         return QuantizationInfo(
             weights=self.scheme.weights,
             activations=self.scheme.activations,
-            head="int8" if self.head else None,
+            head=self.head,
             drafter="int8" if self.drafter else None,
             block_size=self.target_form(before).block_size,
             method=self.scheme.method,
@@ -120,7 +123,7 @@ def make_plan(
     quantize: str | None,
     block_size: int | None,
     *,
-    head: bool | None,
+    head: bool | str | None,
     drafter: bool | None,
     measure: bool | None,
     measure_tokens: int | None,
@@ -154,13 +157,17 @@ def make_plan(
     return QuantizePlan(
         scheme=scheme,
         block_size=block_size,
-        head=bool(head),
+        head=_head_type(head),
         drafter=bool(drafter),
         measure=measure is not False,
         calib=calib,
         calib_limit=_DEFAULT_PROMPTS if calib_limit is None else calib_limit,
         calib_tokens=_DEFAULT_TOKENS if calib_tokens is None else calib_tokens,
     )
+
+
+def _head_type(head: bool | str | None) -> Literal["int8", "int4"] | None:
+    return next((kind for kind in HEAD_TYPES if head == kind), "int8" if head is True else None)
 
 
 def _refuse_useless(given: Mapping[str, object], names: Collection[str], missing: str, expected: str) -> None:

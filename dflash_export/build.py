@@ -78,7 +78,7 @@ def build(
     draft_width: int | None = None,
     quantize: str | None = None,
     quantize_block: int | None = None,
-    quantize_head: bool | None = None,
+    quantize_head: bool | str | None = None,
     quantize_drafter: bool | None = None,
     calib: str | os.PathLike[str] | None = None,
     calib_limit: int | None = None,
@@ -110,7 +110,7 @@ def build(
         quantize: ``"int4"``, ``"int8"``, ``"fp8"``, ``"int8-weight-only"`` or ``"int4-rtn"``: how the
             target's linear layers are computed (docs/quantize.md).
         quantize_block: inputs that share a scale; default: what fits.
-        quantize_head: store the LM head in int8 as well; default: no.
+        quantize_head: store the LM head in ``"int8"`` (or True) or ``"int4"`` blocks as well; default: no.
         quantize_drafter: store the drafter's linear layers but ``fc`` in int8; default: no.
         calib: file of prompts that the target answers to be calibrated; default: built-in ones.
         calib_limit: prompts that are answered at most; default 32.

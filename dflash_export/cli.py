@@ -56,7 +56,13 @@ def main() -> None:
     type=click.Choice(["16", "32", "64", "128", "256"]),
     help="Inputs that share a scale [128 for --int4 where it fits, else 32].",
 )
-@click.option("--quantize-head", is_flag=True, default=None, help="Store the LM head in 8 bits as well.")
+@click.option(
+    "--quantize-head",
+    type=click.Choice(["int8", "int4"]),
+    is_flag=False,
+    flag_value="int8",
+    help="Store the LM head in 8 bits as well, or in 4.",
+)
 @click.option(
     "--quantize-drafter", is_flag=True, default=None, help="Store the drafter's layers but fc in 8 bits."
 )

@@ -42,7 +42,7 @@ class Recipe:
     draft_width: int | None = None
     quantize: Quantize | None = None
     quantize_block: int | None = None
-    quantize_head: bool | None = None
+    quantize_head: bool | Literal["int8", "int4"] | None = None
     quantize_drafter: bool | None = None
     calib: str | None = None
     calib_limit: int | None = None
@@ -241,6 +241,10 @@ def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _is_head(value: object) -> bool:
+    return isinstance(value, bool) or value in ("int8", "int4")
+
+
 def _is_json_object(value: object) -> bool:
     if not isinstance(value, dict):
         return False
@@ -269,7 +273,7 @@ _RULES: dict[str, tuple[Callable[[object], bool], str, str]] = {
     "draft_width": _COUNT,
     "quantize": (_is_scheme, ", ".join(get_args(Quantize)), "choose one of them"),
     "quantize_block": (_is_block_size, "16, 32, 64, 128 or 256", "choose one of them"),
-    "quantize_head": _FLAG,
+    "quantize_head": (_is_head, "int8, int4, true (int8) or false", "choose one of them"),
     "quantize_drafter": _FLAG,
     "calib": _TEXT,
     "calib_limit": _COUNT,

@@ -271,7 +271,7 @@ class QuantizationInfo:
 
     weights: Literal["int4", "int8", "fp8"]
     activations: Literal["int8", "fp8"] | None
-    head: Literal["int8"] | None
+    head: Literal["int8", "int4"] | None
     drafter: Literal["int8"] | None
     block_size: Annotated[int, Bounds(16, 256)] | None
     method: Literal["awq", "smoothquant", "max", "rtn"]

@@ -74,7 +74,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
                 root / "-".join(key),
                 quantize=scheme,
                 precision=precision,
-                quantize_head=True,
+                quantize_head="int4" if scheme == "int4" else "int8",
                 quantize_drafter=True,
                 measure_quantization=False,
                 max_seq_len=60,
@@ -126,7 +126,7 @@ def fake_quantised(bundle: Bundle, family: str) -> Any:
             )
             module.weight = torch.nn.Parameter(dequantize(codes.t(), scales.t()).T.contiguous())
             module.register_forward_pre_hook(_rounding(multiplier, layer.largest, info.activations))
-    codes, scales = quantize(model.lm_head.weight.detach(), WeightFormat("int8", 32), torch.float32)
+    codes, scales = quantize(model.lm_head.weight.detach(), WeightFormat(info.head, 32), torch.float32)
     model.lm_head.weight = torch.nn.Parameter(dequantize(codes.t(), scales.t()).T.contiguous())
     return model
 

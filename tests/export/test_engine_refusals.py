@@ -167,7 +167,7 @@ def test_an_input_that_nothing_uses(vendor: Vendor, tmp_path: Path) -> None:
 
 def with_input(spec: GraphSpec, name: str, dtype: str) -> GraphSpec:
     inputs = (*spec.inputs, TensorSpec(name, dtype, ("batch",)))  # type: ignore[arg-type]
-    return GraphSpec(path=spec.path, inputs=inputs, outputs=spec.outputs, aliases=spec.aliases)
+    return GraphSpec(path=spec.path, fused=None, inputs=inputs, outputs=spec.outputs, aliases=spec.aliases)
 
 
 def test_lengths_that_the_parser_ignores(vendor: Vendor, tmp_path: Path) -> None:

@@ -66,9 +66,14 @@ def make(pair: Path, output: Path, **options: Any) -> Bundle:
     return build(pair / "target", pair / "drafter", output, measure_quantization=False, **options)
 
 
-@pytest.fixture(scope="module", params=["int4-rtn", "int8-weight-only"])
+@pytest.fixture(
+    scope="module",
+    params=[("int4-rtn", True), ("int8-weight-only", "int8"), ("int4-rtn", "int4")],
+    ids=lambda pair: f"{pair[0]}, head {pair[1]}",
+)
 def bundle(request: pytest.FixtureRequest, pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return make(pair, tmp_path_factory.mktemp("b") / "b", quantize=request.param, quantize_head=True)
+    weights, head = request.param
+    return make(pair, tmp_path_factory.mktemp("b") / "b", quantize=weights, quantize_head=head)
 
 
 @given(
@@ -117,9 +122,11 @@ def test_the_search_beats_plain_rounding() -> None:
 def test_what_is_quantised_and_what_is_not(pair: Path, bundle: Bundle, tmp_path: Path) -> None:
     info = bundle.manifest.quantization
     assert info is not None
-    assert (info.head, info.block_size, info.method, info.cost) == ("int8", 32, "rtn", None)
+    asked = bundle.manifest.provenance.options["quantize_head"]
+    assert (info.head, asked) in [("int8", True), ("int8", "int8"), ("int4", "int4")]
+    assert (info.block_size, info.method, info.cost) == (32, "rtn", None)
     assert info.calibration is info.activations is info.drafter is None
-    for graph, weights in (("target", info.weights), ("lm_head", "int8")):
+    for graph, weights in (("target", info.weights), ("lm_head", info.head)):
         model = ir.load(bundle.graph_path(graph))
         assert set(model.opset_imports) == {""}
         products = [node for node in model.graph if node.op_type in ("MatMul", "Gemm")]
@@ -166,7 +173,9 @@ def fake_quantised(pair: Path, bundle: Bundle) -> Any:
     model = AutoModelForCausalLM.from_pretrained(pair / "target", dtype=torch.float32).eval()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            form = WeightFormat("int8" if name == "lm_head" else info.weights, info.block_size)
+            weights = info.head if name == "lm_head" else info.weights
+            assert weights is not None
+            form = WeightFormat(weights, info.block_size)
             codes, scales = quantize(module.weight.detach(), form, torch.float32)
             module.weight = torch.nn.Parameter(dequantize(codes.T, scales.T).T)
     return model
@@ -303,7 +312,7 @@ def test_bench_beside_the_bundle_that_is_not_quantised(pair: Path, bundle: Bundl
     } == {answer}
     info = bundle.manifest.quantization
     assert info is not None
-    assert f"(fp32, {info.weights} in blocks of 32, head int8) on" in report.table()
+    assert f"(fp32, {info.weights} in blocks of 32, head {info.head}) on" in report.table()
     assert "beside it: plain (fp32)" in report.table()
     assert report.to_dict()["ratios"]["plain"]["beside-plain"]["pairs"] == 1
 
@@ -396,7 +405,8 @@ def test_a_block_that_does_not_fit_is_refused(pair: Path, tmp_path: Path) -> Non
     [
         ({"quantize": "int3"}, "int8-weight-only, fp8"),
         ({"quantize": "int4-rtn", "quantize_block": 48}, "16, 32, 64, 128, 256"),
-        ({"quantize": "int4-rtn", "quantize_head": 1}, "true or false"),
+        ({"quantize": "int4-rtn", "quantize_head": 1}, r"int8, int4, true \(int8\) or false"),
+        ({"quantize": "int4-rtn", "quantize_head": "fp8"}, r"int8, int4, true \(int8\) or false"),
         ({"quantize_head": True}, "quantize_head and measure_quantization without quantize"),
         ({"quantize": "int4-rtn", "measure_tokens": 9}, "measure_tokens without a measurement"),
         ({"quantize": "int4-rtn", "calib_tokens": 3}, "calib_tokens without calibration"),
