@@ -83,7 +83,7 @@ class OnnxRuntimeBackend:
         fused: run the target in fused operators of ONNX Runtime, if the bundle has it in that form; that is
             faster. ``None``: if it has. ``True`` may only be asked for if it has.
         fast_plain: of a quantised bundle with integer activations: feed the one row of a plain step alone.
-            Such a step is 10 to 20 % faster, and its tokens are no longer those of drafted decoding. It may
+            Such a step is up to 15 % faster, and its tokens are no longer those of drafted decoding. It may
             only be asked for where it changes something.
 
     Raises:
