@@ -102,7 +102,7 @@ def measure(
     *,
     model: Any,
     sixteen_bit_model: Any | None,
-    replay: Replay,
+    replays: Sequence[Replay],
     feature_layers: Sequence[int],
     stop_token_ids: Sequence[int],
     max_new_tokens: int,
@@ -138,29 +138,35 @@ def measure(
                 lower = teacher_forced(sixteen_bit_model, prompt.token_ids, token_ids)
                 meters.sixteen_bit.add(lower.logits, forced.logits)
         if names != [PYTORCH]:
-            own_shortfalls = _replay(replay, prompt, token_ids, forced, meters)
+            own_shortfalls = _replay(replays, prompt, token_ids, forced, meters)
             own |= dict.fromkeys((name for name in names if name != PYTORCH), own_shortfalls)
     parted = tuple(_parted(first, second, index, rows) for first, second, index in pairs)
     return Evidence(prompt, runs, found, own, margins, parted)
 
 
 def _replay(
-    replay: Replay, prompt: PromptInput, token_ids: TokenIds, forced: TeacherForced, meters: Meters
+    replays: Sequence[Replay], prompt: PromptInput, token_ids: TokenIds, forced: TeacherForced, meters: Meters
 ) -> Floats:
-    """The bundle's graphs over one sequence in every pass shape; returns the shortfalls one row at a time."""
-    one_row = np.zeros_like(forced.logits)
-    for width in sorted(meters.by_width):
-        for item in replay.passes(prompt.token_ids, token_ids, width):
-            at = slice(item.first_token, item.first_token + item.logits.shape[0])
-            meters.by_width[width].add(item.logits, forced.logits[at])
-            if width == 1:
-                one_row[at] = item.logits
-            else:
-                meters.shapes[width].add(item.logits, one_row[at])
-            if width == max(meters.by_width):
-                right = forced.features[item.first_row : item.first_row + item.features.shape[0]]
-                meters.features.add(item.features.reshape(right.shape), right)
-    return shortfalls(one_row, token_ids)
+    """The bundle's graphs over one sequence, in every form and pass shape.
+
+    Returns the shortfalls one row at a time, of the form that decodes: the first.
+    """
+    shortfalls_by_form = []
+    for replay in replays:
+        one_row = np.zeros_like(forced.logits)
+        for width in sorted(meters.by_width):
+            for item in replay.passes(prompt.token_ids, token_ids, width):
+                at = slice(item.first_token, item.first_token + item.logits.shape[0])
+                meters.by_width[width].add(item.logits, forced.logits[at])
+                if width == 1:
+                    one_row[at] = item.logits
+                else:
+                    meters.shapes[width].add(item.logits, one_row[at])
+                if width == max(meters.by_width):
+                    right = forced.features[item.first_row : item.first_row + item.features.shape[0]]
+                    meters.features.add(item.features.reshape(right.shape), right)
+        shortfalls_by_form.append(shortfalls(one_row, token_ids))
+    return shortfalls_by_form[0]
 
 
 def _differing_pairs(runs: Mapping[str, Run]) -> list[tuple[Run, Run, int]]:

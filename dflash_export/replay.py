@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,15 +53,27 @@ class Pass:
 class Replay:
     """Graphs ``embed``, ``target`` and ``lm_head`` of a bundle, loaded apart from any backend.
 
-    A quantised bundle is computed with its dequantised weights and float activations.
+    A quantised bundle is computed with its dequantised weights and float activations. With ``fused`` the
+    target is the bundle's fused form, which must be there; otherwise the plain graph.
     ``threads`` as for the backend ``onnxruntime``. Raises BackendError when ONNX Runtime can't load a graph.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, fused: bool = False) -> None:
         self._chunk = bundle.manifest.limits.prefill_chunk
         self._specs = {name: bundle.manifest.graphs[name] for name in ("embed", "target", "lm_head")}
         self._none = np.zeros((0, bundle.manifest.target.vocab_size), np.float32)
-        self._sessions = {name: _load(bundle, name, threads) for name in self._specs}
+        paths = {name: bundle.graph_path(name) for name in self._specs}
+        if fused:
+            path = bundle.fused_path("target")
+            assert path is not None
+            paths["target"] = path
+        self._sessions = {name: _load(path, name, threads) for name, path in paths.items()}
+
+    @classmethod
+    def all_forms(cls, bundle: Bundle, *, threads: int | None = None) -> list[Replay]:
+        """Of every form of the target that the bundle has, and the one that decodes on a CPU first."""
+        forms = [False] if bundle.fused_path("target") is None else [True, False]
+        return [cls(bundle, threads=threads, fused=fused) for fused in forms]
 
     def passes(self, prompt: Sequence[int], new_tokens: Sequence[int], width: int) -> Iterator[Pass]:
         """Feed the prompt in prefill chunks, then all new tokens but the last, ``width`` rows at a time.
@@ -139,16 +152,14 @@ def _as_float32(values: Array, spec: GraphSpec, name: str) -> Array:
     return values.astype(np.float32, copy=False)
 
 
-def _load(bundle: Bundle, graph: str, threads: int | None) -> ort.InferenceSession:
+def _load(path: Path, graph: str, threads: int | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # Quantised weights as they are, without the rounding of activations that a CPU's speed asks for.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
-        return ort.InferenceSession(
-            str(bundle.graph_path(graph)), options, providers=["CPUExecutionProvider"]
-        )
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own classes share no public base
         raise BackendError(
             f"ONNX Runtime {ort.__version__} can't load graph {graph}",

@@ -90,7 +90,7 @@ def verify(
         dtype = _DTYPES.get(manifest.precision)
         sixteen_bit = None if dtype is None else _load_target(source, opened, dtype)
     meters = Meters(widths, manifest.drafter.feature_layers)
-    replay = Replay(opened, threads=threads)
+    replays = Replay.all_forms(opened, threads=threads)
     evidence: list[Evidence] = []
     with progress.stage("comparing with PyTorch", total=len(asked)) as stage:
         for prompt, runs in zip(asked, ours, strict=True):
@@ -100,7 +100,7 @@ def verify(
                     runs,
                     model=model,
                     sixteen_bit_model=sixteen_bit,
-                    replay=replay,
+                    replays=replays,
                     feature_layers=manifest.drafter.feature_layers,
                     stop_token_ids=manifest.generation.stop_token_ids,
                     max_new_tokens=max_new_tokens,
@@ -108,7 +108,7 @@ def verify(
                 )
             )
             stage.advance()
-    del replay, sixteen_bit
+    del replays, sixteen_bit
     if drafter_source is None:
         found = ReferenceDrafting(skipped)
     else:

@@ -314,6 +314,38 @@ def test_wrong_numbers_are_a_bug(tmp_path: Path, pair: Pair, change: Callable[[P
     assert (written["ok"], written["problems"]) == (False, list(found.problems))
 
 
+def change_fused_rope(folder: Path) -> None:
+    """The same positions as one row further on, in the fused target only."""
+    model = onnx.load(folder / "target.fused.onnx", load_external_data=False)
+    for table in model.graph.initializer:
+        if table.name.startswith("rotary."):
+            numbers = numpy_helper.to_array(table)
+            table.CopyFrom(numpy_helper.from_array(numbers[[0, *range(len(numbers) - 1)]], table.name))
+    onnx.save(model, folder / "target.fused.onnx")
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder, spec = tmp_path_factory.mktemp("fused"), TargetSpec("smollm2", head_dim=16)
+    make_target(folder / "target", spec, seed=3)
+    make_drafter(folder / "drafter", drafter_config(spec))
+    return export(folder, folder / "target", folder / "drafter")
+
+
+def test_both_forms_of_a_fused_target_are_measured(fused: Pair) -> None:
+    found = fused.verify(reference=False)
+    assert found.ok, found
+    rows = sum(len(prompt.runs[0].token_ids) for prompt in found.prompts)
+    assert {stats.rows for stats in found.logit_errors.values()} == {2 * rows}
+
+
+@pytest.mark.parametrize("change", [change_fused_rope, change_rope], ids=["fused", "plain"])
+def test_one_wrong_form_is_a_bug(tmp_path: Path, fused: Pair, change: Callable[[Path], None]) -> None:
+    found = fused.verify(altered(fused.bundle, tmp_path / "broken", change), reference=False)
+    assert (found.ok, found.verdict) == (False, "bug")
+    assert found.limits.near_tie < 1e-4
+
+
 def test_wrong_choice_with_right_logits_is_a_bug(tmp_path: Path, pair: Pair) -> None:
     found = pair.verify(altered(pair.bundle, tmp_path / "broken", change_choice), reference=False)
     assert found.verdict == "bug"
