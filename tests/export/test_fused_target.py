@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_rt import Bundle
+from dflash_rt import Bundle, Generator
 from dflash_rt.backends import create_backend
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
 from dflash_rt.errors import BackendError
@@ -134,6 +134,26 @@ def test_other_targets_have_none(name: str, tmp_path: Path) -> None:
     assert not [name for name in bundle.manifest.files if "fused" in name]
     with pytest.raises(BackendError, match="the bundle has no fused target"):
         OnnxRuntimeBackend(bundle, fused=True)
+
+
+@pytest.mark.parametrize("quantize", [None, "int4-rtn"])
+def test_drafted_is_plain_up_to_the_last_row(tmp_path: Path, quantize: str | None) -> None:
+    """The constants of the fused form end where the longest sequence and a block behind it do."""
+    spec = TargetSpec("smollm2", head_dim=16, vocab=32, more={"intermediate_size": 64})
+    options = {} if quantize is None else {"quantize": quantize, "measure_quantization": False}
+    made = make(tmp_path, spec, max_seq_len=LIMIT, prefill_chunk=32, **options)
+    assert made.fused_path("target") is not None
+    answers = set()
+    for width, speculative in ((BLOCK, True), (2, True), (BLOCK, False)):
+        with Generator(made, threads=1, draft_width=width) as generator:
+            for prompt in ([1, 2, 3], [5] * (LIMIT - 1)):
+                wanted = LIMIT - len(prompt)
+                result = generator.generate(
+                    prompt, max_new_tokens=wanted, stop_token_ids=[], speculative=speculative
+                )
+                assert len(result.token_ids) == wanted
+                answers.add((len(prompt), result.token_ids))
+    assert len(answers) == 2
 
 
 def test_the_backend_runs_it_unless_told_otherwise(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
