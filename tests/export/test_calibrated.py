@@ -13,12 +13,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from dflash_export import build as real_build
 from dflash_export import compile_engines, verify
 from dflash_export.calibration import CALIBRATION_FILE, Calibration, LayerCalibration, folding
 from dflash_export.cli import main
 from dflash_export.dequantized import put_dequantized
 from dflash_export.engine_builder.devices import check_fp8
 from dflash_export.quantization import WeightFormat, dequantize, quantize, round_activations
+from dflash_export.recipe import read_recipe
 from dflash_export.replay import Replay
 from dflash_export.sources import resolve_target
 from dflash_export.torch_reference import load_target, teacher_forced
@@ -29,8 +31,9 @@ from tests.export.test_engines import check_network_is_the_manifests
 
 pytest.importorskip("modelopt", reason="targets are calibrated: pip install 'dflash-export[quantize]'")
 
+ROOT = Path(__file__).parents[2]
 # qwen2 has biases on q, k and v; in mistral's no value head is shared, so that v_proj can take factors.
-FAMILIES = ("qwen2", "qwen3", "smollm2", "mistral")
+FAMILIES = ("qwen2", "qwen3", "smollm2", "llama3", "mistral")
 SCHEMES = ("int4", "int8", "fp8")
 PROMPT, NEW = [3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7]
 
@@ -261,6 +264,22 @@ def test_every_graph_is_built(bundles: MakeBundle, family: str, scheme: str) -> 
     assert result.built == tuple(bundle.manifest.graphs)
     wanted = (89, 120, 121) if scheme == "fp8" else (80, 86, 89, 120, 121)
     assert result.engines.build.compute_capabilities == wanted
+    for graph in bundle.manifest.graphs:
+        check_network_is_the_manifests(bundle, graph, result.engines)
+
+
+@pytest.mark.parametrize(
+    ("precision", "scheme"), [("fp16", None), ("fp16", "int8"), ("bf16", "int4"), ("bf16", "fp8")]
+)
+def test_every_graph_of_the_demo_pair_is_built(tmp_path: Path, precision: str, scheme: str | None) -> None:
+    """In 16 bits and quantised; fp32 is test_engines.py's. The numbers are of no use after so little text."""
+    pytest.importorskip("tensorrt_rtx", reason="engines are built: pip install 'dflash-export[tensorrt-rtx]'")
+    few = {"calib_limit": 2, "calib_tokens": 4, "measure_quantization": False, "quantize_head": "int8"}
+    sources = read_recipe(ROOT / "engines" / "smollm2-135m.yaml")
+    options = {} if scheme is None else {"quantize": scheme, **few}
+    bundle = real_build(sources.target, sources.drafter, tmp_path / "bundle", precision=precision, **options)
+    result = compile_engines(bundle, backend="tensorrt-rtx", max_seq_len=1016, compute_capabilities=(89,))
+    assert result.built == tuple(bundle.manifest.graphs)
     for graph in bundle.manifest.graphs:
         check_network_is_the_manifests(bundle, graph, result.engines)
 
