@@ -138,35 +138,30 @@ def measure(
                 lower = teacher_forced(sixteen_bit_model, prompt.token_ids, token_ids)
                 meters.sixteen_bit.add(lower.logits, forced.logits)
         if names != [PYTORCH]:
-            own_shortfalls = _replay(replays, prompt, token_ids, forced, meters)
+            # All forms of the target count for the errors; tokens come from the first.
+            own_shortfalls, *_ = [_replay(each, prompt, token_ids, forced, meters) for each in replays]
             own |= dict.fromkeys((name for name in names if name != PYTORCH), own_shortfalls)
     parted = tuple(_parted(first, second, index, rows) for first, second, index in pairs)
     return Evidence(prompt, runs, found, own, margins, parted)
 
 
 def _replay(
-    replays: Sequence[Replay], prompt: PromptInput, token_ids: TokenIds, forced: TeacherForced, meters: Meters
+    replay: Replay, prompt: PromptInput, token_ids: TokenIds, forced: TeacherForced, meters: Meters
 ) -> Floats:
-    """The bundle's graphs over one sequence, in every form and pass shape.
-
-    Returns the shortfalls one row at a time, of the form that decodes: the first.
-    """
-    shortfalls_by_form = []
-    for replay in replays:
-        one_row = np.zeros_like(forced.logits)
-        for width in sorted(meters.by_width):
-            for item in replay.passes(prompt.token_ids, token_ids, width):
-                at = slice(item.first_token, item.first_token + item.logits.shape[0])
-                meters.by_width[width].add(item.logits, forced.logits[at])
-                if width == 1:
-                    one_row[at] = item.logits
-                else:
-                    meters.shapes[width].add(item.logits, one_row[at])
-                if width == max(meters.by_width):
-                    right = forced.features[item.first_row : item.first_row + item.features.shape[0]]
-                    meters.features.add(item.features.reshape(right.shape), right)
-        shortfalls_by_form.append(shortfalls(one_row, token_ids))
-    return shortfalls_by_form[0]
+    """The bundle's graphs over one sequence in every pass shape; returns the shortfalls one row at a time."""
+    one_row = np.zeros_like(forced.logits)
+    for width in sorted(meters.by_width):
+        for item in replay.passes(prompt.token_ids, token_ids, width):
+            at = slice(item.first_token, item.first_token + item.logits.shape[0])
+            meters.by_width[width].add(item.logits, forced.logits[at])
+            if width == 1:
+                one_row[at] = item.logits
+            else:
+                meters.shapes[width].add(item.logits, one_row[at])
+            if width == max(meters.by_width):
+                right = forced.features[item.first_row : item.first_row + item.features.shape[0]]
+                meters.features.add(item.features.reshape(right.shape), right)
+    return shortfalls(one_row, token_ids)
 
 
 def _differing_pairs(runs: Mapping[str, Run]) -> list[tuple[Run, Run, int]]:
