@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from dflash_rt import Bundle
 
@@ -20,6 +21,12 @@ _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(2, os.cpu_count() or 1) // _WORKERS)))
 
 ROOT = Path(__file__).parents[1]
+
+# The same examples each time, so that a run says something about the change that it tests and not about luck.
+# New examples: make test PYTEST_ARGS=--hypothesis-profile=explore
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("explore", derandomize=False, deadline=None, print_blob=True)
+settings.load_profile("repeatable")
 
 
 # --- The bundle of the demo pair ---
