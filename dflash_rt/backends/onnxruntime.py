@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from dflash_rt.backends._host_arrays import STORAGE, HostBuffer, zeros
 from dflash_rt.backends._window import Window
 from dflash_rt.backends.base import DraftSampling, FloatArray, Inject, IntArray, Proposal, StepOutput
 from dflash_rt.errors import BackendError, NumericalError
@@ -37,38 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxRuntimeBackend"]
 
-# Where bfloat16 has no numpy type its bits travel as uint16; ONNX Runtime is told by the number
-# that onnx.TensorProto gives the type.
-_STORAGE: dict[str, tuple[type[np.generic], int]] = {
-    "float32": (np.float32, 1),
-    "int64": (np.int64, 7),
-    "float16": (np.float16, 10),
-    "bfloat16": (np.uint16, 16),
-}
 _BUCKET = 128  # rows that a cache grows by, at least
-
-
-class _Buffer:
-    """Memory for one tensor of at most ``batch * rows`` rows; a smaller shape uses its beginning."""
-
-    def __init__(self, spec: TensorSpec, batch: int, rows: int) -> None:
-        self.storage, self.onnx_type = _STORAGE[spec.dtype]
-        self.tail = tuple(d for d in spec.shape[2:] if isinstance(d, int))
-        self._flat = np.zeros(batch * rows * int(np.prod(self.tail, dtype=np.int64)), self.storage)
-        self._views: dict[tuple[int, int], npt.NDArray[Any]] = {}
-
-    def view(self, batch: int, rows: int) -> npt.NDArray[Any]:
-        """The tensor as ``[batch, rows, …]``; every call with the same shape is the same memory."""
-        view = self._views.get((batch, rows))
-        if view is None:
-            shape = (batch, rows, *self.tail)
-            view = self._flat[: int(np.prod(shape, dtype=np.int64))].reshape(shape)
-            self._views[batch, rows] = view  # a step asks a dozen times
-        return view
-
-    def clear(self) -> None:
-        """Zero all of it."""
-        self._flat.fill(0)
 
 
 class OnnxRuntimeBackend:
@@ -140,7 +110,9 @@ class OnnxRuntimeBackend:
         self._stage_seconds: dict[str, float] = {}
         self._batch = 1
         self._head_shape = (self._batch, 0)  # batch and rows of what lies in the buffer `logits`
-        self._kept_rows = rows = max(manifest.limits.prefill_chunk, self._block_size)
+        # A prompt isn't longer than max_seq_len, whatever a chunk may be, nor is what waits to be injected.
+        chunk = min(manifest.limits.prefill_chunk, manifest.limits.max_seq_len)
+        self._kept_rows = rows = max(chunk, self._block_size)
         self._buffers = self._make_buffers(rows)
         self._starts = {stage: np.zeros(self._batch, np.int64) for stage in ("inject", "draft", "target")}
         self._window: Window | None = None
@@ -363,11 +335,11 @@ class OnnxRuntimeBackend:
 
     # Memory and bindings.
 
-    def _make_buffers(self, rows: int) -> dict[str, _Buffer]:
-        def make(graph: str, tensor: str, max_rows: int) -> _Buffer:
+    def _make_buffers(self, rows: int) -> dict[str, HostBuffer]:
+        def make(graph: str, tensor: str, max_rows: int) -> HostBuffer:
             spec = self._graphs[graph]
             (found,) = (t for t in (*spec.inputs, *spec.outputs) if t.name == tensor)
-            return _Buffer(found, self._batch, max_rows)
+            return HostBuffer(found, self._batch, max_rows)
 
         block = self._block_size
         buffers = {
@@ -422,7 +394,7 @@ class OnnxRuntimeBackend:
         def bind(tensors: tuple[TensorSpec, ...], attach: Callable[..., None], is_output: bool) -> None:
             for tensor in tensors:
                 array = memory(tensor, is_output)
-                onnx_type = _STORAGE[tensor.dtype][1]
+                onnx_type = STORAGE[tensor.dtype][1]
                 attach(tensor.name, "cpu", 0, onnx_type, array.shape, array.ctypes.data)
 
         bind(spec.inputs, binding.bind_input, False)
@@ -430,23 +402,35 @@ class OnnxRuntimeBackend:
         return binding
 
     def _grow(self, capacity: int) -> None:
-        """Move the caches into buffers of ``capacity`` rows; new rows are zeros."""
-        self._bindings.clear()
+        """Move the caches into buffers of ``capacity`` rows; new rows are zeros.
+
+        All of them are allocated before any is moved, so that a lack of memory leaves everything as it was.
+        """
         draft_capacity = capacity if self._window is None else min(capacity, self._window.rows)
-        for graph, rows in (("target", capacity), ("draft", draft_capacity)):
-            for tensor in self._graphs[graph].inputs:
-                if "capacity" not in tensor.shape:
-                    continue
-                shape = tuple(
-                    {"batch": self._batch, "capacity": rows}[d] if isinstance(d, str) else d
-                    for d in tensor.shape
-                )
-                grown = np.zeros(shape, _STORAGE[tensor.dtype][0])
-                old = self._caches[graph].get(tensor.name)
+        grown = {
+            graph: {
+                tensor.name: _new_cache(tensor, self._batch, rows)
+                for tensor in self._graphs[graph].inputs
+                if "capacity" in tensor.shape
+            }
+            for graph, rows in (("target", capacity), ("draft", draft_capacity))
+        }
+        self._bindings.clear()
+        self._capacity = 0  # until every cache is moved: an interruption here makes the next call grow again
+        for graph, caches in grown.items():
+            for name, cache in caches.items():
+                old = self._caches[graph].pop(name, None)  # freed before the next one is copied
                 if old is not None:
-                    grown[:, :, : old.shape[2]] = old
-                self._caches[graph][tensor.name] = grown
+                    rows = min(old.shape[2], cache.shape[2])
+                    cache[:, :, :rows] = old[:, :, :rows]
+                self._caches[graph][name] = cache
         self._capacity = capacity
+
+
+def _new_cache(tensor: TensorSpec, batch: int, rows: int) -> npt.NDArray[Any]:
+    sizes = {"batch": batch, "capacity": rows}
+    shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
+    return zeros(shape, tensor.dtype, f"a cache of {rows} rows")
 
 
 def _path(bundle: Bundle, graph: str, fused: bool | None) -> str:
