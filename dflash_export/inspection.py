@@ -158,7 +158,8 @@ def _how(q: QuantizationInfo) -> str:
 def inspect_bundle(bundle: Bundle, *, verify_files: bool = True, progress: Progress = SILENT) -> Inspection:
     """Look at a bundle; with ``verify_files`` every file is read and its SHA-256 compared.
 
-    Raises :class:`~dflash_rt.errors.IntegrityError` when a file can't be read.
+    Raises :class:`~dflash_rt.errors.IntegrityError` when a file can't be read, or when a graph, unchanged,
+    takes weights from a file that isn't listed.
     """
     recorded = bundle.manifest.files
     states: dict[str, FileStatus] = dict.fromkeys(recorded, "not checked")
@@ -167,6 +168,8 @@ def inspect_bundle(bundle: Bundle, *, verify_files: bool = True, progress: Progr
             for name, record in recorded.items():
                 found = hash_file(bundle.root / name, name=name, progress=lambda _, size: stage.advance(size))
                 states[name] = "ok" if found == record else "changed"
+        if "changed" not in states.values():  # of other graphs than the recorded ones it would say little
+            bundle.check_external_data()
     engines = inspect_engines(bundle, verify_files=verify_files, progress=progress)
     return Inspection(bundle, states, bundle.unlisted_files(), engines)
 

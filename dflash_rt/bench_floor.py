@@ -7,15 +7,13 @@ near it, and the more rows a pass has the more its arithmetic counts.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dflash_rt.errors import IntegrityError
+from dflash_rt._onnx_file import weight_bytes
 
 if TYPE_CHECKING:
     from dflash_rt.bundle import Bundle
@@ -89,66 +87,3 @@ def step_floor(bundle: Bundle, width: int, bytes_per_second: float) -> StepFloor
         operations=sum(2 * rows * sizes[graph] // item_size for graph, rows in passes),
         bytes_per_second=bytes_per_second,
     )
-
-
-# Field numbers of onnx.proto: ModelProto.graph, GraphProto.initializer, and of TensorProto the bytes that
-# are inside the file and the key-value pairs that point to bytes in another one.
-_GRAPH, _INITIALIZER, _RAW_DATA, _EXTERNAL_DATA = 7, 5, 9, 13
-
-
-def weight_bytes(path: Path) -> int:
-    """Bytes of all initializers of an ONNX file, external ones included, without loading them.
-
-    Tensors that keep their values in typed fields instead of raw bytes aren't counted; large ones never do.
-
-    Raises:
-        IntegrityError: the file can't be read, or isn't ONNX.
-    """
-    total = 0
-    try:
-        model = memoryview(path.read_bytes())
-        for graph in _messages(model, _GRAPH):
-            for tensor in _messages(graph, _INITIALIZER):
-                total += sum(len(raw) for raw in _messages(tensor, _RAW_DATA))
-                entries = [tuple(_messages(pair, 1, 2)) for pair in _messages(tensor, _EXTERNAL_DATA)]
-                total += sum(int(bytes(value)) for key, value in entries if bytes(key) == b"length")
-    except (OSError, ValueError, IndexError) as error:
-        raise IntegrityError(
-            f"{path.name} can't be read as an ONNX file",
-            found=error,
-            expected="a graph that ONNX Runtime loads",
-            todo="copy the bundle again, or build it again with `dflash-export build --force`",
-        ) from error
-    return total
-
-
-def _messages(data: memoryview, *numbers: int) -> Iterator[memoryview]:
-    """Length-delimited fields of a protobuf message that have one of ``numbers``, in order."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        number, wire_type = key >> 3, key & 7
-        if wire_type == 2:
-            size, at = _varint(data, at)
-            if at + size > len(data):
-                raise ValueError("a field is longer than the file")
-            if number in numbers:
-                yield data[at : at + size]
-            at += size
-        elif wire_type == 0:
-            _, at = _varint(data, at)
-        elif wire_type in (1, 5):
-            at += 8 if wire_type == 1 else 4
-        else:
-            raise ValueError(f"a field of unknown kind {wire_type}")
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7

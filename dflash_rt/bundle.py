@@ -7,8 +7,9 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from dflash_rt._onnx_file import external_locations
 from dflash_rt.errors import BundleError, IntegrityError, ManifestError
 from dflash_rt.manifest import (
     ENGINES_FOLDER,
@@ -17,6 +18,7 @@ from dflash_rt.manifest import (
     REPORTS_FOLDER,
     FileRecord,
     Manifest,
+    is_file_path,
 )
 
 __all__ = ["Bundle", "Progress", "hash_file"]
@@ -42,12 +44,14 @@ class Bundle:
     ) -> Bundle:
         """Read the manifest and check that every file it lists is there, inside the folder, with its size.
 
-        ``verify_files`` also compares every SHA-256, which reads every byte; ``progress`` hears of it.
+        ``verify_files`` also compares every SHA-256, which reads every byte, and sees to it that graphs take
+        weights from listed files only; ``progress`` hears of the bytes.
 
         Raises:
             BundleError: ``path`` is missing, isn't a folder, or isn't a bundle (or not a whole one).
             ManifestError: the manifest is malformed, of another version or hostile.
-            IntegrityError: files are missing, outside the folder, truncated or changed; all are named.
+            IntegrityError: files are missing, outside the folder, truncated or changed; all are named. With
+                ``verify_files`` also: a graph names a file that isn't listed.
         """
         root = _resolve_folder(Path(path))
         bundle = cls(root, Manifest.from_json(_read_manifest(root)))
@@ -111,7 +115,11 @@ class Bundle:
             ) from error
 
     def verify_files(self, progress: Progress | None = None) -> None:
-        """Hash every listed file. Raises IntegrityError naming all files that differ from the manifest."""
+        """Hash every listed file, and look at which files the graphs themselves name.
+
+        Raises IntegrityError naming all files that differ from the manifest, and all that a graph takes
+        weights from though they aren't listed.
+        """
         problems = []
         for name, record in self.manifest.files.items():
             problem = _file_problem(self.root, name, record)
@@ -122,6 +130,26 @@ class Bundle:
             if problem is not None:
                 problems.append(problem)
         _raise_if_any(self.root, problems)
+        self.check_external_data()
+
+    def check_external_data(self) -> None:
+        """Raise IntegrityError unless every file that a graph takes weights from is one that is listed."""
+        specs = self.manifest.graphs.values()
+        graphs = [path for spec in specs for path in (spec.path, spec.fused) if path is not None]
+        problems = [
+            f"{graph}: takes weights from {location!r}, which {reason}"
+            for graph in graphs
+            for location in external_locations(self.path_of(graph))
+            if (reason := self._wrong_location(graph, location)) is not None
+        ]
+        _raise_if_any(self.root, problems)
+
+    def _wrong_location(self, graph: str, location: str) -> str | None:
+        """What is wrong with where a graph says its weights are, as seen from its own folder."""
+        if not is_file_path(location):
+            return "isn't a path inside the bundle"
+        name = (PurePosixPath(graph).parent / location).as_posix()
+        return None if name in self.manifest.files else f"{MANIFEST_NAME} doesn't list"
 
     def unlisted_files(self) -> tuple[str, ...]:
         """Names of what lies in the folder without being listed, sorted.

@@ -59,6 +59,7 @@ __all__ = [
     "TensorSpec",
     "TokenizerSpec",
     "cache_names",
+    "is_file_path",
     "key_name",
     "output_name",
     "value_name",
@@ -93,13 +94,16 @@ UtcTime: TypeAlias = Annotated[
     str, Pattern(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "a UTC time like 2026-11-23T12:00:00Z")
 ]
 # No empty, "." or ".." part, no leading or trailing "/", no backslash, and no colon (drives, streams).
-FilePath: TypeAlias = Annotated[
-    str,
-    Pattern(
-        r"(?=.{1,1024}\Z)(?!\.{1,2}(?:/|\Z))[^/\\:\x00-\x1f]{1,255}(?:/(?!\.{1,2}(?:/|\Z))[^/\\:\x00-\x1f]{1,255})*",
-        "a path inside the bundle: relative, '/' between parts, no '.', '..', ':' or '\\'",
-    ),
-]
+_FILE_PATH = Pattern(
+    r"(?=.{1,1024}\Z)(?!\.{1,2}(?:/|\Z))[^/\\:\x00-\x1f]{1,255}(?:/(?!\.{1,2}(?:/|\Z))[^/\\:\x00-\x1f]{1,255})*",
+    "a path inside the bundle: relative, '/' between parts, no '.', '..', ':' or '\\'",
+)
+FilePath: TypeAlias = Annotated[str, _FILE_PATH]
+
+
+def is_file_path(text: str) -> bool:
+    """Whether it is a path as manifests may have it: relative, and inside the folder."""
+    return _FILE_PATH.accepts(text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,6 +223,54 @@ def test_broken_pipe_is_quiet(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (1, "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "dflash-rt --help",
+        "dflash-rt --version",
+        "dflash-rt generate --help",
+        "dflash-export --help",
+        "dflash-export inspect BUNDLE",
+        "dflash-export inspect --json BUNDLE",
+    ],
+)
+def test_full_stdout_is_told(tmp_path: Path, line: str) -> None:
+    program, *arguments = line.replace("BUNDLE", str(write_bundle(tmp_path))).split()
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            command_line(program, *arguments), stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert result.returncode == 1
+    told = result.stderr.replace("hashing files\n", "").splitlines()
+    assert told[-1] == "Error: standard output can't be written: No space left on device"
+    assert "Traceback" not in result.stderr
+    assert "Exception ignored" not in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_full_stdout_of_generate_is_told(smollm2_bundle: Bundle) -> None:
+    arguments = ("generate", smollm2_bundle.root, "--prompt", "The", "--max-new-tokens", "8")
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            command_line("dflash-rt", *arguments), stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert result.returncode == 1
+    assert result.stderr == "Error: standard output can't be written: No space left on device\n"
+
+
+def test_another_full_file_keeps_its_traceback() -> None:
+    @click.group(cls=CommandGroup)
+    def program() -> None:
+        pass
+
+    @program.command()
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    assert isinstance(CliRunner().invoke(program, ["fail"]).exception, OSError)
+
+
 # --- inspect ---
 
 
@@ -274,6 +322,16 @@ def test_inspect_finds_a_changed_file(tmp_path: Path) -> None:
     unchecked = invoke("dflash-export", "inspect", "--no-verify", bundle)
     assert unchecked.exit_code == 0
     assert unchecked.stdout.count("  not checked\n") == 8
+
+
+def test_inspect_finds_weights_outside_the_manifest(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path, locations={"target.onnx": "more.bin", "draft.onnx": "data/weights.bin"})
+    (bundle / "more.bin").touch()
+    result = invoke("dflash-export", "inspect", bundle)
+    assert result.exit_code == 1
+    assert "target.onnx: takes weights from 'more.bin', which manifest.json doesn't list" in result.stderr
+    assert "draft.onnx" not in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_inspect_as_json(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dflash_rt.bench_floor import weight_bytes
+from dflash_rt._onnx_file import weight_bytes
 from dflash_rt.device.base import Device, Work
 from dflash_rt.device.plan import Run
 from dflash_rt.errors import BackendError

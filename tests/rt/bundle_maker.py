@@ -1,9 +1,10 @@
-"""Makes small valid manifests and bundle folders for tests; their graphs are not ONNX files."""
+"""Makes small valid manifests and bundle folders for tests; their graphs are ONNX files that hold nothing."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +183,35 @@ def _listed(document: dict[str, Any], *names: str) -> dict[str, Any]:
     return copy.deepcopy(document)
 
 
-def write_bundle(folder: Path, document: dict[str, Any] | None = None) -> Path:
-    """Write a bundle folder: every listed file holds its own name; sizes and hashes are filled in."""
+def content(name: str, *locations: str) -> bytes:
+    """What :func:`write_bundle` puts into a file; a graph is one that takes weights from ``locations``."""
+    text = f"content of {name}\n".encode()
+    if not name.endswith(".onnx"):
+        return text
+    tensors = [_field(13, _field(1, b"location") + _field(2, place.encode())) for place in locations]
+    graph = b"".join(_field(5, tensor) for tensor in tensors)
+    return _field(2, text) + (_field(7, graph) if graph else b"")
+
+
+def _field(number: int, value: bytes) -> bytes:
+    """A protobuf field that has its own length, which is less than 128."""
+    assert len(value) < 128
+    return bytes([number << 3 | 2, len(value)]) + value
+
+
+def write_bundle(
+    folder: Path, document: dict[str, Any] | None = None, locations: Mapping[str, str] | None = None
+) -> Path:
+    """Write a bundle folder: every listed file holds its own name; sizes and hashes are filled in.
+
+    ``locations`` are the files that graphs take weights from, by the graph's file.
+    """
     document = manifest_document() if document is None else document
     for name in document["files"]:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"content of {name}\n", encoding="utf-8")
+        places = [] if locations is None or name not in locations else [locations[name]]
+        path.write_bytes(content(name, *places))
         record = hash_file(path)
         document["files"][name] = {"size": record.size, "sha256": record.sha256}
     (folder / "manifest.json").write_text(json.dumps(document), encoding="utf-8")

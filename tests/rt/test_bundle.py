@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from dflash_rt.bundle import Bundle, hash_file
 from dflash_rt.errors import BundleError, IntegrityError, ManifestError
 from dflash_rt.manifest import FileRecord
-from tests.rt.bundle_maker import manifest_document, write_bundle
+from tests.rt.bundle_maker import content, manifest_document, write_bundle
 
 Damage = Callable[[Path], None]
 
@@ -28,7 +29,7 @@ def test_a_whole_bundle_opens(folder: Path) -> None:
     assert bundle.path_of("data/weights.bin").read_text() == "content of data/weights.bin\n"
     assert bundle.tokenizer_path() == folder / "tokenizer.json"
     assert bundle.read_chat_template() == "content of chat_template.jinja\n"
-    assert bundle.total_bytes == sum(len(f"content of {name}\n") for name in bundle.manifest.files)
+    assert bundle.total_bytes == sum(len(content(name)) for name in bundle.manifest.files)
 
 
 def test_str_paths_and_links_to_the_folder_are_fine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,8 +214,8 @@ def file_below_a_file(path: Path) -> None:
 
 FILE_CASES = [
     (file_missing, ["target.onnx: missing"]),
-    (file_truncated, ["target.onnx: found 3 bytes, expected 23"]),
-    (file_longer, ["target.onnx: found 27 bytes, expected 23"]),
+    (file_truncated, ["target.onnx: found 3 bytes, expected 25"]),
+    (file_longer, ["target.onnx: found 29 bytes, expected 25"]),
     (file_is_folder, ["target.onnx: not a regular file"]),
     (file_is_pipe, ["target.onnx: not a regular file"]),
     (file_is_outside, ["target.onnx: a link to", "outside the bundle"]),
@@ -246,11 +247,71 @@ def test_every_bad_file_is_named_at_once(folder: Path) -> None:
 
 
 def test_changed_bytes_are_found_on_request(folder: Path) -> None:
-    (folder / "target.onnx").write_text("CONTENT of target.onnx\n")
+    (folder / "target.onnx").write_bytes(content("target.onnx").swapcase())
     bundle = Bundle.open(folder)
     with pytest.raises(IntegrityError, match=r"target\.onnx: found sha256 .* expected"):
         bundle.verify_files()
     with pytest.raises(IntegrityError, match=r"target\.onnx: found sha256"):
+        Bundle.open(folder, verify_files=True)
+
+
+@pytest.mark.parametrize("graph", ["target.onnx", "fused.onnx", "graphs/target.onnx"])
+@pytest.mark.parametrize(
+    ("location", "reason"),
+    [
+        ("data/weights.bin", None),
+        ("weights.bin", "which manifest.json doesn't list"),
+        ("../weights.bin", "isn't a path inside the bundle"),
+        ("data/../../weights.bin", "isn't a path inside the bundle"),
+        ("/etc/passwd", "isn't a path inside the bundle"),
+        ("", "isn't a path inside the bundle"),
+        ("manifest.json", "which manifest.json doesn't list"),
+    ],
+)
+def test_graphs_take_weights_from_listed_files_only(
+    tmp_path: Path, graph: str, location: str, reason: str | None
+) -> None:
+    document = manifest_document()
+    inner = graph.startswith("graphs/")
+    document["graphs"]["target"]["fused" if graph == "fused.onnx" else "path"] = graph
+    document["files"][graph] = {"size": 0, "sha256": "0" * 64}
+    if inner:  # seen from the graph's own folder
+        document["files"]["graphs/data/weights.bin"] = document["files"].pop("data/weights.bin")
+    bundle = Bundle.open(write_bundle(tmp_path / "bundle", document, {graph: location}))
+    for unlisted in ("weights.bin", "bundle/weights.bin", "bundle/graphs/weights.bin"):
+        if (tmp_path / unlisted).parent.is_dir():
+            (tmp_path / unlisted).write_text("weights")
+    checks = (
+        bundle.check_external_data,
+        bundle.verify_files,
+        lambda: Bundle.open(bundle.root, verify_files=True),
+    )
+    for check in checks:
+        if reason is None:
+            check()
+            continue
+        with pytest.raises(IntegrityError) as caught:
+            check()
+        assert f"{graph}: takes weights from {location!r}" in str(caught.value)
+        assert reason in str(caught.value)
+
+
+def test_every_wrong_location_is_named_at_once(tmp_path: Path) -> None:
+    places = {"embed.onnx": "a.bin", "draft.onnx": "b.bin"}
+    bundle = Bundle.open(write_bundle(tmp_path, locations=places))
+    with pytest.raises(IntegrityError) as caught:
+        bundle.verify_files()
+    for graph, place in places.items():
+        assert f"\n  {graph}: takes weights from '{place}'" in str(caught.value)
+
+
+def test_a_graph_that_is_no_graph_is_found_on_request(folder: Path) -> None:
+    (folder / "target.onnx").write_text("content of target.onnx")
+    document = json.loads((folder / "manifest.json").read_text())
+    record = hash_file(folder / "target.onnx")
+    document["files"]["target.onnx"] = {"size": record.size, "sha256": record.sha256}
+    (folder / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(IntegrityError, match=r"target\.onnx can't be read as an ONNX file"):
         Bundle.open(folder, verify_files=True)
 
 
