@@ -6,10 +6,14 @@ rest on stderr.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,10 +46,16 @@ _EXTRAS = {
 class CommandGroup(click.Group):
     """The one place that turns the project's errors into a short message and an exit code."""
 
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """Read the command line; ``--help`` and ``--version`` print right here."""
+        with _stdout_failures_told():
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command."""
         try:
-            return super().invoke(ctx)
+            with _stdout_failures_told():
+                return super().invoke(ctx)
         except DFlashError as error:
             raise click.ClickException(str(error)) from error
         except ModuleNotFoundError as error:
@@ -60,6 +70,30 @@ class CommandGroup(click.Group):
         except KeyboardInterrupt:
             click.echo(err=True)  # leave the line that the terminal's ^C is on
             ctx.exit(_INTERRUPTED)
+
+
+@contextmanager
+def _stdout_failures_told() -> Iterator[None]:
+    """Turn what a full disk behind stdout raises into a message. A closed pipe is click's: it is quiet."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE or not _comes_from_stdout(error):
+            raise
+        # What stdout still holds can't be written when the process ends either, and Python would say so.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        message = f"standard output can't be written: {error.strerror or error}"
+        raise click.ClickException(message) from error
+
+
+def _comes_from_stdout(error: OSError) -> bool:
+    """Whether it was raised by the one function that both commands print with, and not for stderr.
+
+    The error itself doesn't name the file, and an unbuffered stdout forgets that it failed.
+    """
+    frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return frame.f_code is click.echo.__code__ and not frame.f_locals["err"]
 
 
 class JsonPair(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only

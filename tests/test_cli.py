@@ -235,11 +235,17 @@ def test_broken_pipe_is_quiet(tmp_path: Path) -> None:
         "dflash-export inspect --json BUNDLE",
     ],
 )
-def test_full_stdout_is_told(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_full_stdout_is_told(tmp_path: Path, line: str, unbuffered: str) -> None:
     program, *arguments = line.replace("BUNDLE", str(write_bundle(tmp_path))).split()
     with open("/dev/full", "w") as full:
         result = subprocess.run(
-            command_line(program, *arguments), stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+            command_line(program, *arguments),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         )
     assert result.returncode == 1
     told = result.stderr.replace("hashing files\n", "").splitlines()
