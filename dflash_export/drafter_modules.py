@@ -11,6 +11,8 @@ from torch import nn
 
 __all__ = ["DraftLmHead", "GroupedCausalConv", "Select"]
 
+_STEEPEST = 1e38  # 1 / temperature, kept finite in float32, as dflash_rt/distribution.py keeps it
+
 
 class DraftLmHead(nn.Module):
     """A drafter's own head: ``hidden [batch, rows, hidden]`` to fp32 logits over its own vocabulary.
@@ -97,7 +99,9 @@ class Select(nn.Module):
         scores = unary[:, :, None] + self._transitions(hidden, candidates, anchors)
         samples = temperature[:, None, None] > 0
         steady = torch.where(samples, temperature[:, None, None], 1.0)[..., None]
-        probabilities = torch.softmax(scores / steady, dim=-1)
+        # From the best one down: 0 times the steepest slope is still 0, and far below it a weight is 0.
+        slope = (1.0 / steady).clamp(max=_STEEPEST)
+        probabilities = torch.softmax((scores - scores.amax(-1, keepdim=True)) * slope, dim=-1)
         sums = probabilities.cumsum(-1)
         picked = (sums <= uniforms[:, :, None, None] * sums[..., -1:]).sum(-1)
         choices = torch.where(samples, picked.clamp(max=self.top_k - 1), scores.argmax(-1))

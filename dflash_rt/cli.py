@@ -24,6 +24,9 @@ __all__ = ["main"]
 
 _COUNT = click.IntRange(min=1)
 _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+_VERIFY_FILES = click.option(
+    "--verify-files", is_flag=True, help="First compare the SHA-256 of every file of the bundle."
+)
 _THREADS = click.option("--threads", type=_COUNT, metavar="N", help="CPU threads of the backend.")
 _BACKEND = click.option(
     "--backend", type=click.Choice(BACKEND_NAMES), default="onnxruntime", show_default=True
@@ -127,6 +130,7 @@ def main() -> None:
 @_BACKEND
 @_BACKEND_OPTION
 @_THREADS
+@_VERIFY_FILES
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text.")
 @click.option("--stats", is_flag=True, help="Say on stderr what it cost and what drafting gained.")
 def generate(
@@ -143,6 +147,7 @@ def generate(
     backend: str,
     backend_options: tuple[tuple[str, Any], ...],
     threads: int | None,
+    verify_files: bool,
     as_json: bool,
     stats: bool,
     **sampling: float | int | None,
@@ -169,6 +174,7 @@ def generate(
             threads=threads,
             backend_options=dict(backend_options),
             draft_width=draft_width,
+            verify_files=verify_files,
         ) as generator,
         generator.stream(
             _messages(text, system) if chat else text,
@@ -231,6 +237,7 @@ def generate(
 @_BACKEND
 @_BACKEND_OPTION
 @_THREADS
+@_VERIFY_FILES
 @click.option("--cache-folder", type=click.Path(path_type=Path), help="Keeps what was converted for genai.")
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG file to write.")
 @click.option(
@@ -244,6 +251,7 @@ def bench(
     as_json: bool,
     bundle: Path,
     widths: bool,
+    verify_files: bool,
     backend_options: tuple[tuple[str, Any], ...],
     **options: Any,
 ) -> None:
@@ -259,6 +267,12 @@ def bench(
 
     run: Callable[..., BenchReport | WidthsReport] = run_widths if widths else run_bench
     texts = None if prompts is None else read_prompts(prompts, limit)
+    if verify_files:
+        from dflash_rt.bundle import Bundle
+
+        for folder in (bundle, options.get("beside")):
+            if folder is not None:
+                Bundle.open(folder, verify_files=True)
     report = run(
         bundle,
         prompts=as_chats(texts) if chat and texts is not None else texts,

@@ -66,7 +66,7 @@ __all__ = [
 ]
 
 FORMAT = "dflash-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 REPORTS_FOLDER = "reports"
 ENGINES_FOLDER = "engines"
@@ -371,9 +371,11 @@ def _check_format(document: Any) -> None:
     if type(version) is int and version == FORMAT_VERSION:
         return
     newer = type(version) is int and version > FORMAT_VERSION
+    older = type(version) is int and version < FORMAT_VERSION
+    age = ", which is newer" if newer else ", which is older" if older else ""
     raise ManifestError(
         "manifest.json has a format version that this package can't read",
-        found=f"format_version {shown(version)}" + (", which is newer" if newer else ""),
+        found=f"format_version {shown(version)}{age}",
         expected=f"format_version {FORMAT_VERSION}",
-        todo="upgrade dflash_rt" if newer else "build the bundle again with `dflash-export build`",
+        todo="upgrade dflash_rt" if newer else "build the bundle again with `dflash-export build --force`",
     )

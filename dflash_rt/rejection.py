@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from dflash_rt.backends.base import FloatArray, IntArray
 from dflash_rt.distribution import Distribution
+from dflash_rt.errors import NumericalError
 
 __all__ = ["residual", "verify_sampled"]
 
@@ -27,6 +28,8 @@ def verify_sampled(
     ``[0, 1)``, decides; otherwise ``noise`` (:meth:`Distribution.pick`) chooses from :func:`residual`. Both
     are independent of x and of one another. The token then has the distribution p exactly (Y. Leviathan et
     al., Fast Inference from Transformers via Speculative Decoding, ICML 2023, appendix A.1).
+
+    Raises NumericalError if ``probabilities`` aren't finite or are all 0.
     """
     weights, places, kept, q = _matched(p, candidates, probabilities)
     index = int(np.flatnonzero(candidates == drafted)[0])
@@ -51,7 +54,15 @@ def _matched(
 ) -> tuple[npt.NDArray[np.float64], IntArray, npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
     """p normalised, where each candidate lies in it, which ones it holds at all, and q normalised."""
     q = probabilities.astype(np.float64)
-    q /= q.sum()  # what the drafter's own sum in float32 left over
+    total = q.sum()
+    if not 0 < total < np.inf:  # also where one of them is NaN: no comparison below would notice
+        raise NumericalError(
+            "the drafter gave probabilities that are none",
+            found=f"a sum of {total} over {q.size} candidates",
+            expected="finite probabilities whose sum is 1",
+            todo="check the bundle with `dflash-export inspect`; if it is whole, report this",
+        )
+    q /= total  # what the drafter's own sum in float32 left over
     weights = p.weights.astype(np.float64)
     weights /= weights.sum()
     places = candidates if p.ids is None else np.searchsorted(p.ids, candidates)

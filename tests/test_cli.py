@@ -481,6 +481,21 @@ def test_generate_refuses(smollm2_bundle: Bundle, options: tuple[str, ...], part
     assert part in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("generate", "BUNDLE", "--prompt", "x"), ("bench", "BUNDLE"), ("bench", "WHOLE", "--beside", "BUNDLE")],
+)
+def test_files_are_compared_on_request(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    folders = {"WHOLE": write_bundle(tmp_path / "whole"), "BUNDLE": write_bundle(tmp_path / "bundle")}
+    file = folders["BUNDLE"] / "data" / "weights.bin"
+    file.write_bytes(file.read_bytes().swapcase())
+    line = [folders.get(argument, argument) for argument in arguments]
+    result = invoke("dflash-rt", *line, "--verify-files")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "data/weights.bin: found sha256" in result.stderr
+    assert "found sha256" not in invoke("dflash-rt", *line).stderr  # it fails at another place
+
+
 # --- Prompt files ---
 
 

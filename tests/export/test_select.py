@@ -123,6 +123,21 @@ def test_the_walk_is_the_references(
         np.testing.assert_allclose(dense, probabilities, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1e-36, 1e-37, 1e-38, 1e-45, 1e-300])
+def test_the_coldest_temperatures_are_greedy(
+    select: tuple[Callable[..., dict[str, Array]], Any], temperature: float
+) -> None:
+    run, _ = select
+    given_inputs = inputs(2, 1, BLOCK - 1)
+    given_inputs["logits"] *= 50  # far apart, so that scores divided by the temperature would overflow
+    given_inputs["uniforms"] = np.random.default_rng(3).random((1, BLOCK - 1), np.float32)
+    greedy = run(**given_inputs)
+    given_inputs["temperature"] = np.array([temperature]).astype(np.float32)
+    found = run(**given_inputs)
+    assert found["token_ids"].tolist() == greedy["token_ids"].tolist()
+    np.testing.assert_array_equal(found["probabilities"], greedy["probabilities"])
+
+
 def test_the_largest_number_still_picks_a_candidate(
     select: tuple[Callable[..., dict[str, Array]], Any],
 ) -> None:

@@ -70,7 +70,7 @@ def manifest_document() -> dict[str, Any]:
     ]
     document = {
         "format": "dflash-bundle",
-        "format_version": 1,
+        "format_version": 2,
         "name": "tiny",
         "precision": "fp32",
         "quantization": None,

@@ -23,6 +23,7 @@ from dflash_rt.errors import (
     ContextLengthError,
     DFlashError,
     GeneratorStateError,
+    IntegrityError,
     NumericalError,
     PromptError,
     RequestError,
@@ -533,6 +534,20 @@ def bundle(tmp_path: Path) -> Path:
         document["files"][name] = {"size": record.size, "sha256": record.sha256}
     (folder / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
     return folder
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_changed_files_are_found_on_request(bundle: Path, opened: bool) -> None:
+    weights = bundle / "data" / "weights.bin"
+    weights.write_bytes(weights.read_bytes().swapcase())
+    given_bundle = Bundle.open(bundle) if opened else bundle
+
+    def backend() -> ScriptedBackend:
+        return ScriptedBackend(follow([1, 2, 0, 0]), block_size=4, prefill_chunk=8, max_rows=64)
+
+    Generator(given_bundle, backend()).close()
+    with pytest.raises(IntegrityError, match=r"data/weights\.bin: found sha256"):
+        Generator(given_bundle, backend(), verify_files=True)
 
 
 @pytest.mark.parametrize("opened", [False, True])

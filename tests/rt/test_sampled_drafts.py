@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from dflash_rt.backends.base import DraftSampling, Inject, IntArray, Proposal, StepOutput
 from dflash_rt.distribution import Distribution
+from dflash_rt.errors import NumericalError
 from dflash_rt.random_numbers import Uniforms
 from dflash_rt.rejection import residual, verify_sampled
 from dflash_rt.sampler import Sampler
@@ -95,6 +96,31 @@ class SamplingBackend(TableBackend):
             np.zeros((1, width), np.int64),
             Proposal(np.array([candidates]), np.array([probabilities], np.float32)),
         )
+
+
+@pytest.mark.parametrize("wrong", [[np.nan, np.nan, np.nan], [1, np.nan, 0], [0, 0, 0], [np.inf, 0, 0]])
+def test_probabilities_that_are_none_are_refused(wrong: list[float]) -> None:
+    p = Distribution(np.array([0, 0, 0, 1], np.float32))
+    candidates, q = np.array([3, 0, 1]), np.array(wrong, np.float32)
+    with pytest.raises(NumericalError, match="probabilities that are none"):
+        verify_sampled(p, 3, candidates, q, accept=0.5, noise=np.ones(4))
+    with pytest.raises(NumericalError, match="probabilities that are none"):
+        residual(p, candidates, q)
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1e-38, 1e-45, 1e-300])
+def test_the_coldest_temperatures_take_the_best_token(temperature: float) -> None:
+    """Whether the drafter proposed it or another one, with q as cold as p."""
+    params = SamplingParams(temperature=temperature, seed=3)
+    logits = np.array([[0.0, 60.0, -60.0, 90.0]] * 2, np.float32)
+    candidates = np.array([[[3, 1, 0]]])
+    for draft in (3, 1):
+        q = np.array([[candidates[0, 0] == draft]], np.float32)
+        tokens = Sampler(params, np.array([0])).choose(logits, [draft], Proposal(candidates, q))
+        assert tokens == ([3, 3] if draft == 3 else [3])
+        sampling = Sampler(params, np.array([0])).draft_sampling(1)
+        assert sampling is not None
+        assert np.isfinite(sampling.temperature).all()
 
 
 @cache
