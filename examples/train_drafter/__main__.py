@@ -152,13 +152,20 @@ def evaluate(**given: Any) -> None:
 @main.command()
 @options(_COMMON, _DATA, _TRAIN, _EVALUATE)
 def run(**given: Any) -> None:
-    """Make data, train, evaluate and write the card: all of it in one command."""
+    """Make data, train, evaluate and write the card: all of it in one command.
+
+    Each part begins when the one before is done: where --data-minutes or --stop-after ends a call early, the
+    same command goes on there.
+    """
     from . import stages
 
     opened = stages.open_run(given)
-    stages.data(opened, given)
-    stages.train(opened, given)
-    echo_json(stages.evaluate(opened, given))
+    if not stages.data(opened, given):
+        stages.log("run: stopped before training; the same command goes on with the data")
+    elif not stages.train(opened, given):
+        stages.log("run: stopped before the evaluation; the same command goes on with training")
+    else:
+        echo_json(stages.evaluate(opened, given))
 
 
 if __name__ == "__main__":

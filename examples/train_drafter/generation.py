@@ -41,12 +41,16 @@ def make_data(
     prompt_source: str,
     budget: Budget,
     log: Callable[[str], None],
+    sealed: bool = False,
 ) -> bool:
     """Answer all prompts, one file a batch; batches that have a file are done. True when all are.
 
     ``prompts`` are token ids, ready for the answer; ``prompt_source`` says in words where they are from.
-    Stops early when the budget allows no more. Files appear whole or not at all. Raises OutputError when
-    ``folder`` holds the data of other settings.
+    Stops early when the budget allows no more. Files appear whole or not at all. ``sealed``: training has
+    begun on what is there.
+
+    Raises:
+        OutputError: ``folder`` holds the data of other settings, or is sealed and batches are missing.
     """
     digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
     stops = sorted(stop_token_ids)
@@ -55,6 +59,13 @@ def make_data(
     write_settings(folder / SETTINGS_FILE, settings)
     plan = plan_batches([len(prompt) for prompt in prompts], batch, seed)
     todo = [number for number in range(len(plan)) if not _file(folder, number).is_file()]
+    if sealed and todo:
+        raise OutputError(
+            f"training has begun on part of the data in {folder}",
+            found=f"{len(plan) - len(todo)} of {len(plan)} batches",
+            expected="all of them, or no checkpoint: a run trains on the same data from its start to its end",
+            todo="go on with the train command, or delete the checkpoint to begin again on more data",
+        )
     tokens, before = 0, None
     for done, number in enumerate(todo, len(plan) - len(todo)):
         if not budget.allows_another(before):

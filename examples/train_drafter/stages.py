@@ -45,6 +45,11 @@ class Run:
         return self.device.type == "cuda"
 
     @property
+    def state(self) -> Path:
+        """The last checkpoint; while there is one, training is under way and its data is settled."""
+        return self.output / "state.safetensors"
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the target's weights; training under autocast when it is bfloat16."""
         return _PRECISIONS[self.precision]
@@ -68,14 +73,14 @@ def open_run(given: Mapping[str, Any]) -> Run:
     return Run(target, device, precision, given["output"], read_prompts(given["held_out"]))
 
 
-def data(run: Run, given: Mapping[str, Any]) -> None:
-    """Make what is still missing of ``data/``."""
+def data(run: Run, given: Mapping[str, Any]) -> bool:
+    """Make what is still missing of ``data/``; True when all of it is there."""
     own = given["prompt_file"]
     if own is None:
         prompts = training_prompts(given["prompt_count"], seed=given["seed"], held_out=run.held_out)
     else:
         prompts = own_prompts(own, run.held_out)[: given["prompt_count"]]
-    make_data(
+    return make_data(
         run.target.model,
         run.target.encode(prompts),
         run.output / "data",
@@ -86,11 +91,15 @@ def data(run: Run, given: Mapping[str, Any]) -> None:
         prompt_source="templates and word lists" if own is None else own.name,
         budget=Budget(given["data_minutes"]),
         log=log,
+        sealed=run.state.is_file(),
     )
 
 
-def train(run: Run, given: Mapping[str, Any]) -> None:
-    """Train to the end, or to the end of this call; ``drafter/`` and its card are written either way."""
+def train(run: Run, given: Mapping[str, Any]) -> bool:
+    """Train to the end, or to the end of this call; ``drafter/`` and its card are written either way.
+
+    True at the end of the run.
+    """
     call = Budget(given["stop_after"])
     train_options = TrainOptions(
         **{
@@ -109,8 +118,7 @@ def train(run: Run, given: Mapping[str, Any]) -> None:
     )
     sequences = read_sequences(run.output / "data")
     drafter = _first_drafter(run, given)
-    state = run.output / "state.safetensors"
-    if not state.is_file():  # with one, this run is under way and has written its start
+    if not run.state.is_file():  # with one, this run is under way and has written its start
         write_drafter(run.output / "initial", drafter)
     longest = int(sequences.lengths.max())
     check_written(run.output / "initial", run.target.source, max_seq_len=longest)
@@ -123,7 +131,7 @@ def train(run: Run, given: Mapping[str, Any]) -> None:
         compiled=_compiled(run, given["compiled"]),
         log=log,
     )
-    outcome = trainer.run(state, call=call)
+    outcome = trainer.run(run.state, call=call)
     write_drafter(run.output / "drafter", drafter)
     kept = train_options.validation
     count, tokens = len(sequences) - kept, sequences.new_tokens(skip=kept)
@@ -131,6 +139,7 @@ def train(run: Run, given: Mapping[str, Any]) -> None:
     write_card(run.output)
     ended = "finished" if outcome.finished else "stopped"
     log(f"train: {ended} at step {outcome.step}, wrote {run.output / 'drafter'}")
+    return outcome.finished
 
 
 def _compiled(run: Run, wanted: bool | None) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,16 @@ class Outcome:
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """A forward pass: mean loss and its weights' sum, tokens of all steps (with the bonus), and steps."""
+
+    loss: torch.Tensor
+    weight: torch.Tensor
+    tokens: torch.Tensor
+    blocks: torch.Tensor
+
+
 def default_gamma(block_size: int) -> float:
     """The paper's decay of the loss over a block: 4, 5 and 7 for blocks of 8, 10 and 16; others in line."""
     return max(1.0, min(block_size / 2, 5 + (block_size - 10) / 3))
@@ -123,13 +133,16 @@ class Trainer:
     ) -> Outcome:
         """Train to the end of the run or of the call's budget, from ``state`` if that file exists.
 
-        Writes ``state`` at the end and every ``checkpoint_minutes``. Raises NumericalError when the loss
-        isn't finite; the last checkpoint is kept then.
+        Writes ``state`` at the end and every ``checkpoint_minutes``; a run that has ended is left as it is.
+        Raises NumericalError when the loss or what is to be written isn't finite; the last checkpoint is kept
+        then.
         """
         if state.is_file():
             counts = load_state(state, self.drafter.model, self._optimizer, run=self._identity())
             self.outcome = Outcome(**counts)
             self._log(f"train: going on from step {self.outcome.step}, {self.outcome.seconds:.0f} s")
+        if self.outcome.finished:
+            return self.outcome
         if self.outcome.step == 0:
             self.validate()
         earlier, saved, before = self.outcome.seconds, call.seconds, None
@@ -167,15 +180,14 @@ class Trainer:
         draw = generator(seed + 1, step)
         batch = self._sequences.batch(chosen, options.anchors, draw, fixed_shape=self._compiled)
         self.outcome.blocks += int(batch.real.sum())
-        loss, accepted = self._forward(batch.to(self._device))
+        passed = self._forward(batch.to(self._device))
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        passed.loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.drafter.model.parameters(), options.clip)
         self._optimizer.step()
-        return loss.detach(), accepted, rate
+        return passed.loss.detach(), passed.tokens / passed.blocks.clamp(min=1), rate
 
-    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss, and tokens a step (drafts accepted, and the bonus) over the batch's blocks."""
+    def _forward(self, batch: Batch) -> _Pass:
         model, config = self.drafter.model, self._config
         size, rows = config.block_size, batch.ids.shape[1]
         features = features_of(self._target, batch.ids, config.feature_layers)
@@ -199,7 +211,7 @@ class Trainer:
             )
         right = (drafted.view_as(labels) == labels) & counts
         accepted = right.cumprod(dim=-1).sum(-1) + 1
-        return loss, (accepted * batch.real).sum() / batch.real.sum().clamp(min=1)
+        return _Pass(loss, weights.sum(), (accepted * batch.real).sum(), batch.real.sum())
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._dtype == torch.float32:
@@ -208,26 +220,39 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Loss and tokens a step on the sequences that aren't trained on, at anchors that stay the same."""
-        count = self.options.validation
-        if count == 0:
+        """Loss and tokens a step on the sequences that aren't trained on, at anchors that stay the same.
+
+        Once a step: a checkpoint may be a call's last step too.
+        """
+        count, curve = self.options.validation, self.outcome.curve
+        if count == 0 or (curve and curve[-1]["step"] == self.outcome.step):
             return
-        size = min(self.options.batch, count)
-        losses, accepted = [], []
-        for start in range(0, count - size + 1, size):
-            chosen, draw = torch.arange(start, start + size), generator(_VALIDATION_SEED, start)
-            batch = self._sequences.batch(chosen, self.options.anchors, draw, fixed_shape=self._compiled)
-            loss, tokens = self._forward(batch.to(self._device))
-            losses.append(float(loss))
-            accepted.append(float(tokens))
-        self._require_finite(sum(losses))
+        sums = torch.zeros(4)
+        for start in range(0, count, min(self.options.batch, count)):
+            passed = self._forward(self._validation_batch(start).to(self._device))
+            share = torch.stack([passed.loss * passed.weight, passed.weight, passed.tokens, passed.blocks])
+            sums += share.float().cpu()
+        loss, weight, tokens, blocks = sums.tolist()
+        values = {"loss": loss / weight, "tokens_per_step": tokens / blocks}
+        self._require_finite(values["loss"])
         point = {"step": self.outcome.step, "seconds": round(self.outcome.seconds, 1)}
-        values = {"loss": sum(losses) / len(losses), "tokens_per_step": sum(accepted) / len(accepted)}
         self.outcome.curve.append(point | {key: round(value, 4) for key, value in values.items()})
         self._log(
             f"validation: step {self.outcome.step}, loss {values['loss']:.4f}, "
             f"tokens a step {values['tokens_per_step']:.3f}"
         )
+
+    def _validation_batch(self, start: int) -> Batch:
+        """Sequences from ``start`` on. The last batch is filled up with blocks that don't count.
+
+        So all have one shape, which is what compiled code is made for.
+        """
+        count = self.options.validation
+        places = torch.arange(start, start + min(self.options.batch, count))
+        draw = generator(_VALIDATION_SEED, start)
+        chosen = places.clamp(max=count - 1)
+        batch = self._sequences.batch(chosen, self.options.anchors, draw, fixed_shape=self._compiled)
+        return replace(batch, real=batch.real & (places < count)[:, None])
 
     def _report(self, loss: float, accepted: float, rate: float) -> None:
         outcome = self.outcome
@@ -239,14 +264,27 @@ class Trainer:
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise NumericalError(
-                f"the loss is not finite at step {self.outcome.step}",
-                found=loss,
-                expected="a finite number",
-                todo="lower the learning rate and start again from the last checkpoint",
-            )
+            raise self._diverged("the loss", loss)
+
+    def _require_finite_state(self) -> None:
+        """Look at all that a checkpoint holds, weights and moments."""
+        for name, parameter in self.drafter.model.named_parameters():
+            moments = self._optimizer.state[parameter].values()
+            if not all(bool(torch.isfinite(value).all()) for value in (parameter.detach(), *moments)):
+                raise self._diverged("the drafter's weights or moments", f"NaN or infinity in {name}")
+
+    def _diverged(self, what: str, found: object) -> NumericalError:
+        # The same steps would follow from the checkpoint, and another learning rate is another run.
+        return NumericalError(
+            f"training diverged: {what} not finite at step {self.outcome.step}",
+            found=found,
+            expected="finite numbers; nothing was written over the last checkpoint",
+            todo="delete state.safetensors, if there is one, and train again with a lower --learning-rate; "
+            "the data stays",
+        )
 
     def _save(self, state: Path) -> None:
+        self._require_finite_state()
         counts = asdict(self.outcome)
         save_state(state, self.drafter.model, self._optimizer, counts, run=self._identity())
 

@@ -97,6 +97,43 @@ def test_parts_that_go_on_are_the_same_as_one_command(target: Path, tmp_path: Pa
     assert "held-out prompts, up to" in (parts / "drafter" / "README.md").read_text()
 
 
+def test_one_command_goes_on_where_time_ended_it(target: Path, tmp_path: Path) -> None:
+    """First with the data until it is whole, then with training until its end, and then it measures."""
+    options = [*TRAIN, "--steps", "3"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call("run", target, whole, *own(target), *options, *EVALUATE).exit_code == 0
+    limits = ["--data-minutes", "1e-6", "--stop-after", "1e-6"]
+    said = []
+    for _ in range(6):
+        result = call("run", target, parts, *own(target), *options, *EVALUATE, *limits)
+        assert result.exit_code == 0, result.output
+        said.append("data" if "with the data" in result.stderr else "train" if not result.stdout else "end")
+        assert (parts / "state.safetensors").exists() == (said[-1] != "data")
+    # A call's first batch and its first step are always made, so that each call gets on.
+    assert said == ["data"] * 3 + ["train"] * 2 + ["end"]
+    for name in ("drafter/model.safetensors", "evaluation.json"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    card = (parts / "drafter" / "README.md").read_bytes()
+    assert call("run", target, parts, *own(target), *options, *EVALUATE).exit_code == 0
+    assert (parts / "drafter" / "README.md").read_bytes() == card, "a run that has ended stays as it is"
+
+
+@pytest.mark.parametrize("command", ["data", "run"])
+def test_no_data_is_added_once_training_has_begun(target: Path, tmp_path: Path, command: str) -> None:
+    """Whoever trains on part of the data goes on with that part."""
+    options = [*TRAIN, "--steps", "2"]
+    assert call("data", target, tmp_path, *own(target), "--data-minutes", "1e-6").exit_code == 0
+    assert call("train", target, tmp_path, *options, "--stop-after", "1e-6").exit_code == 0
+    before = sorted(path.name for path in (tmp_path / "data").iterdir())
+    result = call(command, target, tmp_path, *own(target), *(options if command == "run" else []))
+    assert result.exit_code == 1
+    assert "training has begun on part of the data" in result.stderr
+    assert "1 of 4 batches" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == before
+    assert call("train", target, tmp_path, *options).exit_code == 0
+    assert record(tmp_path, "training.json")["outcome"]["finished"]
+
+
 def test_a_drafter_to_train_on(target: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert call("data", target, first, *own(target)).exit_code == 0

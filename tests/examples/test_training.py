@@ -170,6 +170,80 @@ def test_a_loss_that_is_not_finite_ends_it(target: Target, sequences: Sequences,
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.parametrize("validation", [0, 4])
+@pytest.mark.parametrize("where", ["weights", "moments"])
+def test_what_is_not_finite_never_replaces_a_checkpoint(
+    target: Target, sequences: Sequences, tmp_path: Path, validation: int, where: str
+) -> None:
+    """Neither at the end nor at a checkpoint on the way, whether or not anything else looks."""
+    path = tmp_path / "state"
+    options = TrainOptions(steps=8, batch=4, anchors=6, validation=validation)
+    clock = itertools.count(step=10.0)
+    trainer(target, sequences, options).run(path, call=Budget(1.0, lambda: next(clock)))
+    good = path.read_bytes()
+
+    class Broken(Trainer):
+        def _step(self, progress: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+            result = super()._step(progress)
+            weight = self.drafter.model.norm.weight
+            broken = weight if where == "weights" else self._optimizer.state[weight]["exp_avg_sq"]
+            broken.data[0] = math.nan
+            return result
+
+    for minutes in (5.0, 0.0):
+        run = Broken(
+            fresh(target),
+            target.model,
+            sequences,
+            options,
+            dtype=torch.float32,
+            compiled=False,
+            log=lambda _: None,
+        )
+        with pytest.raises(NumericalError, match=r"not finite at step(.|\n)*lower --learning-rate"):
+            run.run(path, call=Budget(None, lambda: next(clock)), checkpoint_minutes=minutes)
+        assert path.read_bytes() == good
+    assert trainer(target, sequences, options).run(path, call=Budget(None)).finished
+
+
+def test_a_run_that_has_ended_is_left_alone(target: Target, sequences: Sequences, tmp_path: Path) -> None:
+    first = trainer(target, sequences)
+    ended = first.run(tmp_path / "state", call=Budget(None))
+    written = (tmp_path / "state").read_bytes()
+    assert [point["step"] for point in ended.curve] == [0, 8]
+    again = trainer(target, sequences, drafter=fresh(target, seed=9))
+    assert again.run(tmp_path / "state", call=Budget(None)) == ended
+    assert (tmp_path / "state").read_bytes() == written
+    expected = weights(first)
+    assert all(torch.equal(expected[name], value) for name, value in weights(again).items())
+
+
+def test_a_step_is_validated_once(target: Target, sequences: Sequences, tmp_path: Path) -> None:
+    """Also where each step is a checkpoint, the last one of a call too."""
+    clock = itertools.count(step=10.0)
+    for _ in range(8):
+        outcome = trainer(target, sequences).run(
+            tmp_path / "state", call=Budget(2.0, lambda: next(clock)), checkpoint_minutes=0
+        )
+    assert outcome.finished
+    assert [point["step"] for point in outcome.curve] == list(range(9))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 16])
+def test_validation_takes_every_sequence_once(target: Target, sequences: Sequences, batch: int) -> None:
+    """With an anchor at every place nothing is drawn: the batches can't show, but for rounding."""
+    options = TrainOptions(steps=1, batch=batch, anchors=64, validation=7)
+    run = trainer(target, sequences, options)
+    run.validate()
+    found = run.outcome.curve[-1]
+    alone = [trainer(target, sequences, TrainOptions(steps=1, batch=7, anchors=64, validation=7))]
+    alone[0].validate()
+    assert found == pytest.approx(alone[0].outcome.curve[-1], abs=2e-4)
+    fewer = trainer(target, sequences, TrainOptions(steps=1, batch=7, anchors=64, validation=6))
+    fewer.validate()
+    assert abs(fewer.outcome.curve[-1]["loss"] - found["loss"]) > 1e-3, "one sequence less shows"
+
+
 def test_options_that_cannot_work_are_refused(target: Target, sequences: Sequences) -> None:
     with pytest.raises(RecipeError, match="no end"):
         TrainOptions()
