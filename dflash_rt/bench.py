@@ -1,7 +1,8 @@
 """Measures our plain and drafted decoding, and others beside them, in one interleaved run.
 
-For each repeat and each prompt every contender decodes in turn, and each time another one begins. Ratios are
-taken between runs of the same prompt in the same repeat, so that what else the machine does slows both sides.
+For each repeat and each prompt every contender decodes in turn, and each time another one begins; ours, where
+their backend allows it, take turns step by step. Ratios are taken between runs of the same prompt in the same
+repeat, so that what else the machine does slows both sides.
 docs/benchmark.md has the method and every number that comes out.
 """
 
@@ -10,14 +11,20 @@ from __future__ import annotations
 import datetime
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeGuard, TypeVar
 
 from dflash_rt.backends import create_backend, takes_threads
-from dflash_rt.bench_contenders import BenchSetup, Contender, OurContender, Outcome, make_contenders
+from dflash_rt.bench_contenders import (
+    BenchSetup,
+    Contender,
+    OurContender,
+    OurRun,
+    Outcome,
+    make_contenders,
+)
 from dflash_rt.bench_floor import StepFloor, measure_read_bandwidth, step_floor
 from dflash_rt.bench_machine import cpu_name, load_average, package_versions, physical_cores
 from dflash_rt.bench_prompts import default_prompts
@@ -31,11 +38,13 @@ from dflash_rt.request import check_count
 __all__ = [
     "Decoder",
     "Say",
+    "StepDecoder",
     "check_counts",
     "checked_widths",
     "conditions_of",
     "encode_prompts",
     "measure",
+    "our_contenders",
     "run_bench",
 ]
 
@@ -58,6 +67,17 @@ class Decoder(Protocol[_Prompt_contra]):
 
     def decode(self, prompt: _Prompt_contra, max_new_tokens: int, /) -> Outcome:
         """Decode until a stop token, or until there are ``max_new_tokens``."""
+
+
+class StepDecoder(Decoder[_Prompt_contra], Protocol[_Prompt_contra]):
+    """A contender that can stop between two steps while others run."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether it is to: whether nobody else has its buffers."""
+
+    def start(self, prompt: _Prompt_contra, max_new_tokens: int, /) -> OurRun:
+        """The same as :meth:`decode`, step by step."""
 
 
 def run_bench(
@@ -127,26 +147,24 @@ def run_bench(
         plot = check_plot(plot)
     with ExitStack() as stack:
         say(f"loading {opened.manifest.name}")
-        ours = _our_contenders(setup, backend, backend_options, stack)
+        ours = our_contenders(opened, (1, *widths), backend, backend_options, setup.threads, stack)
         second = None if beside is None else _open_beside(beside, setup)
         theirs = (
             []
             if second is None
-            else _our_contenders(replace(setup, bundle=second), backend, backend_options, stack)
+            else our_contenders(
+                second, (1, *widths), backend, backend_options, setup.threads, stack, prefix=BESIDE
+            )
         )
         encoded = encode_prompts(
-            ours[0], default_prompts(opened) if prompts is None else prompts, max_new_tokens
+            ours[0].generator, default_prompts(opened) if prompts is None else prompts, max_new_tokens
         )
         if theirs:
-            encode_prompts(theirs[0], encoded, max_new_tokens)
+            encode_prompts(theirs[0].generator, encoded, max_new_tokens)
         others, skipped = make_contenders(compare, setup)
         for other in others:
             stack.callback(other.close)
-        contenders: list[Contender] = [
-            *(OurContender(generator) for generator in ours),
-            *(OurContender(generator, BESIDE) for generator in theirs),
-            *others,
-        ]
+        contenders: list[Contender] = [*ours, *theirs, *others]
         load_before = load_average()
         bandwidth = measure_read_bandwidth(setup.threads)
         outcomes = measure(contenders, encoded, max_new_tokens=max_new_tokens, repeats=repeats, say=say)
@@ -221,7 +239,8 @@ def measure(
 
     Each decodes a few tokens first, untimed: libraries allocate and choose kernels at their first run. Then
     all of them decode a prompt before the next one comes, and each time another one begins, so that none
-    always runs after the same warm-up of the machine.
+    always runs after the same warm-up of the machine. Those that are apart (:class:`StepDecoder`) decode it
+    together: a machine that changes its speed for a second changes it for all of them.
     """
     say = say or _silent
     for contender in contenders:
@@ -230,13 +249,37 @@ def measure(
     first = 0
     for repeat in range(repeats):
         for number, prompt in enumerate(prompts):
-            for contender in (*contenders[first:], *contenders[:first]):
-                time.sleep(pause_seconds)
-                outcomes[contender.name][number, repeat] = contender.decode(prompt, max_new_tokens)
+            order = (*contenders[first:], *contenders[:first])
+            together = [contender for contender in order if _is_apart(contender)]
+            for contender in order:
+                if contender not in together:
+                    time.sleep(pause_seconds)
+                    outcomes[contender.name][number, repeat] = contender.decode(prompt, max_new_tokens)
+                elif contender is together[0]:
+                    time.sleep(pause_seconds)
+                    for one, outcome in _decode_together(together, prompt, max_new_tokens):
+                        outcomes[one.name][number, repeat] = outcome
             first = (first + 1) % len(contenders)
             rates = (_rate(name, done[number, repeat]) for name, done in outcomes.items())
             say(f"repeat {repeat + 1}/{repeats}, prompt {number + 1}/{len(prompts)}: {', '.join(rates)}")
     return outcomes
+
+
+def _is_apart(contender: Decoder[_Prompt]) -> TypeGuard[StepDecoder[_Prompt]]:
+    return getattr(contender, "apart", False)
+
+
+def _decode_together(
+    contenders: Sequence[StepDecoder[_Prompt]], prompt: _Prompt, max_new_tokens: int
+) -> Iterator[tuple[StepDecoder[_Prompt], Outcome]]:
+    """Let all decode a prompt, always the one that has the fewest tokens: they end at about the same time."""
+    runs = [contender.start(prompt, max_new_tokens) for contender in contenders]
+    running = list(runs)
+    while running:
+        last = min(running, key=lambda run: run.tokens)
+        if not last.advance():
+            running.remove(last)
+    return zip(contenders, (run.outcome for run in runs), strict=True)
 
 
 def checked_widths(widths: Sequence[int], bundle: Bundle) -> tuple[int, ...]:
@@ -256,18 +299,33 @@ def checked_widths(widths: Sequence[int], bundle: Bundle) -> tuple[int, ...]:
     return chosen
 
 
-def _our_contenders(
-    setup: BenchSetup, backend: str, backend_options: Mapping[str, Any] | None, stack: ExitStack
-) -> list[Generator]:
-    """Generators for plain decoding and each width, on one backend: the same sessions and caches for all."""
-    shared = create_backend(
-        backend,
-        setup.bundle,
-        threads=setup.threads if takes_threads(backend) else None,
-        options=backend_options,
+def our_contenders(
+    bundle: Bundle,
+    widths: Sequence[int | Literal["auto"]],
+    backend: str,
+    backend_options: Mapping[str, Any] | None,
+    threads: int,
+    stack: ExitStack,
+    *,
+    prefix: str = "",
+) -> list[OurContender]:
+    """One of ours for each width, all on the same weights; ``stack`` closes them.
+
+    Each has buffers of its own where the backend can share weights without sharing them, and where it
+    can't all have the same.
+    """
+    first = create_backend(
+        backend, bundle, threads=threads if takes_threads(backend) else None, options=backend_options
     )
-    stack.callback(shared.close)
-    return [Generator(setup.bundle, shared, draft_width=width) for width in (1, *setup.draft_widths)]
+    stack.callback(first.close)
+    twin = getattr(first, "twin", None)
+    contenders = []
+    for number, width in enumerate(widths):
+        own = first if number == 0 or twin is None else twin()
+        stack.callback(own.close)
+        generator = Generator(bundle, own, draft_width=width)
+        contenders.append(OurContender(generator, prefix, apart=twin is not None))
+    return contenders
 
 
 def _open_beside(beside: str | os.PathLike[str] | Bundle, setup: BenchSetup) -> Bundle:

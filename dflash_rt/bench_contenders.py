@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 from dflash_rt.errors import BackendUnavailableError, DFlashError, RequestError
 from dflash_rt.generator import Generator
 from dflash_rt.sampling import SamplingParams
+from dflash_rt.stream import GenerationResult, TokenStream
 
 if TYPE_CHECKING:
     from dflash_rt.bundle import Bundle
@@ -32,6 +33,7 @@ __all__ = [
     "Contender",
     "ContenderFactory",
     "OurContender",
+    "OurRun",
     "Outcome",
     "find_factories",
     "make_contenders",
@@ -149,12 +151,13 @@ ContenderFactory: TypeAlias = Callable[[BenchSetup], Sequence[Contender]]
 class OurContender:
     """This package's own decoding: plain at width 1, drafted above, or adaptive.
 
-    ``generator``'s ``draft_width`` decides. Several may share a backend, so that they run on the same
-    sessions and the same caches. ``prefix`` comes before the name.
+    ``generator``'s ``draft_width`` decides. ``prefix`` comes before the name. ``apart`` says that no other
+    contender has its backend: several of those may be in the middle of a prompt at once.
     """
 
-    def __init__(self, generator: Generator, prefix: str = "") -> None:
-        self._generator = generator
+    def __init__(self, generator: Generator, prefix: str = "", *, apart: bool = False) -> None:
+        self.generator = generator
+        self.apart = apart
         rows = generator.limits.draft_width
         self.width = rows if rows > 1 else None
         self.name = f"drafted-{rows}" if rows > 1 else "plain"
@@ -169,21 +172,60 @@ class OurContender:
 
     def sample(self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: SamplingParams) -> Outcome:
         """The same with a sampling of one's own; with a seed, all of ours find the same tokens."""
-        result = self._generator.generate(list(prompt_ids), max_new_tokens=max_new_tokens, sampling=sampling)
-        stats = result.stats
-        return Outcome(
-            token_ids=result.token_ids,
-            prefill_seconds=stats.prefill_seconds,
-            decode_seconds=stats.decode_seconds,
-            steps=stats.steps,
-            accepted_per_step=stats.accepted_per_step,
-            stage_seconds=stats.stage_seconds,
-            width_per_step=stats.width_per_step,
+        run = self.start(prompt_ids, max_new_tokens, sampling)
+        while run.advance():
+            pass
+        return run.outcome
+
+    def start(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: SamplingParams | None = None
+    ) -> OurRun:
+        """The same step by step."""
+        greedy = SamplingParams()
+        return OurRun(
+            self.generator.stream(
+                list(prompt_ids), max_new_tokens=max_new_tokens, sampling=sampling or greedy
+            )
         )
 
     def close(self) -> None:
         """Close the generator, and its backend with it."""
-        self._generator.close()
+        self.generator.close()
+
+
+class OurRun:
+    """A prompt that one of ours decodes step by step. Only its own steps count as its time."""
+
+    def __init__(self, stream: TokenStream) -> None:
+        self._stream = stream
+        self.tokens = 0
+        """New tokens so far."""
+
+    def advance(self) -> bool:
+        """Take the prefill or the next step; whether there was one."""
+        chunk = next(self._stream, None)
+        if chunk is None:
+            return False
+        self.tokens += len(chunk.token_ids)
+        return True
+
+    @property
+    def outcome(self) -> Outcome:
+        """What it came to, once there are no more steps."""
+        return _outcome(self._stream.result)
+
+
+def _outcome(result: GenerationResult) -> Outcome:
+    stats = result.stats
+    return Outcome(
+        token_ids=result.token_ids,
+        prefill_seconds=stats.prefill_seconds,
+        decode_seconds=stats.decode_seconds,
+        steps=stats.steps,
+        accepted_per_step=stats.accepted_per_step,
+        stage_seconds=stats.stage_seconds,
+        width_per_step=stats.width_per_step,
+    )
 
 
 def find_factories(names: Iterable[str]) -> dict[str, EntryPoint]:

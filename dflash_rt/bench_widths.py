@@ -1,7 +1,8 @@
 """``dflash-rt bench --widths``: the width that adapts against every fixed width, over a mix of prompts.
 
-All contenders are our own, on one backend. The run is interleaved as in :mod:`dflash_rt.bench`, with the same
-text for each: greedy prompts have no choice, and sampled ones have a seed.
+All contenders are our own, on the same weights. The run is interleaved as in :mod:`dflash_rt.bench`, step by
+step where the backend allows it, with the same text for each: greedy prompts have no choice, and sampled ones
+have a seed.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from dflash_rt.backends import create_backend, takes_threads
-from dflash_rt.bench import Say, check_counts, checked_widths, conditions_of, encode_prompts, measure
-from dflash_rt.bench_contenders import OurContender, Outcome
+from dflash_rt.bench import (
+    Say,
+    check_counts,
+    checked_widths,
+    conditions_of,
+    encode_prompts,
+    measure,
+    our_contenders,
+)
+from dflash_rt.bench_contenders import OurContender, OurRun, Outcome
 from dflash_rt.bench_machine import load_average, physical_cores
 from dflash_rt.bench_prompts import mixed_prompts
 from dflash_rt.bench_widths_report import WidthsReport
 from dflash_rt.bundle import Bundle
-from dflash_rt.generator import Generator
 from dflash_rt.prompts import Prompt
 from dflash_rt.request import check_count
 from dflash_rt.sampling import SamplingParams
@@ -36,12 +43,16 @@ class _Case:
 class _Ours:
     """One of ours, for prompts that come with their sampling."""
 
-    def __init__(self, generator: Generator) -> None:
-        self._contender = OurContender(generator)
-        self.name = self._contender.name
+    def __init__(self, contender: OurContender) -> None:
+        self._contender = contender
+        self.name = contender.name
+        self.apart = contender.apart
 
     def decode(self, case: _Case, max_new_tokens: int, /) -> Outcome:
         return self._contender.sample(case.prompt_ids, max_new_tokens, case.sampling)
+
+    def start(self, case: _Case, max_new_tokens: int, /) -> OurRun:
+        return self._contender.start(case.prompt_ids, max_new_tokens, case.sampling)
 
 
 def run_widths(
@@ -93,31 +104,26 @@ def run_widths(
         mix = [(f"prompt {i}", prompt, SamplingParams()) for i, prompt in enumerate(prompts, 1)]
     with ExitStack() as stack:
         say(f"loading {opened.manifest.name}")
-        shared = create_backend(
-            backend, opened, threads=threads if takes_threads(backend) else None, options=backend_options
-        )
-        stack.callback(shared.close)
-        fixed = [Generator(opened, shared, draft_width=width) for width in (1, *widths)]
-        encoded = encode_prompts(fixed[0], [prompt for _, prompt, _ in mix], max_new_tokens)
+        contenders = our_contenders(opened, (1, *widths, "auto"), backend, backend_options, threads, stack)
+        encoded = encode_prompts(contenders[0].generator, [prompt for _, prompt, _ in mix], max_new_tokens)
         cases = [_Case(tuple(ids), sampling) for ids, (_, _, sampling) in zip(encoded, mix, strict=True)]
-        say("measuring the cost of a step at each width")
-        adaptive = Generator(opened, shared, draft_width="auto")
         load_before = load_average()
         outcomes = measure(
-            [_Ours(generator) for generator in (*fixed, adaptive)],
+            [_Ours(contender) for contender in contenders],
             cases,
             max_new_tokens=max_new_tokens,
             repeats=repeats,
             say=say,
         )
-        assert adaptive.step_costs is not None
+        costs = contenders[-1].generator.step_costs
+        assert costs is not None
         report = WidthsReport(
             conditions=conditions_of(opened, backend, threads, encoded, max_new_tokens, repeats, load_before),
             kinds=tuple(kind for kind, _, _ in mix),
             sampled=tuple(sampling.temperature > 0 for _, _, sampling in mix),
             outcomes=outcomes,
             widths={"plain": 1, **{f"drafted-{width}": width for width in widths}},
-            costs=adaptive.step_costs,
+            costs=costs,
         )
     if plot is not None:
         from dflash_rt.bench_widths_plot import draw_widths

@@ -20,10 +20,13 @@ from dflash_rt.stopping import TextAssembler
 from dflash_rt.stream import GenerationResult, TokenStream
 from dflash_rt.turns import Turns
 from dflash_rt.width import AcceptanceHistory, AdaptiveWidth, FixedWidth, StepCosts, WidthPolicy
-from dflash_rt.width_cache import cost_key, load_step_costs, save_step_costs
+from dflash_rt.width_cache import CostKey, cost_key, load_step_costs, save_step_costs
+from dflash_rt.width_correction import RunningCosts
 from dflash_rt.width_cost import measure_step_costs
 
 __all__ = ["Generator"]
+
+_MOVED = 1.05  # a cost that differs by more from what is kept is written back
 
 
 class Generator:
@@ -74,13 +77,13 @@ class Generator:
             # Caches of full size may be smaller than the bundle allows.
             longest = min(limits.max_seq_len, getattr(runner, "max_seq_len", limits.max_seq_len))
             limits = replace(limits, max_seq_len=longest)
-            costs = None
+            costs = key = None
             if limits.adaptive:
                 # Nothing is known of how a ready backend object was made, and a GPU isn't part of the key:
                 # such costs aren't kept.
-                kept = opened if backend == "onnxruntime" else None
-                costs = _step_costs(kept, runner, limits, threads)
-            self._set_parts(limits, runner, prompts, costs)
+                key = cost_key(opened, runner.name, threads) if backend == "onnxruntime" else None
+                costs = _step_costs(opened, key, runner, limits)
+            self._set_parts(limits, runner, prompts, costs, None if key is None else (opened, key))
         except BaseException:
             runner.close()
             raise
@@ -106,7 +109,12 @@ class Generator:
         return generator
 
     def _set_parts(
-        self, limits: ModelLimits, backend: Backend, prompts: PromptEncoder, costs: StepCosts | None
+        self,
+        limits: ModelLimits,
+        backend: Backend,
+        prompts: PromptEncoder,
+        costs: StepCosts | None,
+        kept: tuple[Bundle, CostKey] | None = None,
     ) -> None:
         if limits.adaptive and (costs is None or costs.widest != limits.draft_width):
             raise RequestError(
@@ -119,6 +127,10 @@ class Generator:
         self._backend = backend
         self._prompts = prompts
         self._costs = costs
+        self._kept = kept  # where corrected costs go
+        # Apart, since choosing from logits takes time for each row of a step.
+        self._greedy_costs = None if costs is None else RunningCosts(costs)
+        self._sampled_costs = None if costs is None else RunningCosts(costs)
         self._history = AcceptanceHistory(limits.draft_width)
         self._turns = Turns()
 
@@ -222,16 +234,29 @@ class Generator:
         )
 
     def _widths(self, request: Request) -> WidthPolicy:
-        if request.adaptive and self._costs is not None:
-            return AdaptiveWidth(self._costs, self._history)
+        costs = self._sampled_costs if request.sampling.needs_logits else self._greedy_costs
+        if request.adaptive and costs is not None:
+            return AdaptiveWidth(costs, self._history)
         return FixedWidth(request.width)
 
     def close(self) -> None:
         """Free the backend. Safe to call twice; later requests raise GeneratorStateError.
 
-        A request that another thread is running is waited for; this thread's own open stream is closed.
+        A request that another thread is running is waited for; this thread's own open stream is closed. Step
+        costs that are kept in the bundle, and that requests have shown to be others, are written there again.
         """
-        self._turns.close(self._backend.close)
+        self._turns.close(self._close)
+
+    def _close(self) -> None:
+        kept, self._kept = self._kept, None
+        try:
+            if kept is not None and self._costs is not None and self._greedy_costs is not None:
+                now = self._greedy_costs.current
+                pairs = zip(now.relative, self._costs.relative, strict=True)
+                if any(max(new / old, old / new) > _MOVED for new, old in pairs):
+                    save_step_costs(*kept, now)
+        finally:
+            self._backend.close()
 
     def __enter__(self) -> Generator:
         self._turns.require_open()
@@ -258,13 +283,10 @@ def _open(bundle: str | os.PathLike[str] | Bundle, verify_files: bool) -> Bundle
     )
 
 
-def _step_costs(
-    bundle: Bundle | None, backend: Backend, limits: ModelLimits, threads: int | None
-) -> StepCosts:
-    """Costs kept in ``bundle``, or measured and kept there; only measured without one."""
-    if bundle is None:
+def _step_costs(bundle: Bundle, key: CostKey | None, backend: Backend, limits: ModelLimits) -> StepCosts:
+    """Costs kept in ``bundle``, or measured and kept there; only measured without a key."""
+    if key is None:
         return measure_step_costs(backend, limits)
-    key = cost_key(bundle, backend.name, threads)
     costs = load_step_costs(bundle, key, limits.draft_width)
     if costs is None:
         costs = measure_step_costs(backend, limits)

@@ -3,7 +3,8 @@
 Who owns which state:
 
 - ``Sequence`` (sequence.py): tokens, committed rows, features not injected yet, counters. One per slot.
-- ``WidthPolicy`` (width.py): how many rows the next step has, and what was learned for that.
+- ``WidthPolicy`` (width.py): how many rows the next step has, and what was learned for that; it is told how
+  long each step took, the caller's time left out.
 - ``Sampler`` (sampler.py): random numbers, counts of emitted tokens, logprobs. A greedy request has none.
 - ``Backend`` (backends/): caches and all other buffers. It knows neither tokens nor acceptance.
 - ``TokenStream`` (stream.py): text, times, and the generator's lock while it runs.
@@ -28,6 +29,7 @@ reads the last one. Its width is chosen a step early, and it is in vain if the l
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Generator, Set
 from dataclasses import dataclass
@@ -97,6 +99,7 @@ def decode(
             yield Decoded(tuple(kept), min(len(tokens) - 1, len(kept)), finish_reason)
             if finish_reason is not None:
                 return
+            began = time.perf_counter()
 
             # 3) Inject features, draft, verify: one call, so that a backend may fuse them.
             backend.reserve(sequence.start)
@@ -131,7 +134,8 @@ def decode(
 
             # 5) Commit them.
             sequence.commit_step(len(tokens) - 1, rows, injected=injected)
-            policy.observe(rows, len(tokens) - 1)
+            # What a step takes that ran while the caller did something else, nobody knows.
+            policy.observe(rows, len(tokens) - 1, None if ahead else time.perf_counter() - began)
     except GeneratorExit:
         raise  # the caller left between two steps: nothing is broken
     except BaseException:

@@ -1,18 +1,19 @@
 """How many rows the next step has: fixed, or the width that promises the most tokens per second.
 
-The maths. A step of width w costs c(w) seconds, measured at load, and gives one token for certain (the bonus)
-and each of its w - 1 drafts if the target confirms it and all before it. With q(j) the chance that draft j is
-confirmed once those before it were, the expected tokens and the expected rate are ::
+The maths. A step of width w costs c(w) plain steps, and gives one token for certain (the bonus) and each of
+its w - 1 drafts if the target confirms it and all before it. With q(j) the chance that draft j is confirmed
+once those before it were, the expected tokens and the expected rate are ::
 
     E(w) = 1 + q(1) + q(1) q(2) + ... + q(1)...q(w-1)        r(w) = E(w) / c(w)
 
-and the width is the one with the largest r; width 1 is plain decoding. q is estimated at two levels, since
-texts differ more than the parts of one text do. ``AcceptanceHistory`` belongs to a generator: confirmed
-drafts over tried ones by position, of all requests, old ones fading, starting from a neutral guess. A request
-starts from its history, taken as ``_HISTORY_WEIGHT`` drafts seen, and adds its own. A draft behind a rejected
-one tells nothing, so it counts as not tried. Positions are assumed to be the same at every width.
+and the width is the one with the largest r; width 1 is plain decoding. c is measured at load and corrected
+by the times of steps (width_correction.py). q is estimated at two levels, since texts differ more than the
+parts of one text do. ``AcceptanceHistory`` belongs to a generator: confirmed drafts over tried ones by
+position, of all requests, old ones fading, starting from a neutral guess. A request starts from its history,
+taken as ``_HISTORY_WEIGHT`` drafts seen, and adds its own. A draft behind a rejected one tells nothing, so it
+counts as not tried. Positions are assumed to be the same at every width.
 
-Two accounts, both in seconds of plain decoding, settle what estimates can't:
+Two accounts, both in plain steps, settle what estimates can't:
 
 - *Curiosity.* What isn't drafted isn't learned. Every step pays ``_CURIOSITY`` of its cost into the history's
   account; when that covers what the best wider step would be expected to lose against the best known width,
@@ -20,20 +21,34 @@ Two accounts, both in seconds of plain decoding, settle what estimates can't:
   pay, at a cost of ``_CURIOSITY`` of the time.
 - *Allowance.* A request may fall behind plain decoding by ``_ALLOWANCE`` plain steps and ``_ALLOWANCE_RATE``
   of its tokens, and by no more: a step is as wide as the account covers if none of its drafts is confirmed.
-  What drafting gains is paid in. Hence by the measured costs, n tokens never take longer than
-  (n + _ALLOWANCE + _ALLOWANCE_RATE n) plain steps, whatever is drafted.
+  What drafting gains is paid in. Hence n tokens never take longer than (n + _ALLOWANCE + _ALLOWANCE_RATE n)
+  plain steps, whatever is drafted. Where a drafting step that may pay costs more than 1 + _ALLOWANCE, the
+  first number is what that one takes, _MOST_ALLOWANCE at most: otherwise it could never begin. All steps
+  are billed by what they are thought to cost now, a little dearer where that isn't known well: so what was
+  believed to be cheap and turns out not to be is paid back.
 
-A policy never sees tokens, and no token depends on it: it chooses how many rows are verified together.
+Costs are corrected where a plain step and a drafted one are neighbours. So a plain step comes between drafted
+ones while what they seem to gain is less than ``_SURE`` standard deviations of their cost, and otherwise
+after ``_CHECK`` of them.
+
+A policy never sees tokens, and no token depends on it: it chooses how many rows are verified together. It
+reads no clock either: it does the same whenever it is told the same.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from math import log
+from operator import mul, truediv
+from typing import TYPE_CHECKING, Protocol
 
 from dflash_rt.errors import RequestError
+
+if TYPE_CHECKING:
+    from dflash_rt.width_correction import RunningCosts
 
 __all__ = ["AcceptanceHistory", "AdaptiveWidth", "FixedWidth", "StepCosts", "WidthPolicy"]
 
@@ -41,9 +56,11 @@ _FIRST_GUESS, _GUESS_WEIGHT = 0.5, 2.0  # of q, before anything was seen: right 
 _FADE = 0.97  # of what a history holds, with each drafted step
 _REQUEST_FADE = 0.98  # the same within a request
 _HISTORY_WEIGHT = 3.0
-_CURIOSITY = 0.0075
-_ALLOWANCE = 1.0
-_ALLOWANCE_RATE = 0.005
+_CURIOSITY = 0.005
+_ALLOWANCE, _MOST_ALLOWANCE = 1.0, 2.0
+_ALLOWANCE_RATE = 0.002
+_CHECK = 32
+_SURE = 3.0
 
 
 class WidthPolicy(Protocol):
@@ -54,10 +71,16 @@ class WidthPolicy(Protocol):
         """No step will be wider. 1: the drafter never runs, and needs no features."""
 
     def choose(self) -> int:
-        """Rows of the next step's verify pass, 1 (plain decoding) to :attr:`widest`. Called once a step."""
+        """Rows of the next step's verify pass, 1 (plain decoding) to :attr:`widest`.
 
-    def observe(self, width: int, accepted: int) -> None:
-        """A step of ``width`` rows is done; its first ``accepted`` drafts were confirmed."""
+        Called once a step, perhaps before the step before it is observed.
+        """
+
+    def observe(self, width: int, accepted: int, seconds: float | None = None) -> None:
+        """A step of ``width`` rows is done; its first ``accepted`` drafts were confirmed.
+
+        It took ``seconds``, all between two tokens included but the caller; ``None`` if that isn't known.
+        """
 
 
 @dataclass(frozen=True)
@@ -70,7 +93,7 @@ class FixedWidth:
         """Always :attr:`widest`."""
         return self.widest
 
-    def observe(self, width: int, accepted: int) -> None:
+    def observe(self, width: int, accepted: int, seconds: float | None = None) -> None:
         """Nothing to learn."""
 
 
@@ -141,63 +164,107 @@ class AdaptiveWidth:
     """The policy of one request: see the top of this file.
 
     Args:
-        costs: of steps, for every width that may be chosen.
+        costs: of steps, for every width that may be chosen; this request corrects them.
         history: what earlier requests saw, at least as wide; this one adds to it.
     """
 
-    def __init__(self, costs: StepCosts, history: AcceptanceHistory) -> None:
-        self._costs = costs.relative
+    def __init__(self, costs: RunningCosts, history: AcceptanceHistory) -> None:
+        self._costs = costs
         self._history = history
         self._seen = _Counts(costs.widest - 1, _REQUEST_FADE)
-        self._allowance = _ALLOWANCE
+        self._steps = [0] * costs.widest  # by width
+        self._tokens = 0
+        self._drafted = 0  # steps since the last plain one
+        self._timed = False  # whether times of steps are told
+        self._expected: list[float] | None = None  # until something is learned
+        self._start = self._first_allowance()
 
     @property
     def widest(self) -> int:
         """See :class:`WidthPolicy`."""
-        return len(self._costs)
+        return self._costs.widest
 
     @property
     def expected_tokens(self) -> list[float]:
         """E(w) for w from 1 on, by what is known now."""
-        shares = [
-            self._seen.mean(position, self._history.share(position), _HISTORY_WEIGHT)
-            for position in range(self.widest - 1)
-        ]
-        products = accumulate(shares, lambda before, share: before * share)
-        return list(accumulate(products, initial=1.0))
+        if self._expected is None:
+            shares = [
+                self._seen.mean(position, self._history.share(position), _HISTORY_WEIGHT)
+                for position in range(self.widest - 1)
+            ]
+            products = accumulate(shares, lambda before, share: before * share)
+            self._expected = list(accumulate(products, initial=1.0))
+        return self._expected
+
+    @property
+    def allowance(self) -> float:
+        """Plain steps that may still be lost, by today's costs, should all drafts that are under way fail."""
+        billed: float = sum(map(mul, self._steps, self._costs.cautious))
+        return self._start + self._tokens * (1 + _ALLOWANCE_RATE) - billed
 
     def choose(self) -> int:
         """The width with the best rate; now and then a wider one, to learn."""
-        expected = self.expected_tokens
-        rates = [tokens / cost for tokens, cost in zip(expected, self._costs, strict=True)]
+        if self._tokens == 0:
+            self._costs.pause()  # whatever took the last step, it was another request
+        width = self._best_or_probe()
+        if width > 1 and self._is_check_due(width):
+            width = 1
+        self._drafted = self._drafted + 1 if width > 1 else 0
+        # Billed as if all drafts failed, until it is known: another step may be chosen before that.
+        self._steps[width - 1] += 1
+        self._tokens += 1
+        return width
+
+    def observe(self, width: int, accepted: int, seconds: float | None = None) -> None:
+        """Count drafts up to the first rejected one, pay in the accepted ones, and correct the costs."""
+        if width > 1:
+            tried = min(accepted + 1, width - 1)
+            self._seen.add(tried, accepted)
+            self._history.add(tried, accepted)
+            self._tokens += accepted
+            self._expected = None
+        self._timed = seconds is not None
+        if seconds is not None:
+            self._costs.add(width, seconds)
+
+    def _best_or_probe(self) -> int:
+        costs, expected = self._costs.relative, self.expected_tokens
+        rates = list(map(truediv, expected, costs))
         affordable = self._affordable()
         best = _argmax(rates[:affordable])
         if best + 1 < affordable:
             probe = best + 1 + _argmax(rates[best + 1 : affordable])
             # The time of the probe, less what the best width would take for the tokens that it should give.
-            loss = self._costs[probe] - expected[probe] / rates[best]
+            loss = costs[probe] - expected[probe] / rates[best]
             if loss <= self._history.curiosity:
                 self._history.curiosity -= max(loss, 0.0)
                 return probe + 1
-        self._history.curiosity += _CURIOSITY * self._costs[best]
+        self._history.curiosity += _CURIOSITY * costs[best]
         return best + 1
 
-    def observe(self, width: int, accepted: int) -> None:
-        """Count drafts up to the first rejected one, and settle the step with the allowance."""
-        if width > 1:
-            tried = min(accepted + 1, width - 1)
-            self._seen.add(tried, accepted)
-            self._history.add(tried, accepted)
-        tokens = accepted + 1
-        self._allowance += tokens * (1 + _ALLOWANCE_RATE) - self._costs[width - 1]
+    def _is_check_due(self, width: int) -> bool:
+        """Whether a plain step is worth more now, beside which the cost of a drafted one shows."""
+        if self._drafted == 0 or not self._timed:
+            return False
+        gain = log(self.expected_tokens[width - 1] / self._costs.relative[width - 1])
+        return self._drafted >= _CHECK or gain < _SURE * self._costs.spreads[width - 1]
 
     def _affordable(self) -> int:
         """The widest width whose cost, should all drafts fail, leaves the allowance at 0 or above.
 
         Plain steps can always be afforded: they cost what they give.
         """
-        limit = self._allowance + 1
-        return max((i for i, cost in enumerate(self._costs, 1) if cost <= limit), default=1)
+        return max(1, bisect_right(self._costs.cautious, self.allowance + 1))
+
+    def _first_allowance(self) -> float:
+        """What the narrowest width that should pay takes, within bounds; without one, the least bad."""
+        if self.widest == 1:
+            return _ALLOWANCE
+        pairs = list(zip(self.expected_tokens, self._costs.relative, self._costs.cautious, strict=True))[1:]
+        _, _, cost = next(
+            (pair for pair in pairs if pair[0] > pair[1]), max(pairs, key=lambda pair: pair[0] / pair[1])
+        )
+        return min(max(_ALLOWANCE, cost - 1), _MOST_ALLOWANCE)
 
 
 def _argmax(values: Sequence[float]) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from math import sqrt
+from statistics import median
 
 import numpy as np
 
@@ -17,18 +19,25 @@ from dflash_rt.width import StepCosts
 __all__ = ["measure_step_costs"]
 
 _BUDGET_SECONDS = 0.8
+_WARM_UP_SECONDS = 10.0
 _ROUNDS = 8  # of all widths, at most
 _PROMPT_ROWS = 16
 
 
 def measure_step_costs(
-    backend: Backend, limits: ModelLimits, *, budget_seconds: float = _BUDGET_SECONDS
+    backend: Backend,
+    limits: ModelLimits,
+    *,
+    budget_seconds: float = _BUDGET_SECONDS,
+    warm_up_seconds: float = _WARM_UP_SECONDS,
 ) -> StepCosts:
     """Seconds of a step at each width from 1 to ``limits.draft_width``, by decoding a few made-up tokens.
 
-    All widths take turns, and each counts with its fastest step: what a step costs when nothing disturbs it
-    and everything is warm. ``budget_seconds`` ends it after the step that is running; where a round
-    takes longer, widths that were left out are interpolated. Costs are those of a short context.
+    First a step of each width that isn't timed: a backend may compile or allocate for it. After
+    ``warm_up_seconds`` of these, widths that had none are left out. Then each in turn is measured between two
+    plain steps, and counts with the median of its ratios to them, since a machine may change its speed at
+    any time. ``budget_seconds`` ends it, once the widest was measured; widths that were left out are
+    interpolated. Costs are those of a short context.
 
     No width counts as cheaper than a narrower one. The backend is left cleared. Raises BackendError
     as any request does.
@@ -36,26 +45,41 @@ def measure_step_costs(
     widest = limits.draft_width
     if limits.max_seq_len < 3:  # the prompt, the prefill's token, and no room for a step's
         return StepCosts((1.0,) * widest)
-    deadline = time.perf_counter() + budget_seconds
-    order = _order(widest)
-    rounds: list[dict[int, float]] = []
-    steps = _timed_steps(backend, limits, order * _ROUNDS)
-    for number, (width, seconds) in enumerate(steps):
-        if number % len(order) == 0:
-            rounds.append({})
-        rounds[-1][width] = seconds
-        # The narrowest and the widest come first: everything else lies between them.
-        if number >= 1 and time.perf_counter() >= deadline:
-            break
+    steps = _Steps(backend, limits)
+    widths = _warm_up(steps, widest, warm_up_seconds)
+    plain, ratios = _measure(steps, widths, budget_seconds)
     steps.close()
     backend.clear()
-    whole = [times for times in rounds if len(times) == len(order)]
-    counted = whole or rounds[:1]
-    best = {width: min(times[width] for times in counted) for width in sorted(counted[0])}
+    measured = [1.0, *(median(ratios[width]) for width in sorted(ratios))]
     # More rows never cost less: a step that seems cheaper than a narrower one met a quieter moment.
-    rising = np.maximum.accumulate(list(best.values()))
-    seconds_by_width = np.interp(range(1, widest + 1), list(best), rising)
-    return StepCosts(tuple(float(seconds) for seconds in seconds_by_width))
+    rising = np.maximum.accumulate(measured)
+    relative = np.interp(range(1, widest + 1), [1, *sorted(ratios)], rising)
+    return StepCosts(tuple(median(plain) * float(cost) for cost in relative))
+
+
+def _warm_up(steps: _Steps, widest: int, seconds: float) -> list[int]:
+    """Take a step of each width, until ``seconds`` have passed; the widths above 1 that had one."""
+    deadline = time.perf_counter() + seconds
+    warm: list[int] = []
+    for width in _order(widest):
+        if len(warm) >= 2 and time.perf_counter() >= deadline:
+            break
+        steps.take(width)
+        warm.append(width)
+    return warm[1:]
+
+
+def _measure(steps: _Steps, widths: list[int], seconds: float) -> tuple[list[float], dict[int, list[float]]]:
+    """Times of plain steps; and by width, those of its steps over those of the plain steps beside them."""
+    deadline = time.perf_counter() + seconds
+    plain, ratios = [steps.take(1)], dict[int, list[float]]()
+    for width in widths * _ROUNDS:
+        drafted = steps.take(width)
+        plain.append(steps.take(1))
+        ratios.setdefault(width, []).append(drafted / sqrt(plain[-2] * plain[-1]))
+        if time.perf_counter() >= deadline:
+            break
+    return plain, ratios
 
 
 def _order(widest: int) -> list[int]:
@@ -80,34 +104,47 @@ class _Told:
     def choose(self) -> int:
         return self.next_width
 
-    def observe(self, width: int, accepted: int) -> None:
+    def observe(self, width: int, accepted: int, seconds: float | None = None) -> None:
         pass
 
 
-def _timed_steps(
-    backend: Backend, limits: ModelLimits, widths: list[int]
-) -> Generator[tuple[int, float], None, None]:
-    """Take a step of each width in turn; yield the width and its seconds. Starts again when room is out."""
-    rows = min(_PROMPT_ROWS, limits.max_seq_len // 2)
-    prompt = np.arange(rows, dtype=np.int64) % limits.vocab_size
-    policy = _Told(limits.draft_width)
-    running: Iterator[Decoded] | None = None
-    for width in widths:
-        if running is None:
-            running = decode(
-                backend,
-                Sequence(prompt),
-                max_new_tokens=limits.max_seq_len - rows,
-                width=policy,
-                prefill_chunk=limits.prefill_chunk,
-                run_ahead=False,  # a step's time is its own, and its width the one just told
-            )
-            next(running)  # the prefill
-        policy.next_width = width
+class _Steps:
+    """Takes steps of any width over a made-up prompt, again and again."""
+
+    def __init__(self, backend: Backend, limits: ModelLimits) -> None:
+        self._backend = backend
+        self._limits = limits
+        self._policy = _Told(limits.draft_width)
+        self._running: Generator[Decoded, None, None] | None = None
+
+    def take(self, width: int) -> float:
+        """Take a step of ``width`` rows; its seconds."""
+        if self._running is None:
+            self._running = self._start()
+        self._policy.next_width = width
         began = time.perf_counter()
-        decoded = next(running)
+        decoded = next(self._running)
         seconds = time.perf_counter() - began
         if decoded.finish_reason is not None:
-            running = None
+            self._running = None  # there is no more room
         # A clock may be too coarse for a step of a scripted backend, and no step costs nothing.
-        yield width, max(seconds, 1e-9)
+        return max(seconds, 1e-9)
+
+    def close(self) -> None:
+        """End it."""
+        if self._running is not None:
+            self._running.close()
+
+    def _start(self) -> Generator[Decoded, None, None]:
+        limits = self._limits
+        rows = min(_PROMPT_ROWS, limits.max_seq_len // 2)
+        running = decode(
+            self._backend,
+            Sequence(np.arange(rows, dtype=np.int64) % limits.vocab_size),
+            max_new_tokens=limits.max_seq_len - rows,
+            width=self._policy,
+            prefill_chunk=limits.prefill_chunk,
+            run_ahead=False,  # a step's time is its own, and its width the one just told
+        )
+        next(running)  # the prefill
+        return running

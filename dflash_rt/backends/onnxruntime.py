@@ -19,6 +19,7 @@ tried on ONNX Runtime 1.32:
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -107,19 +108,32 @@ class OnnxRuntimeBackend:
             name: _load(name, _path(bundle, name, fused), threads, integer_activations)
             for name in self._graphs
         }
-        self._stage_seconds: dict[str, float] = {}
         self._batch = 1
-        self._head_shape = (self._batch, 0)  # batch and rows of what lies in the buffer `logits`
         # A prompt isn't longer than max_seq_len, whatever a chunk may be, nor is what waits to be injected.
         chunk = min(manifest.limits.prefill_chunk, manifest.limits.max_seq_len)
-        self._kept_rows = rows = max(chunk, self._block_size)
-        self._buffers = self._make_buffers(rows)
+        self._kept_rows = max(chunk, self._block_size)
+        self._window_size = manifest.drafter.sliding_window if manifest.drafter.is_windowed else None
+        self._allocate()
+
+    def twin(self) -> OnnxRuntimeBackend:
+        """Another backend on the same sessions, and so the same weights, with buffers and caches of its own.
+
+        Each is closed by itself, and two of them may be in the middle of a sequence at once.
+        """
+        other = copy.copy(self)
+        other._sessions = dict(self._sessions)
+        other._allocate()
+        return other
+
+    def _allocate(self) -> None:
+        """Everything that changes while requests run."""
+        self._stage_seconds: dict[str, float] = {}
+        self._head_shape = (self._batch, 0)  # batch and rows of what lies in the buffer `logits`
+        self._buffers = self._make_buffers(self._kept_rows)
         self._starts = {stage: np.zeros(self._batch, np.int64) for stage in ("inject", "draft", "target")}
         self._window: Window | None = None
-        if manifest.drafter.is_windowed:
-            size = manifest.drafter.sliding_window
-            assert size is not None  # the manifest's own rule
-            self._window = Window(size, rows, self._block_size, self._batch)
+        if self._window_size is not None:
+            self._window = Window(self._window_size, self._kept_rows, self._block_size, self._batch)
         # One value for each slot; only `select` reads them.
         self._slots: dict[str, npt.NDArray[Any]] = {
             "anchors": np.zeros(self._batch, np.int64),

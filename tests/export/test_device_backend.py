@@ -152,7 +152,7 @@ class Told:
     def choose(self) -> int:
         return self.widths.pop(0) if len(self.widths) > 1 else self.widths[0]
 
-    def observe(self, width: int, accepted: int) -> None:
+    def observe(self, width: int, accepted: int, seconds: float | None = None) -> None:
         pass
 
 

@@ -40,7 +40,7 @@ class Told:
         self.chosen += 1
         return self.widths[(self.chosen - 1) % len(self.widths)]
 
-    def observe(self, width: int, accepted: int) -> None:
+    def observe(self, width: int, accepted: int, seconds: float | None = None) -> None:
         pass
 
 

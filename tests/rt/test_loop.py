@@ -348,7 +348,7 @@ class Told:
         self.chosen += 1
         return self.widths[(self.chosen - 1) % len(self.widths)]
 
-    def observe(self, width: int, accepted: int) -> None:
+    def observe(self, width: int, accepted: int, seconds: float | None = None) -> None:
         assert width == self.widths[(self.chosen - 1) % len(self.widths)]
         assert 0 <= accepted < width
 
@@ -462,3 +462,40 @@ def test_protocol_errors_of_the_loop_would_be_seen() -> None:
 
     with pytest.raises(BackendError, match="inject the last verify pass"):
         run(ScriptedBackend(follow(TEXT)), Forgetful(np.array(PROMPT, dtype=np.int64)))
+
+
+def test_a_policy_is_told_how_long_each_step_took_without_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(ScriptedBackend):
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+        def step(
+            self,
+            anchors: IntArray,
+            start: IntArray,
+            *,
+            width: int,
+            inject: Inject | None,
+            sampling: DraftSampling | None = None,
+        ) -> StepOutput:
+            self.now += width
+            return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
+
+    @dataclass
+    class Noting:
+        told: list[tuple[int, int, float | None]]
+        widest: int = 4
+
+        def choose(self) -> int:
+            return 1 + len(self.told) % 3
+
+        def observe(self, width: int, accepted: int, seconds: float | None = None) -> None:
+            self.told.append((width, accepted, seconds))
+
+    backend, policy = Clock(follow(TEXT)), Noting([])
+    monkeypatch.setattr("dflash_rt.loop.time", backend)
+    for _ in decode(backend, sequence(), max_new_tokens=8, width=policy, prefill_chunk=8):
+        backend.now += 100  # the caller takes its time
+    assert policy.told == [(1, 0, 1.0), (2, 1, 2.0), (3, 2, 3.0), (1, 0, 1.0)]

@@ -42,7 +42,7 @@ class Clock:
 
 
 class Timed(ScriptedBackend):
-    """Moves the clock, more in its first steps: a warm-up."""
+    """Moves the clock, more in the first step of each width: a warm-up."""
 
     def __init__(self, clock: Clock, **options: Any) -> None:
         super().__init__(follow(range(100)), block_size=4, prefill_chunk=8, max_rows=64, **options)
@@ -58,7 +58,7 @@ class Timed(ScriptedBackend):
         inject: Inject | None,
         sampling: DraftSampling | None = None,
     ) -> StepOutput:
-        self.clock.now += 10 + width + (50 if len(self.widths) < 4 else 0)
+        self.clock.now += 10 + width + (50 if width not in self.widths else 0)
         self.widths.append(width)
         return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
 
@@ -84,24 +84,48 @@ def test_every_width_once_both_ends_first(widest: int) -> None:
     assert order[:2] == [1, widest][: len(order)]
 
 
-def test_costs_are_those_of_undisturbed_steps(clock: Clock) -> None:
+def test_each_width_is_taken_once_untimed_and_then_between_plain_steps(clock: Clock) -> None:
     backend = Timed(clock)
-    costs = measure_step_costs(backend, limits(), budget_seconds=1e9)
-    assert costs.seconds == (11, 12, 13, 14)  # without the first round's 50 units
-    assert sorted(set(backend.widths)) == [1, 2, 3, 4]
+    costs = measure_step_costs(backend, limits(), budget_seconds=1e9, warm_up_seconds=1e9)
+    assert costs.seconds == pytest.approx((11, 12, 13, 14))  # without the 50 units of each first step
+    assert backend.widths[:11] == [1, 4, 2, 3, 1, 4, 1, 2, 1, 3, 1]
+    assert len(backend.widths) == 4 + 1 + 8 * 6
     assert backend.cleared == 1
 
 
-def test_the_budget_ends_it_after_a_whole_round(clock: Clock) -> None:
+def test_the_budget_begins_after_the_first_steps(clock: Clock) -> None:
     backend = Timed(clock)
-    costs = measure_step_costs(
-        backend, limits(), budget_seconds=300
-    )  # 250 for the first round, 50 for another
-    assert costs.seconds == (11, 12, 13, 14)
-    assert len(backend.widths) == 8
+    costs = measure_step_costs(backend, limits(), budget_seconds=60, warm_up_seconds=1e9)
+    assert backend.widths == [1, 4, 2, 3, 1, 4, 1, 2, 1, 3, 1]
+    assert costs.seconds == pytest.approx((11, 12, 13, 14))
+
+
+def test_a_slow_backend_is_measured_at_both_ends(clock: Clock) -> None:
     backend = Timed(clock)
-    costs = measure_step_costs(backend, limits(), budget_seconds=260)  # the second round is not whole
-    assert costs.seconds == (61, 62, 63, 64)
+    costs = measure_step_costs(backend, limits(), budget_seconds=1, warm_up_seconds=1)
+    assert backend.widths == [1, 4, 1, 4, 1]
+    assert costs.seconds == pytest.approx((11, 12, 13, 14))  # 2 and 3 lie between
+
+
+def test_a_machine_that_changes_its_speed_changes_no_cost(clock: Clock) -> None:
+    class TwoSpeeds(Timed):
+        def step(
+            self,
+            anchors: IntArray,
+            start: IntArray,
+            *,
+            width: int,
+            inject: Inject | None,
+            sampling: DraftSampling | None = None,
+        ) -> StepOutput:
+            slow = len(self.widths) // 17 % 2
+            self.clock.now += 3 * (10 + width) * slow
+            return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
+
+    relative = measure_step_costs(
+        TwoSpeeds(clock), limits(), budget_seconds=1e9, warm_up_seconds=1e9
+    ).relative
+    assert relative == pytest.approx((1, 12 / 11, 13 / 11, 14 / 11))
 
 
 def test_a_wider_step_never_counts_as_cheaper(clock: Clock) -> None:
@@ -118,20 +142,14 @@ def test_a_wider_step_never_counts_as_cheaper(clock: Clock) -> None:
             self.clock.now += 30 * (width == 2)  # disturbed every time
             return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
 
-    assert measure_step_costs(Uneven(clock), limits(), budget_seconds=1e9).seconds == (11, 42, 42, 42)
-
-
-def test_a_slow_backend_is_measured_at_both_ends(clock: Clock) -> None:
-    backend = Timed(clock)
-    costs = measure_step_costs(backend, limits(), budget_seconds=1)
-    assert backend.widths == [1, 4]
-    assert costs.seconds == pytest.approx((61, 62, 63, 64))  # 2 and 3 lie between
+    costs = measure_step_costs(Uneven(clock), limits(), budget_seconds=1e9, warm_up_seconds=1e9)
+    assert costs.seconds == pytest.approx((11, 42, 42, 42))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 9, 64])
 def test_short_sequences_are_measured_too(rows: int, clock: Clock) -> None:
     costs = measure_step_costs(Timed(clock), limits(max_seq_len=rows), budget_seconds=1e9)
-    assert costs.seconds == ((1, 1, 1, 1) if rows < 3 else (11, 12, 13, 14))
+    assert costs.seconds == pytest.approx((1, 1, 1, 1) if rows < 3 else (11, 12, 13, 14))
 
 
 def test_requests_are_as_without_a_measurement() -> None:
@@ -320,6 +338,41 @@ def test_measured_once_and_read_the_next_time(bundle: Bundle, by_name: type[Name
         assert wider.step_costs.widest == 4  # the block size
     with Generator(bundle) as third:  # narrower than what is kept now
         assert third.step_costs == StepCosts(wider.step_costs.seconds[:3])
+
+
+@pytest.mark.parametrize(("factor", "written"), [(1.02, False), (1.5, True)])
+def test_costs_that_requests_corrected_are_kept(
+    bundle: Bundle, by_name: type[Named], factor: float, written: bool
+) -> None:
+    with Generator(bundle) as generator:
+        measured = generator.step_costs
+    assert measured is not None
+    with Generator(bundle) as generator:
+        costs = generator._greedy_costs
+        assert costs is not None
+        for _ in range(200):
+            for width in (1, 3, 1, 2):
+                costs.add(width, measured.seconds[width - 1] * (factor if width > 1 else 1.0))
+        assert generator.step_costs == measured
+    with Generator(bundle) as again:
+        assert again.step_costs is not None
+        found = again.step_costs.relative
+    expected = [1.0, *(cost * (factor if written else 1.0) for cost in measured.relative[1:])]
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_a_bundle_that_became_read_only_closes_without_an_error(bundle: Bundle, by_name: type[Named]) -> None:
+    generator = Generator(bundle)
+    costs = generator._greedy_costs
+    assert costs is not None
+    for _ in range(50):
+        costs.add(1, 1.0)
+        costs.add(3, 9.0)
+    path_of(bundle).unlink()
+    path_of(bundle).parent.rmdir()
+    path_of(bundle).parent.write_text("a file where the folder would be")
+    generator.close()
+    assert generator.closed
 
 
 def test_no_costs_without_a_choice(bundle: Bundle, by_name: type[Named]) -> None:
