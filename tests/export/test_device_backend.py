@@ -343,6 +343,8 @@ def test_runs_are_few_whatever_the_prompts_length(bundle: Bundle, expected: Onnx
     assert len(set(engines.runs)) == made
     sizes = {run.inputs[0].shape for run in engines.runs if run.graph == "target" and run.prefill}
     assert len(sizes) == 2  # 4 and 8 rows
+    # One for all widths: each step injects a block.
+    assert len([run for run in engines.runs if run.graph == "inject" and not run.prefill]) == 1
     for length in (*range(1, 20), LENGTH - 1):
         prompt = ([2, 1, 0, 3, 4, 1, 5] * 13)[:length]
         wanted = tokens_of(expected, prompt, min(6, LENGTH - length), [4, 2, 3, 1])
