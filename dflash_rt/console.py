@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import sys
@@ -54,7 +55,7 @@ class CommandGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command."""
         try:
-            with _stdout_failures_told():
+            with _stdout_failures_told(), _notes():
                 return super().invoke(ctx)
         except DFlashError as error:
             raise click.ClickException(str(error)) from error
@@ -117,6 +118,27 @@ class JsonPair(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
         if isinstance(parsed, dict | list) or (isinstance(parsed, float) and not math.isfinite(parsed)):
             self.fail(f"{text!r} is not text, a finite number, true, false or null", param, ctx)
         return key, parsed
+
+
+class _Notes(logging.Handler):
+    """Writes to stderr as it is now."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Show what a device's memory is wanted for while a command runs; as a library the runtime is silent."""
+    logger, handler = logging.getLogger("dflash_rt.device"), _Notes()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def fail(message: str) -> NoReturn:

@@ -395,13 +395,14 @@ def engine_folders(bundle: Bundle) -> tuple[Path, ...]:
 def find_engines(
     bundle: Bundle, machine: Machine, *, max_seq_len: int | None = None, batch: int = 1
 ) -> tuple[Path, EngineSet]:
-    """The engine set to load and its folder: of those that fit, the one with the smallest caches.
+    """The engine set to load and its folder, of those that fit: the one with the smallest caches, where the
+    caller says how long a sequence may be, and otherwise the one with the largest.
 
     Raises:
         EngineError: there is none, or none fits; says for the closest which parts differ, what is present
             and the command that builds one. Sets that can't be read are named as well.
     """
-    fitting: list[tuple[int, str, Path, EngineSet]] = []
+    fitting: list[tuple[tuple[int, str], Path, EngineSet]] = []
     near: list[tuple[int, str, Path, EngineSet, tuple[Difference, ...]]] = []
     broken: list[str] = []
     for folder in engine_folders(bundle):
@@ -416,9 +417,10 @@ def find_engines(
             distance = len(reasons) + 100 * (engines.build.backend != machine.backend)
             near.append((distance, folder.name, folder, engines, reasons))
         else:
-            fitting.append((engines.limits.capacity, folder.name, folder, engines))
+            size = engines.limits.capacity if max_seq_len is not None else -engines.limits.capacity
+            fitting.append(((size, folder.name), folder, engines))
     if fitting:
-        _, _, folder, engines = min(fitting, key=lambda item: item[:2])
+        _, folder, engines = min(fitting, key=lambda item: item[0])
         return folder, engines
     raise _no_engines(bundle, machine, near, broken, max_seq_len, batch)
 

@@ -77,6 +77,10 @@ class Generator:
             # Caches of full size may be smaller than the bundle allows.
             longest = min(limits.max_seq_len, getattr(runner, "max_seq_len", limits.max_seq_len))
             limits = replace(limits, max_seq_len=longest)
+            settle = getattr(runner, "settle", None)
+            if settle is not None:  # what is done once for each kind of step is done before the first request
+                narrower = range(1, limits.draft_width) if limits.adaptive else (1,)
+                settle(sorted({*narrower, limits.draft_width}))
             costs = key = None
             if limits.adaptive:
                 # Nothing is known of how a ready backend object was made, and a GPU isn't part of the key:

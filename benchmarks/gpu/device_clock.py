@@ -118,7 +118,7 @@ def measure_draft_share(
     start = np.array([len(prompt)], np.int64)
     backend.launch(width, anchors, start)  # where the device stands is the device's from here on
     backend.collect()
-    operations = runner._planner.step(width, width)
+    operations = runner._planner.step(width, inject=True)
     end = drafting_ends(operations)
     moments: list[list[_Moment]] = []
     for _ in range(_ROUNDS + 1):

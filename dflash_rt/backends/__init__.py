@@ -49,8 +49,8 @@ def _onnxruntime_cuda(bundle: Bundle, threads: int | None, options: Mapping[str,
         import onnxruntime  # noqa: F401
 
         from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
-    device = CudaDevice("onnxruntime-cuda")
     engines = OnnxRuntimeEngines(bundle, cuda=True, threads=threads)
+    device = CudaDevice("onnxruntime-cuda")
     return DeviceBackend(bundle, device, engines, name="onnxruntime-cuda", options=checked)
 
 
@@ -63,7 +63,11 @@ def _tensorrt(name: str) -> Callable[[Bundle, int | None, Mapping[str, Any]], Ba
         checked = _device_options(name, options)
         engines = TensorRTEngines(bundle, name)
         device = CudaDevice(name)
-        engines.find(device, max_seq_len=checked.max_seq_len)
+        try:
+            engines.find(device, max_seq_len=checked.max_seq_len)
+        except BaseException:
+            device.close()
+            raise
         return DeviceBackend(bundle, device, engines, name=name, options=checked)
 
     return factory

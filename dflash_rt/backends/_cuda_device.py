@@ -165,13 +165,18 @@ class CudaDevice:
         assert isinstance(mark, _Event)
         self.check("cudaEventSynchronize", mark.handle)
 
+    def drain(self) -> None:
+        """Wait for the stream. Nothing is raised, as in :meth:`close`."""
+        if self.handle is not None:
+            self._runtime.cudaStreamSynchronize(self.handle)
+
     def close(self) -> None:
         """Free everything. Nothing is raised: after a failed kernel every call fails, also these."""
         runtime, handle = self._runtime, self.handle
         if handle is None:
             return
+        self.drain()
         self.handle = None
-        runtime.cudaStreamSynchronize(handle)
         for free, items in (
             (runtime.cudaGraphExecDestroy, self._graphs),
             (runtime.cudaEventDestroy, self._events),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceBackend", "DeviceOptions"]
 
-_LOG = logging.getLogger("dflash_rt")
+_LOG = logging.getLogger("dflash_rt.device")
 _DEPTH = 2  # steps that are launched and not read, at most
 
 
@@ -41,9 +41,10 @@ class DeviceOptions:
     Attributes:
         cuda_graph: launch a step as one captured graph; otherwise operation by operation. Same tokens.
         run_ahead: let the loop launch a greedy request's next step before it has read the last. Same tokens.
-        memory_limit: bytes of the device's memory to use at most; ``None``: what is free.
-        max_seq_len: prompt and output tokens together at most; ``None``: what bundle and engines allow. The
-            caches are allocated for it.
+        memory_limit: bytes of the device's memory to use at most, even if less is free; ``None``: what is
+            free.
+        max_seq_len: prompt and output tokens together at most; ``None``: what bundle and engines allow. It
+            chooses among engine sets. Caches are allocated for it, unless engines fix their size.
     """
 
     cuda_graph: bool = True
@@ -85,21 +86,17 @@ class DeviceBackend:
     def _set_up(self, bundle: Bundle, options: DeviceOptions) -> None:
         manifest, device, engines = bundle.manifest, self._device, self._engines
         self.max_seq_len = _shortest(options.max_seq_len, engines.max_seq_len, manifest.limits.max_seq_len)
+        # Rejected rows of the last block may lie behind the last row that a request can commit.
+        needed = self.max_seq_len + manifest.drafter.block_size
         self._planner = planner = Planner(
             manifest,
-            # Rejected rows of the last block may lie behind the last row that a request can commit.
-            capacity=self.max_seq_len + manifest.drafter.block_size,
+            capacity=needed if engines.capacity is None else engines.capacity,
             prefill_chunk=min(manifest.limits.prefill_chunk, self.max_seq_len),
         )
         self._mask_token_id = manifest.drafter.mask_token_id
+        self._vocab_size = manifest.target.vocab_size
         self._selects = "select" in manifest.graphs
-        budget = Budget.of(planner.layout, weights=engines.weight_bytes)
-        budget.check(free=device.free_bytes(), limit=options.memory_limit)
-        scratch = engines.load(device)
-        self.budget = budget = Budget.of(planner.layout, weights=engines.weight_bytes, scratch=scratch)
-        _LOG.info("%s on %s: %s", self.name, device.name, budget)
-        budget.check(free=None, limit=options.memory_limit)
-        replace(budget, weights=0).check(free=device.free_bytes(), limit=None)  # they are there by now
+        scratch = self._load(options.memory_limit)
         self._memory = memory = Memory(device, planner.layout)
         scratch_address = device.allocate(scratch) if scratch else 0
         self._runner = Runner(device, engines, memory, planner, scratch_address, graphs=options.cuda_graph)
@@ -114,9 +111,22 @@ class DeviceBackend:
         self._sampling_is_greedy = True
         self._at: tuple[IntArray, IntArray] | None = None  # anchors and start that the device has
         self._furthest = 0  # where the device's next step may begin at most
-        self._uninjected = 0  # rows of the last pass whose features the drafter lacks
         self._injects = False
         self._write_constants()
+
+    def _load(self, limit: int | None) -> int:
+        """Tell what memory is wanted, see whether it is there, and load the engines; bytes of scratch."""
+        device, engines = self._device, self._engines
+        budget = Budget.of(self._planner.layout, weights=engines.weight_bytes)
+        _LOG.info("%s on %s needs %s, and what kernels want", self.name, device.name, budget)
+        budget.check(free=device.free_bytes(), limit=limit)
+        scratch = engines.load(device)
+        self.budget = budget = replace(budget, scratch=scratch)
+        _LOG.info("%s on %s: %s", self.name, device.name, budget)
+        if limit is None:
+            budget = replace(budget, weights=0)  # they are there by now
+        budget.check(free=device.free_bytes(), limit=limit)
+        return scratch
 
     # --- Properties ---
 
@@ -128,7 +138,7 @@ class DeviceBackend:
     @property
     def capacity(self) -> int:
         """Rows of each cache."""
-        return self.max_seq_len + self._planner.block_size
+        return self._planner.capacity
 
     def reserve(self, rows: int) -> None:
         """Nothing to make: the caches have their full size. Raises BackendError for more than that."""
@@ -140,20 +150,52 @@ class DeviceBackend:
                 todo="shorten the prompt or max_new_tokens, or build with a larger --max-seq-len",
             )
 
+    def settle(self, widths: Iterable[int]) -> None:
+        """Do now what passes do once: make what prefills and steps of these widths run, capture and compare.
+
+        Otherwise the first passes of each kind do it. All memory is zeroed afterwards.
+        """
+        for rows in self._planner.prefill_rows:
+            self._prefill_anything(rows)
+        for width in widths:
+            self._settle_steps(width)
+        self.clear()
+
+    def _settle_steps(self, width: int) -> None:
+        self._furthest = self.max_seq_len  # no room: begin anew
+        while not self._runner.settled(width, inject=True):
+            if self._furthest < self.max_seq_len:
+                self.launch(width)
+            else:
+                self._prefill_anything(1)
+                self.launch(width, np.zeros(1, np.int64), np.ones(1, np.int64))
+            self.collect()
+
+    def _prefill_anything(self, rows: int) -> None:
+        self.prefill(self._anything(rows), np.zeros(1, np.int64), inject=True)
+
+    def _anything(self, rows: int) -> IntArray:
+        return (1 + np.arange(rows, dtype=np.int64)[None]) % self._vocab_size
+
     # --- Passes ---
 
     def prefill(self, token_ids: IntArray, start: IntArray, *, inject: bool) -> IntArray:
         """Feed prompt rows; see the protocol."""
         self._forget()
-        rows = token_ids.shape[1]
-        self._check_room(int(start.max()), rows)
+        at = int(start.max())
+        self._check_room(at + token_ids.shape[1])
         with self._timed():
-            self._memory.write("input_ids", token_ids)
-            self._memory.write("start", start)
-            self._runner.prefill(rows, inject=inject)
+            done = 0
+            for rows, used in self._planner.pieces(token_ids.shape[1], self.capacity - at):
+                ids = np.pad(token_ids[:, done : done + used], ((0, 0), (0, rows - used)), mode="edge")
+                self._memory.write("input_ids", ids)
+                for name in ("start", "inject_start"):  # what the next step injects was injected: no harm
+                    self._memory.write(name, start + done)
+                self._runner.prefill(rows, used, inject=inject)
+                done += used
             launched = self._read_later(0)
             report = self._wait(launched)
-        self._at, self._uninjected, self._injects = None, 0, inject
+        self._at, self._injects = None, inject
         self._check_finite(report, drafted=False)
         self._logit_rows = 1
         return report.rows("token_ids", 1)[:, 0]
@@ -169,8 +211,8 @@ class DeviceBackend:
     ) -> StepOutput:
         """Run a whole step; see the protocol.
 
-        What ``inject`` asks for is a part of what is done anyway: where the prefill injected, each step
-        injects the rows of the pass before it.
+        What ``inject`` asks for is a part of what is done anyway: each step injects the rows of the pass
+        before it, unless nothing is drafted in this sequence.
         """
         self._forget()
         self._launch(width, anchors, start, sampling)
@@ -200,10 +242,9 @@ class DeviceBackend:
                 self._set_sampling(sampling, width)
             if anchors is not None and start is not None:
                 self._place(anchors, start)
-            self._check_room(self._furthest, width)
-            self._runner.step(self._uninjected, width)
+            self._check_room(self._furthest)
+            self._runner.step(width, inject=self._injects or width > 1)
             self._launched.append(self._read_later(width))
-            self._uninjected = width if self._injects else 0
             self._furthest += width
             self._at = None
 
@@ -245,6 +286,10 @@ class DeviceBackend:
 
     def close(self) -> None:
         """Free everything."""
+        self._device.drain()
+        runner: Runner | None = getattr(self, "_runner", None)  # none if loading failed
+        if runner is not None:
+            runner.close()  # what runs an engine goes before the engine
         self._engines.close()
         self._device.close()
 
@@ -256,7 +301,7 @@ class DeviceBackend:
             self._windows.append(step.report)
         self._launched.clear()
         self._at = None
-        self._furthest = self._uninjected = self._logit_rows = 0
+        self._furthest = self._logit_rows = 0
         self._injects = False
 
     def _write_constants(self) -> None:
@@ -272,12 +317,12 @@ class DeviceBackend:
             self._memory.write("start", start)
         self._furthest = int(start.max())
 
-    def _check_room(self, start: int, rows: int) -> None:
-        """A write behind the end of a cache would hit other memory."""
-        if start + rows > self.capacity:
+    def _check_room(self, end: int) -> None:
+        """There must be room for a block behind ``end``. A write behind a cache would hit other memory."""
+        if end + self._planner.block_size > self.capacity:
             raise BackendError(
                 "a pass would write behind the caches",
-                found=f"{rows} rows from {start} on",
+                found=f"a block of {self._planner.block_size} rows from {end} on",
                 expected=f"an end of at most {self.capacity}",
                 todo="shorten the prompt or max_new_tokens, or build with a larger --max-seq-len",
             )
@@ -288,8 +333,7 @@ class DeviceBackend:
         while self._launched:
             step = self._launched.popleft()
             failed |= bool(self._wait(step).bad_slots(drafted=step.width > 1))
-            # They injected what was to be injected, and their own features are of no use.
-            self._at, self._uninjected = None, 0
+            self._at = None  # what is injected next lies where they began, and is overwritten
         if failed:
             self.clear()
 

@@ -32,6 +32,7 @@ class OnnxRuntimeEngines:
         self._threads = threads
         self._sessions: dict[str, Any] = {}
         self.max_seq_len = bundle.manifest.limits.max_seq_len
+        self.capacity: int | None = None
         self.weight_bytes = sum(weight_bytes(bundle.graph_path(graph)) for graph in bundle.manifest.graphs)
 
     def load(self, device: Device) -> int:
@@ -72,6 +73,9 @@ class OnnxRuntimeEngines:
                 ) from error
 
         return work
+
+    def require_capturable(self) -> None:
+        """ONNX Runtime doesn't tell."""
 
     def close(self) -> None:
         """Drop the sessions."""

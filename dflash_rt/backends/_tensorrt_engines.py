@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dflash_rt.backends._cuda_device import CudaDevice
+from dflash_rt.backends._kernel_cache import KernelCache
 from dflash_rt.device.base import Device, Work
 from dflash_rt.device.plan import Binding, Run
-from dflash_rt.engines import EngineSet, Machine, find_engines
+from dflash_rt.engines import EngineSet, Machine, compile_command, find_engines
 from dflash_rt.errors import BackendError, BackendUnavailableError
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorRTEngines"]
 
+_WITHOUT_GRAPHS = "use the option cuda_graph=false, and report this"
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
@@ -40,11 +43,15 @@ class TensorRTEngines:
         self._stream = self._scratch_bytes = 0
         self._folder: Path = bundle.root
         self._set: EngineSet | None = None
+        self._machine: Machine | None = None
+        self._caches: dict[str, KernelCache] = {}
+        self._unasked: list[tuple[str, Any]] = []  # contexts, and the graphs that they run
         self.max_seq_len = self.weight_bytes = 0
+        self.capacity: int | None = None
 
     def find(self, device: CudaDevice, *, max_seq_len: int | None) -> None:
         """Choose the engine set that fits the GPU. Raises EngineError, with the command that builds one."""
-        machine = Machine(
+        self._machine = machine = Machine(
             backend=self._backend,
             backend_version=str(self._trt.__version__),
             gpu=device.name,
@@ -52,6 +59,7 @@ class TensorRTEngines:
         )
         self._folder, self._set = find_engines(self._bundle, machine, max_seq_len=max_seq_len)
         self.max_seq_len = self._set.limits.max_seq_len
+        self.capacity = self._set.limits.capacity  # a constant of the engines
         # An engine is its weights, and little else.
         self.weight_bytes = sum(file.size for file in self._set.files.values())
 
@@ -59,18 +67,20 @@ class TensorRTEngines:
         """Deserialize every engine, which puts its weights on the GPU; see the protocol."""
         assert self._set is not None
         self._stream = device.stream
-        self._runtime = self._trt.Runtime(self._logger)
+        self._runtime = self._new_runtime(self._set.build.version_compatible)
         for graph, file in self._set.files.items():
-            engine = self._runtime.deserialize_cuda_engine((self._folder / file.name).read_bytes())
+            engine = self._deserialize(self._folder / file.name)
             if engine is None:
                 raise self._failed(f"{self._folder.name}/{file.name} can't be loaded")
             self._engines[graph] = engine
+            if self._backend == "tensorrt-rtx":
+                self._caches[graph] = KernelCache(self._folder / f"{graph}.kernels")
         self._scratch_bytes = max(int(engine.device_memory_size_v2) for engine in self._engines.values())
         return self._scratch_bytes
 
     def prepare(self, run: Run, address: Callable[[str], int], scratch: int) -> Work:
         """A context for one graph and shape, with every tensor bound; see the protocol."""
-        context = self._new_context(self._engines[run.graph])
+        context = self._new_context(run.graph)
         if context is None:
             raise self._failed(f"no execution context for {run.graph}")
         if scratch:
@@ -84,6 +94,7 @@ class TensorRTEngines:
         lacking = context.infer_shapes() if done else []
         if not done or lacking:
             raise self._failed(f"{run.graph} doesn't take {_shapes(run.inputs)}", ", ".join(lacking))
+        self._unasked.append((run.graph, context))
 
         def work() -> None:
             if not context.execute_async_v3(stream):
@@ -91,13 +102,39 @@ class TensorRTEngines:
 
         return work
 
+    def require_capturable(self) -> None:
+        """Ask each context once; see the protocol."""
+        while self._unasked:
+            graph, context = self._unasked.pop()
+            asked = getattr(context, "is_stream_capturable", None)  # not in every version
+            if asked is not None and not asked(self._stream):
+                raise self._failed(f"{graph} can't be captured in a CUDA graph", todo=_WITHOUT_GRAPHS)
+
     def close(self) -> None:
-        """Drop engines and runtime."""
+        """Keep the kernels that were made, and drop engines and runtime."""
+        for cache in self._caches.values():
+            cache.save()
+        self._caches.clear()
+        self._unasked.clear()
         self._engines.clear()
         self._runtime = None
 
-    def _new_context(self, engine: Any) -> Any:
-        trt = self._trt
+    def _new_runtime(self, version_compatible: bool) -> Any:
+        try:
+            runtime = self._trt.Runtime(self._logger)
+        except TypeError as error:  # how its bindings say that there is none, such as without a driver
+            raise self._failed("its runtime can't be made", str(error)) from error
+        # An engine for other versions brings its own code for the host, which is refused otherwise.
+        runtime.engine_host_code_allowed = version_compatible
+        return runtime
+
+    def _deserialize(self, path: Path) -> Any:
+        """The engine, without a copy of the file: a GPU may share the host's memory."""
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            return self._runtime.deserialize_cuda_engine(mapped)
+
+    def _new_context(self, graph: str) -> Any:
+        trt, engine = self._trt, self._engines[graph]
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._backend == "tensorrt":
             return engine.create_execution_context(strategy)
@@ -108,6 +145,8 @@ class TensorRTEngines:
         eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.dynamic_shapes_kernel_specialization_strategy = eager
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        if graph in self._caches:
+            self._caches[graph].use(config)
         return engine.create_execution_context(config)
 
     def _profile(self, run: Run) -> int:
@@ -117,15 +156,19 @@ class TensorRTEngines:
         wanted = "prefill" if run.prefill else "block"
         return names.index(wanted) if wanted in names else 0
 
-    def _failed(self, what: str, more: str = "") -> BackendError:
+    def _failed(self, what: str, more: str = "", todo: str | None = None) -> BackendError:
         errors = "; ".join(text for text in (*self._logger.errors[-3:], more) if text)
         return BackendError(
             f"{self._backend} {self._trt.__version__}: {what}",
             found=errors or "no message",
             expected="an engine of this bundle, built for this GPU",
-            todo="check the GPU with nvidia-smi, or build them again: "
-            f"dflash-export compile {self._bundle.root} --backend {self._backend}",
+            todo=todo or self._advice(),
         )
+
+    def _advice(self) -> str:
+        assert self._machine is not None
+        command = compile_command(self._bundle.root, self._machine, self._set)
+        return f"check the GPU with nvidia-smi, or remove {self._folder} and run: {command}"
 
 
 def _shapes(bindings: tuple[Binding, ...]) -> str:

@@ -78,6 +78,9 @@ class Device(Protocol):
     def wait(self, mark: Mark) -> None:
         """Wait until everything before ``mark`` is done. Its downloads are then in host memory."""
 
+    def drain(self) -> None:
+        """Wait for what runs, so that it can be taken apart. Raises nothing."""
+
     def close(self) -> None:
         """Wait for what runs, and free all memory. Safe to call twice."""
 
@@ -88,6 +91,10 @@ class Engines(Protocol):
     @property
     def max_seq_len(self) -> int:
         """Prompt and output tokens together that it was built for, at most."""
+
+    @property
+    def capacity(self) -> int | None:
+        """Rows that every cache must have; ``None`` if any number will do."""
 
     @property
     def weight_bytes(self) -> int:
@@ -102,6 +109,9 @@ class Engines(Protocol):
         ``scratch`` is the address of memory as large as :meth:`load` said. Whatever depends on shapes is done
         here and once; the work itself may be captured.
         """
+
+    def require_capturable(self) -> None:
+        """Raises BackendError if the library says that something which was prepared can't be captured."""
 
     def close(self) -> None:
         """Free everything. Safe to call twice."""

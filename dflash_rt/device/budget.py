@@ -37,18 +37,25 @@ class Budget:
     def check(self, *, free: int | None, limit: int | None) -> None:
         """Refuse what doesn't fit. ``free``: bytes that the device has for it; ``limit``: that it may take.
 
+        A limit also stands for what is free: where a GPU shares the host's memory, as on a Jetson, that
+        leaves out what the system would give back, such as cached files.
+
         Raises:
             BackendError: names every part, and how much there is.
         """
-        for what, available in (("the limit", limit), ("free", free)):
-            if available is not None and self.total > available:
-                raise BackendError(
-                    "the bundle doesn't fit into the device's memory",
-                    found=str(self),
-                    expected=f"at most {_megabytes(available)} ({what})",
-                    todo="choose a shorter max_seq_len, 16-bit precision, or a larger device"
-                    + (", or raise memory_limit" if what == "the limit" else ""),
-                )
+        available = free if limit is None else limit
+        if available is None or self.total <= available:
+            return
+        what, advice = "the limit", "raise memory_limit"
+        if limit is None:
+            what = "free"
+            advice = "set memory_limit where more can be had than is free, as on a GPU that shares the memory"
+        raise BackendError(
+            "the bundle doesn't fit into the device's memory",
+            found=str(self),
+            expected=f"at most {_megabytes(available)} ({what})",
+            todo=f"choose a shorter max_seq_len, 16-bit precision, or a larger device, or {advice}",
+        )
 
 
 def _megabytes(size: int) -> str:

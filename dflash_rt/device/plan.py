@@ -4,7 +4,7 @@ A plan knows no device and allocates nothing, so that all of it can be checked w
 anchor and everything else that a step depends on lies in buffers, which the step itself moves on: the
 operations of a step depend on its numbers of rows alone, and can be captured once and launched again::
 
-    inject(features, inject_start)      the rows of the last pass, if the sequence drafts
+    inject(features, inject_start)      a block from the start of the last pass, if the sequence drafts
     embed, draft(start), lm_head        drafted
     block = [anchors, drafted]
     embed, target(start), lm_head       token_ids; features for the next step

@@ -21,15 +21,20 @@ _CACHED = {"target": "target", "inject": "draft", "draft": "draft"}  # graph -> 
 
 
 class Planner:
-    """Makes plans for ``batch`` slots whose caches have ``capacity`` rows.
+    """Makes plans for one slot whose caches have ``capacity`` rows.
 
     ``prefill_chunk`` is the most rows of a prefill pass.
+
+    A run is made for each number of rows, so there are few of them. A prefill pass has one of
+    ``prefill_rows``: what is behind the prompt's own rows is masked, and overwritten before it is
+    committed, like a rejected draft. In the same way each step injects ``block_size`` rows, however many
+    the last pass had. What is behind those lies behind that pass, at most ``block_size`` rows from its start.
 
     Raises:
         BackendError: the bundle lacks the graphs that end a step.
     """
 
-    def __init__(self, manifest: Manifest, *, capacity: int, prefill_chunk: int, batch: int = 1) -> None:
+    def __init__(self, manifest: Manifest, *, capacity: int, prefill_chunk: int) -> None:
         missing = [name for name in STEP_GRAPHS if name not in manifest.graphs]
         if missing:
             raise BackendError(
@@ -39,9 +44,11 @@ class Planner:
                 todo="build the bundle again with `dflash-export build --force`",
             )
         self._graphs = manifest.graphs
-        self._batch, self._capacity = batch, capacity
+        # More would need a place for each slot's features: those of few rows lie closer than a block's.
+        self._batch, self.capacity = 1, capacity
         self.block_size = manifest.drafter.block_size
         self.most_rows = max(prefill_chunk, self.block_size)
+        self.prefill_rows = _prefill_rows(prefill_chunk, self.block_size)
         # Rows of a draft pass that draft nothing: the anchor's, unless it drafts too.
         self._silent = 0 if manifest.drafter.samples_from_anchor else 1
         self._draft_embed = "draft_embed" if "draft_embed" in manifest.graphs else "embed"
@@ -54,8 +61,19 @@ class Planner:
 
     # --- Plans ---
 
-    def prefill(self, rows: int, *, inject: bool) -> tuple[Operation, ...]:
-        """Feed ``input_ids`` at ``start``; the choice after the last row is left in ``token_ids``."""
+    def pieces(self, rows: int, room: int) -> Iterator[tuple[int, int]]:
+        """The passes that feed ``rows`` prompt rows: rows of each, and how many of them are the prompt's.
+
+        ``room`` is how many rows the caches have from the first one on: a block more than ``rows`` at least.
+        """
+        while rows:
+            size = next((each for each in self.prefill_rows if rows <= each <= room), 0)
+            used = rows if size else max(each for each in self.prefill_rows if each <= rows)
+            yield size or used, used
+            rows, room = rows - used, room - used
+
+    def prefill(self, rows: int, used: int, *, inject: bool) -> tuple[Operation, ...]:
+        """Feed ``rows`` of ``input_ids``; the choice after the first ``used`` is left in ``token_ids``."""
         plan: list[Operation] = [
             self._run("embed", rows, prefill=True),
             self._run("target", rows, prefill=True),
@@ -63,17 +81,17 @@ class Planner:
         if inject:
             plan.append(self._run("inject", rows, prefill=True))
         plan += [
-            self._copy_rows("hidden", rows, rows - 1, "head_hidden", 1, 0, 1),
+            self._copy_rows("hidden", rows, used - 1, "head_hidden", 1, 0, 1),
             self._run("lm_head", 1, {"hidden": "head_hidden"}),
             self._run("accept", 1, _NEXT),  # only to see whether the logits are finite
         ]
         return tuple(plan)
 
-    def step(self, inject_rows: int, width: int) -> tuple[Operation, ...]:
-        """Inject ``inject_rows`` of the last pass (0: none), draft, verify, accept, and move on."""
+    def step(self, width: int, *, inject: bool) -> tuple[Operation, ...]:
+        """Inject the features of the last pass, draft, verify, accept, and move on."""
         plan: list[Operation] = []
-        if inject_rows:
-            plan.append(self._run("inject", inject_rows, {"start": "inject_start"}))
+        if inject:
+            plan.append(self._run("inject", self.block_size, {"start": "inject_start"}))
         if width > 1:
             plan += self._draft(width)
             plan.append(self._copy_rows("drafted", width - 1, 0, "block", width, 1, width - 1))
@@ -121,9 +139,7 @@ class Planner:
         def bind(tensor: TensorSpec) -> Binding:
             name = spec.aliases.get(tensor.name, tensor.name)
             buffer = f"{owner}.{name}" if "capacity" in tensor.shape else names.get(name, name)
-            return Binding(
-                tensor.name, buffer, sized(tensor, self._batch, rows, self._capacity), tensor.dtype
-            )
+            return Binding(tensor.name, buffer, sized(tensor, self._batch, rows, self.capacity), tensor.dtype)
 
         return Run(graph, tuple(map(bind, spec.inputs)), tuple(map(bind, spec.outputs)), prefill)
 
@@ -181,8 +197,17 @@ class Planner:
     ) -> Buffer:
         spec = self._graphs[graph]
         (found,) = (each for each in (*spec.inputs, *spec.outputs) if each.name == tensor)
-        shape = sized(found, self._batch, rows, self._capacity)
+        shape = sized(found, self._batch, rows, self.capacity)
         return Buffer(name or tensor, found.dtype, shape, kind)
+
+
+def _prefill_rows(chunk: int, block_size: int) -> tuple[int, ...]:
+    """``chunk``, and powers of two below it. The first one fits wherever a block does."""
+    sizes, size = [], 1 << block_size.bit_length() - 1
+    while size < chunk:
+        sizes.append(size)
+        size *= 2
+    return (*sizes, chunk)
 
 
 def _product(sizes: tuple[int, ...]) -> int:

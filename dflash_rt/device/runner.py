@@ -77,36 +77,43 @@ class Runner:
         self._scratch = scratch
         self._graphs = graphs
         self._prepared: dict[Run, Work] = {}
-        self._prefills: dict[tuple[int, bool], tuple[Operation, ...]] = {}
-        self._steps: dict[tuple[int, int], _Step] = {}
+        self._steps: dict[tuple[int, bool], _Step] = {}
         self._reports = [memory.new_report() for _ in range(2)]
         self._seen = [{name: memory.new_window(name) for name in _SEEN.values()} for _ in range(2)]
 
-    def prefill(self, rows: int, *, inject: bool) -> None:
-        """Enqueue a prefill pass of ``rows`` rows."""
-        key = rows, inject
-        if key not in self._prefills:
-            self._prefills[key] = self._planner.prefill(rows, inject=inject)
-        self._enqueue(self._prefills[key])
+    def prefill(self, rows: int, used: int, *, inject: bool) -> None:
+        """Enqueue a prefill pass of ``rows`` rows, of which the first ``used`` are the prompt's."""
+        self._enqueue(self._planner.prefill(rows, used, inject=inject))
 
-    def step(self, inject_rows: int, width: int) -> None:
+    def step(self, width: int, *, inject: bool) -> None:
         """Enqueue a step: one launch, once its graph was captured and compared."""
-        key = inject_rows, width
+        key = width, inject
         step = self._steps.get(key)
         if step is None:
-            operations = self._planner.step(*key)
+            operations = self._planner.step(width, inject=inject)
             step = self._steps[key] = _Step(operations, scratch=_computed(operations))
         if not self._graphs or not step.warm:
             step.warm = True
             self._enqueue(step.operations)
             return
         if step.captured is None:
+            self._engines.require_capturable()
             operations = step.operations
             step.captured = self._device.capture(lambda: self._enqueue(operations))
         if step.trusted:
             step.captured.launch()
         else:
             self._compare(step, step.captured, width)
+
+    def settled(self, width: int, *, inject: bool) -> bool:
+        """Whether such a step has nothing left that is done only once."""
+        step = self._steps.get((width, inject))
+        return step is not None and (step.trusted if self._graphs else step.warm)
+
+    def close(self) -> None:
+        """Let go of everything that was prepared and captured. Nothing may run any more."""
+        self._prepared.clear()
+        self._steps.clear()
 
     def _enqueue(self, operations: Iterable[Operation]) -> None:
         for operation in operations:
@@ -141,7 +148,8 @@ class Runner:
                 f"the captured graph of a step of {width} rows isn't that step",
                 found="it left other values in " + ", ".join(differing),
                 expected="those of the same operations one by one, from the same state",
-                todo="run without graphs (cuda_graph=False), and report this",
+                todo="run without graphs (cuda_graph=False), and report this; kernels whose results vary "
+                "from run to run look the same where two tokens are nearly as likely",
             )
         step.compared += 1
         block = by_operations.rows("block", width)

@@ -5,7 +5,10 @@ The device is the host, and works as a GPU's stream does: later, and in order.
 
 from __future__ import annotations
 
+import gc
+import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -258,10 +261,11 @@ class Counting(HostDevice):
 
     def __init__(self) -> None:
         super().__init__()
-        self.launches = 0
+        self.launches = self.captures = 0
 
     def capture(self, record: Work) -> Captured:
         captured = super().capture(record)
+        self.captures += 1
 
         class Launching:
             def launch(_) -> None:  # noqa: N805
@@ -313,24 +317,125 @@ def test_too_many_launches_are_refused(bundle: Bundle) -> None:
     assert backend.logits().shape == (1, 2, 6)
 
 
+# --- Few runs and few graphs ---
+
+
+class Prepared(OnnxRuntimeEngines):
+    """Notes what is prepared; may want caches of its own size."""
+
+    def __init__(self, bundle: Bundle, capacity: int | None = None) -> None:
+        super().__init__(bundle, cuda=False, threads=1)
+        self.capacity = capacity
+        self.runs: list[Any] = []
+
+    def prepare(self, run: Any, address: Callable[[str], int], scratch: int) -> Work:
+        self.runs.append(run)
+        return super().prepare(run, address, scratch)
+
+
+def test_runs_are_few_whatever_the_prompts_length(bundle: Bundle, expected: OnnxRuntimeBackend) -> None:
+    """After settling nothing is prepared or captured any more, at any length and width."""
+    engines, device = Prepared(bundle), Counting()
+    backend = DeviceBackend(bundle, device, engines, name="test", options=DeviceOptions())
+    backend.settle(range(1, 5))
+    made, captures = len(engines.runs), device.captures
+    assert captures == 4
+    assert len(set(engines.runs)) == made
+    sizes = {run.inputs[0].shape for run in engines.runs if run.graph == "target" and run.prefill}
+    assert len(sizes) == 2  # 4 and 8 rows
+    # One for all widths: each step injects a block.
+    assert len([run for run in engines.runs if run.graph == "inject" and not run.prefill]) == 1
+    for length in (*range(1, 20), LENGTH - 1):
+        prompt = ([2, 1, 0, 3, 4, 1, 5] * 13)[:length]
+        wanted = tokens_of(expected, prompt, min(6, LENGTH - length), [4, 2, 3, 1])
+        assert tokens_of(backend, prompt, min(6, LENGTH - length), [4, 2, 3, 1]) == wanted
+    assert (len(engines.runs), device.captures) == (made, captures)
+
+
+def test_a_settled_width_is_one_launch_from_the_first_request_on(bundle: Bundle) -> None:
+    device = Counting()
+    backend = made(bundle, device, run_ahead=False)
+    backend.settle([3])
+    before, steps = device.launches, tokens_of(backend, PROMPT, 60, [3]).accepted
+    assert device.launches - before == len(steps)
+
+
+def test_a_generator_settles_the_widths_that_it_may_use(bundle: Bundle) -> None:
+    for draft_width, settled in ((3, {1, 3}), ("auto", {1, 2, 3, 4})):
+        backend = on_device(bundle)
+        with Generator(bundle, backend, draft_width=draft_width):  # type: ignore[arg-type]
+            assert {w for w in range(1, 5) if backend._runner.settled(w, inject=True)} == settled
+
+
+def test_settling_where_there_is_hardly_room(bundle: Bundle) -> None:
+    for length in (1, 2, 5):
+        backend = on_device(bundle, max_seq_len=length)
+        backend.settle(range(1, 5))
+        assert backend._runner.settled(4, inject=True)
+
+
+def test_the_engines_say_how_many_rows_a_cache_has(bundle: Bundle, expected: OnnxRuntimeBackend) -> None:
+    """``max_seq_len`` is then a limit for requests only: the shapes of engines are what they are."""
+    engines = Prepared(bundle, capacity=44)
+    options = DeviceOptions(max_seq_len=20)
+    backend = DeviceBackend(bundle, HostDevice(), engines, name="test", options=options)
+    assert (backend.max_seq_len, backend.capacity) == (20, 44)
+    assert tokens_of(backend, PROMPT, 9, [4]) == tokens_of(expected, PROMPT, 9, [4])
+    rows = {shape[2] for run in engines.runs for shape in [i.shape for i in run.inputs] if len(shape) == 4}
+    assert rows == {44}
+    with pytest.raises(BackendError, match="outgrew the caches"):
+        backend.reserve(21)
+
+
+def test_closing_lets_go_of_everything(bundle: Bundle) -> None:
+    """Contexts and sessions hold memory of the device for as long as anybody holds them."""
+    backend = on_device(bundle)
+    engines = backend._engines
+    assert isinstance(engines, OnnxRuntimeEngines)
+    sessions = [weakref.ref(session) for session in engines._sessions.values()]
+    tokens_of(backend, PROMPT, 30, [4])
+    backend.close()
+    gc.collect()
+    assert [session() for session in sessions] == [None] * len(sessions)
+    backend.close()
+
+
 # --- CUDA's calls, on a stand-in of its runtime ---
 
 
+class Streamed(OnnxRuntimeEngines):
+    """Puts its runs on the stand-in's stream, as a GPU's library does: they are done later, and captured."""
+
+    def __init__(self, bundle: Bundle, runtime: FakeRuntime) -> None:
+        super().__init__(bundle, cuda=False, threads=1)
+        self.runtime, self.stream = runtime, 0
+
+    def load(self, device: Any) -> int:
+        self.stream = device.stream
+        return super().load(device)
+
+    def prepare(self, run: Any, address: Callable[[str], int], scratch: int) -> Work:
+        work = super().prepare(run, address, scratch)
+        return lambda: self.runtime.enqueue(self.stream, work)
+
+
+@pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("name", ["full", "own vocabulary, from the anchor"])
 def test_the_loop_by_cudas_calls(
-    name: str, bundles: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+    name: str, graph: bool, bundles: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without graphs: ONNX Runtime's CPU kernels run at once, and can't be captured."""
     runtime = FakeRuntime()
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)  # type: ignore[arg-type]
     bundle = bundles(name)
-    engines = OnnxRuntimeEngines(bundle, cuda=False, threads=1)
-    options = DeviceOptions(cuda_graph=False)
+    options = DeviceOptions(cuda_graph=graph)
+    engines = Streamed(bundle, runtime)
     backend = DeviceBackend(bundle, CudaDevice("test"), engines, name="test", options=options)
     reference = OnnxRuntimeBackend(bundle, threads=1)
     for prompt in (PROMPT, [2]):
         wanted = run_loop(reference, bundle, prompt, 40, 3)
         assert run_loop(backend, bundle, prompt, 40, 3) == wanted
+    assert runtime.calls.count("cudaGraphInstantiate") == graph
+    assert (runtime.calls.count("cudaGraphLaunch") > 8) is graph
     backend.close()
     assert runtime.live == {}
 
@@ -422,16 +527,15 @@ def test_nothing_is_written_behind_the_caches(bundle: Bundle) -> None:
     with pytest.raises(BackendError, match="outgrew the caches"):
         backend.reserve(21)
     with pytest.raises(BackendError, match="behind the caches"):
-        backend.launch(4, np.array([1]), np.array([21]))
+        backend.launch(1, np.array([1]), np.array([21]))
+    with pytest.raises(BackendError, match="behind the caches"):
+        backend.prefill(np.array([[1, 2]]), np.array([19]), inject=True)
     backend.launch(4, np.array([1]), np.array([17]))
     with pytest.raises(BackendError, match="behind the caches"):
-        backend.launch(4)  # it might begin at 21
-    backend.collect()
-    backend.launch(1)
-    backend.launch(1)
-    backend.collect()
+        backend.launch(1)  # it might begin at 21, and what it injects then ends behind the caches
+    backend.launch(1, np.array([1]), np.array([20]))
     with pytest.raises(BackendError, match="behind the caches"):
-        backend.launch(5)
+        backend.launch(1)
 
 
 def test_a_shorter_max_seq_len_is_the_generators_limit(bundle: Bundle) -> None:
@@ -457,6 +561,7 @@ def test_memory_is_counted_before_it_is_taken(bundle: Bundle, caplog: pytest.Log
     with caplog.at_level("INFO", "dflash_rt"):
         backend = on_device(bundle)
     budget = backend.budget
+    assert [record.name for record in caplog.records] == ["dflash_rt.device"] * 2
     assert str(budget) in caplog.text
     rows = LENGTH + 4
     assert budget.caches == 4 * 2 * 2 * 8 * rows * (2 + 1)  # bytes, heads, keys and values, head_dim, layers
@@ -467,6 +572,39 @@ def test_memory_is_counted_before_it_is_taken(bundle: Bundle, caplog: pytest.Log
     assert "caches" in str(caught.value)
     with pytest.raises(BackendError, match="doesn't fit"):
         made(bundle, HostDevice(limit=budget.total - 1))
+
+
+class Stranger:
+    """Engines that can't be loaded, with caches of a size of their own."""
+
+    max_seq_len, capacity, weight_bytes = 24, 28, 1000
+
+    def load(self, device: HostDevice) -> int:
+        raise BackendError("can't be loaded")
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_a_device_is_to_hold_is_told_before_anything_is_loaded(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "dflash_rt.device"), pytest.raises(BackendError, match="can't be loaded"):
+        DeviceBackend(bundle, HostDevice(), Stranger(), name="test", options=DeviceOptions())  # type: ignore[arg-type]
+    assert "test on host needs weights 0.0 MB, caches" in caplog.text
+
+
+def test_commands_tell_what_memory_is_wanted(bundle: Bundle) -> None:
+    """On stderr, before it is taken; the library itself says nothing."""
+    command = ["generate", str(bundle.root), "--prompt", "x", "--backend", "onnxruntime-device"]
+    refused = CliRunner().invoke(main, [*command, "--backend-option", "memory_limit=1"])
+    assert refused.exit_code == 1
+    told = "onnxruntime-device on host needs weights"
+    assert told in refused.stderr.partition("doesn't fit")[0]
+    again = CliRunner().invoke(main, [*command, "--max-new-tokens", "2"])
+    assert again.stderr.count("onnxruntime-device on host") == 2
+    assert told not in again.stdout
+    assert not logging.getLogger("dflash_rt.device").handlers
 
 
 def test_a_bundle_without_the_graphs(bundle: Bundle, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +14,9 @@ import pytest
 from dflash_export import compile_engines
 from dflash_export.engine_builder.devices import present_gpu
 from dflash_rt import Bundle, Generator
+from dflash_rt.backends._kernel_cache import KernelCache
 from dflash_rt.backends._tensorrt_engines import TensorRTEngines
+from dflash_rt.device.plan import Run
 from dflash_rt.device.planner import Planner
 from dflash_rt.errors import BackendError, BackendUnavailableError, EngineError
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
@@ -76,11 +81,115 @@ def test_a_library_that_isnt_there(bundle: Bundle, monkeypatch: pytest.MonkeyPat
         Generator(bundle, "tensorrt")
 
 
+# --- Loading, with stand-ins for what needs a GPU ---
+
+
+class Cache:
+    """A cache of kernels: what was loaded into it, and one more for each use."""
+
+    def __init__(self) -> None:
+        self.blob = b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.blob = bytes(blob)
+        return True
+
+    def serialize(self) -> bytes:
+        return self.blob + b"+"
+
+
+class Runtime:
+    """Takes what the real one takes."""
+
+    def __init__(self, logger: Any) -> None:
+        self.engine_host_code_allowed = False
+        self.taken: list[tuple[Any, bytes]] = []
+        assert hasattr(trt.Runtime, "engine_host_code_allowed")
+
+    def deserialize_cuda_engine(self, blob: Any) -> Any:
+        self.taken.append((type(blob), bytes(blob)))
+        return SimpleNamespace(device_memory_size_v2=8)
+
+
+def stand_in(**names: Any) -> Any:
+    """The library, with some of its names replaced."""
+    return SimpleNamespace(**{**vars(trt), **names})
+
+
+@pytest.mark.parametrize("compatible", [True, False])
+def test_code_for_the_host_is_allowed_to_engines_that_bring_it(
+    compatible: bool, engines: TensorRTEngines
+) -> None:
+    assert engines._set is not None
+    build = replace(engines._set.build, version_compatible=compatible)
+    engines._set = replace(engines._set, build=build)
+    engines._trt = stand_in(Runtime=Runtime)
+    assert engines.load(ADA) == 8  # type: ignore[arg-type]
+    assert engines._runtime.engine_host_code_allowed is compatible
+
+
+def test_engines_are_mapped_and_not_read(engines: TensorRTEngines) -> None:
+    """Where a GPU shares the host's memory, a copy of the file would need that of a second engine."""
+    engines._trt = stand_in(Runtime=Runtime)
+    engines.load(ADA)  # type: ignore[arg-type]
+    taken = engines._runtime.taken
+    assert {kind for kind, _ in taken} == {mmap.mmap}
+    assert engines._set is not None
+    assert [len(blob) for _, blob in taken] == [file.size for file in engines._set.files.values()]
+
+
+def test_no_runtime_without_a_driver(engines: TensorRTEngines) -> None:
+    """How the bindings say it, and a command to copy: quoted, with the options of the engines."""
+
+    def fails(_: Any) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    engines._trt = stand_in(Runtime=fails)
+    engines._bundle = replace(engines._bundle, root=Path("/a b"))
+    with pytest.raises(BackendError, match="runtime can't be made") as caught:
+        engines.load(ADA)  # type: ignore[arg-type]
+    assert "returned nullptr" in str(caught.value)
+    assert "compile '/a b' --backend tensorrt-rtx --max-seq-len 40 --sm 89" in str(caught.value)
+
+
+def test_kernels_are_kept_beside_the_engines(tmp_path: Path) -> None:
+    """One cache for all contexts of an engine; what is kept is taken the next time."""
+    assert all(hasattr(trt.IRuntimeCache, name) for name in ("serialize", "deserialize"))
+    assert all(hasattr(trt.IRuntimeConfig, f"{name}_runtime_cache") for name in ("create", "set"))
+    given: list[Cache] = []
+
+    def take(cache: Cache) -> bool:
+        given.append(cache)
+        return True
+
+    config = SimpleNamespace(create_runtime_cache=Cache, set_runtime_cache=take)
+    path = tmp_path / "target.kernels"
+    for kept in (b"+", b"++"):
+        cache = KernelCache(path)
+        cache.use(config)
+        cache.use(config)
+        assert given[-1] is given[-2]
+        cache.save()
+        assert path.read_bytes() == kept
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_kernels_that_cannot_be_kept_are_no_error(tmp_path: Path) -> None:
+    config = SimpleNamespace(create_runtime_cache=Cache, set_runtime_cache=lambda cache: False)
+    cache = KernelCache(tmp_path / "gone" / "target.kernels")
+    cache.use(config)
+    cache.save()
+    cache.use(SimpleNamespace())  # a version without such caches
+    cache.save()
+    assert list(tmp_path.iterdir()) == []
+
+
 class Context:
     """Takes the calls that the real class has, and remembers them."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.capturable = True
 
     def __getattr__(self, name: str) -> Any:
         assert hasattr(trt.IExecutionContext, name), f"IExecutionContext has no {name}"
@@ -90,6 +199,10 @@ class Context:
             return [] if name == "infer_shapes" else True
 
         return call
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        self.calls.append(("is_stream_capturable", stream))
+        return self.capturable
 
     def called(self, name: str) -> list[tuple[Any, ...]]:
         return [call[1:] for call in self.calls if call[0] == name]
@@ -123,13 +236,30 @@ def made(engines: TensorRTEngines) -> list[tuple[Config, Context]]:
     return made
 
 
+def test_a_context_is_asked_whether_it_can_be_captured(
+    bundle: Bundle, engines: TensorRTEngines, made: list[tuple[Config, Context]]
+) -> None:
+    assert hasattr(trt.IExecutionContext, "is_stream_capturable")
+    planner = Planner(bundle.manifest, capacity=44, prefill_chunk=16)
+    runs = [each for each in planner.step(4, inject=True) if isinstance(each, Run)]
+    engines.prepare(runs[0], lambda name: 1000, 256)
+    engines.require_capturable()
+    engines.require_capturable()
+    assert made[-1][1].called("is_stream_capturable") == [(7,)]  # once
+    engines.prepare(runs[1], lambda name: 1000, 256)
+    made[-1][1].capturable = False
+    with pytest.raises(BackendError, match="can't be captured") as caught:
+        engines.require_capturable()
+    assert "cuda_graph=false" in str(caught.value)
+
+
 def test_every_tensor_of_every_run_is_bound(
     bundle: Bundle, engines: TensorRTEngines, made: list[tuple[Config, Context]]
 ) -> None:
     """A context for each graph and shape; profiles by pass; caches in place; kernels for a shape at once."""
     planner = Planner(bundle.manifest, capacity=44, prefill_chunk=16)
     addresses = {name: 1000 + offset for name, offset in planner.layout.offsets.items()}
-    operations = [*planner.prefill(9, inject=True), *planner.step(4, 4)]
+    operations = [*planner.prefill(16, 9, inject=True), *planner.step(4, inject=True)]
     profiles = {}
     for run in (each for each in operations if hasattr(each, "graph")):
         work = engines.prepare(run, addresses.__getitem__, 256)  # type: ignore[arg-type]

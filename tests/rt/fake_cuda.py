@@ -1,4 +1,4 @@
-"""``cuda.bindings.runtime`` without a GPU: the functions that we call, on the host's memory, in order.
+"""``cuda.bindings.runtime`` without a GPU: the functions that we call, on the host's memory, in order, later.
 
 Names, order of arguments and kinds of results are those of cuda-bindings 13.5.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,9 @@ class FakeRuntime:
         self.live: dict[Any, str] = {}
         self.calls: list[str] = []
         self._memory: dict[int, Any] = {}
-        self._captured: list[Callable[[], None]] | None = None
+        self._captured: list[Callable[[], object]] | None = None
+        self._queue: deque[Callable[[], object] | int] = deque()  # a number is a place that was marked
+        self._places: dict[int, int] = {}
         self._next = 100
 
     def __getattribute__(self, name: str) -> Any:
@@ -90,22 +93,27 @@ class FakeRuntime:
         return self._free("stream", stream)
 
     def cudaStreamSynchronize(self, stream: int) -> Any:
-        return (Status.cudaSuccess,)
+        self._work_until(-1)
+        return self._known("stream", stream)
 
     def cudaEventCreateWithFlags(self, flags: int) -> Any:
         return self._new("event")
 
     def cudaEventRecord(self, event: int, stream: int) -> Any:
+        self._next += 1
+        self._places[event] = self._next
+        self._queue.append(self._next)
         return self._known("event", event, "stream", stream)
 
     def cudaEventSynchronize(self, event: int) -> Any:
+        self._work_until(self._places[event])
         return self._known("event", event)
 
     def cudaEventDestroy(self, event: int) -> Any:
         return self._free("event", event)
 
     def cudaMemcpyAsync(self, target: int, source: int, count: int, kind: int, stream: int) -> Any:
-        return self._enqueue(stream, lambda: ctypes.memmove(target, source, count))
+        return self.enqueue(stream, lambda: ctypes.memmove(target, source, count))
 
     def cudaMemcpy2DAsync(
         self,
@@ -124,10 +132,10 @@ class FakeRuntime:
 
         if width > pitch or width > other:
             return (Status.cudaErrorInvalidValue,)
-        return self._enqueue(stream, work)
+        return self.enqueue(stream, work)
 
     def cudaMemsetAsync(self, address: int, value: int, count: int, stream: int) -> Any:
-        return self._enqueue(stream, lambda: ctypes.memset(address, value, count))
+        return self.enqueue(stream, lambda: ctypes.memset(address, value, count))
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> Any:
         assert self._captured is None
@@ -151,19 +159,28 @@ class FakeRuntime:
         return self._known("executable", executable, "stream", stream)
 
     def cudaGraphLaunch(self, executable: int, stream: int) -> Any:
-        for work in self._memory[executable]:
-            work()
+        assert self._captured is None
+        self._queue.extend(self._memory[executable])
         return self._known("executable", executable, "stream", stream)
 
     def cudaGraphExecDestroy(self, executable: int) -> Any:
         return self._free("executable", executable)
 
-    def _enqueue(self, stream: int, work: Callable[[], object]) -> Any:
-        if self._captured is None:
-            work()
-        else:
-            self._captured.append(work)  # type: ignore[arg-type]
+    def enqueue(self, stream: int, work: Callable[[], object]) -> Any:
+        """Put a kernel on the stream, or into the graph that is being captured."""
+        (self._queue if self._captured is None else self._captured).append(work)
         return self._known("stream", stream)
+
+    def _work_until(self, place: int) -> None:
+        """Do what was enqueued before ``place``; all of it, if that is nowhere."""
+        if place > 0 and place not in self._queue:
+            return  # passed already
+        while self._queue:
+            item = self._queue.popleft()
+            if callable(item):
+                item()
+            elif item == place:
+                return
 
     def _allocate(self, kind: str, size: int) -> Any:
         array = np.full(size + 256, 0xAB, np.uint8)  # not zeros, as on a GPU

@@ -6,6 +6,7 @@ import inspect
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from dflash_rt.device.budget import Budget
 from dflash_rt.device.host import HostDevice
 from dflash_rt.device.memory import Memory
 from dflash_rt.device.plan import ALIGNMENT, Buffer, Copy, Layout
-from dflash_rt.errors import BackendError, BackendUnavailableError, DeviceError, RequestError
+from dflash_rt.device.planner import Planner, _prefill_rows
+from dflash_rt.errors import BackendError, BackendUnavailableError, DeviceError, EngineError, RequestError
 from tests.rt.bundle_maker import write_bundle
 from tests.rt.fake_cuda import FakeRuntime
 
@@ -259,12 +261,51 @@ def test_the_report_is_one_piece_and_nothing_overlaps() -> None:
 
 def test_a_budget_is_refused_by_name() -> None:
     budget = Budget(weights=3_000_000, caches=2_000_000, activations=1_000_000, scratch=500_000)
-    budget.check(free=6_500_000, limit=6_500_000)
+    budget.check(free=6_500_000, limit=None)
+    budget.check(free=1, limit=6_500_000)  # what is free leaves out what a system can give back
     with pytest.raises(BackendError, match=r"weights 3\.0 MB, caches 2\.0 MB") as caught:
         budget.check(free=6_499_999, limit=None)
     assert "(free)" in str(caught.value)
+    assert "set memory_limit where more can be had" in str(caught.value)
     with pytest.raises(BackendError, match="memory_limit"):
         budget.check(free=None, limit=6_499_999)
+
+
+# --- Loading ---
+
+
+def test_a_device_is_closed_if_no_engines_fit(
+    bundle: Bundle, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = SimpleNamespace(__version__="11.4", ILogger=type("ILogger", (), {"ERROR": 1}))
+    monkeypatch.setitem(sys.modules, "tensorrt", library)  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="no engines for tensorrt"):
+        create_backend("tensorrt", bundle)
+    assert "cudaStreamCreateWithFlags" in runtime.calls
+    assert runtime.live == {}
+
+
+# --- Prefill ---
+
+
+@pytest.mark.parametrize(("chunk", "block", "sizes"), [(256, 16, 5), (100, 7, 6), (4, 8, 1), (1, 1, 1)])
+def test_a_prefill_has_few_sizes(chunk: int, block: int, sizes: int) -> None:
+    """Whatever is fed stays in the caches, and every prompt row is fed once, in order."""
+    planner = Planner.__new__(Planner)
+    planner.prefill_rows = _prefill_rows(chunk, block)
+    assert len(planner.prefill_rows) == sizes
+    assert planner.prefill_rows[-1] == chunk
+    for rows in range(1, chunk + 1):
+        for room in range(rows + block, rows + 2 * chunk):
+            pieces = list(planner.pieces(rows, room))
+            assert sum(used for _, used in pieces) == rows
+            at = 0
+            for size, used in pieces:
+                assert size in planner.prefill_rows
+                assert used <= size <= room - at
+                at += used
+            if room >= 2 * chunk:
+                assert len(pieces) == 1
 
 
 # --- Options ---

@@ -261,6 +261,13 @@ def test_the_smallest_that_fits_is_found(bundle: Bundle) -> None:
     assert folder == bundle.root / "engines" / engines.folder
 
 
+def test_without_a_wanted_length_the_longest_is_found(bundle: Bundle) -> None:
+    """Who compiled for a short context first, and then for a long one, gets the long one."""
+    for length in (8, 24, 16):
+        store(bundle, engine_set(bundle, max_seq_len=length))
+    assert find_engines(bundle, ADA)[1].limits.max_seq_len == 24
+
+
 def test_no_engines_at_all(bundle: Bundle) -> None:
     (bundle.root / "engines" / ".unfinished").mkdir(parents=True)
     with pytest.raises(EngineError) as caught:
