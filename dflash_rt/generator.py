@@ -145,7 +145,10 @@ class Generator:
 
     @property
     def step_costs(self) -> StepCosts | None:
-        """Seconds of a step by width, as they were measured or read; ``None`` if the width is fixed."""
+        """Seconds of a step by width, as they were measured or read; ``None`` if the width is fixed.
+
+        Requests correct a copy of them.
+        """
         return self._costs
 
     @property

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from dflash_rt import Bundle
-from dflash_rt.bench import measure, run_bench
+from dflash_rt.backends.scripted import ScriptedBackend
+from dflash_rt.bench import measure, our_contenders, run_bench
 from dflash_rt.bench_contenders import (
     ENTRY_POINT_GROUP,
     BenchSetup,
@@ -137,6 +138,55 @@ def test_every_contender_decodes_everything_in_turn() -> None:
     assert ["".join(name for name, _, _ in turn) for turn in rounds] == ["abc", "bca", "cab", "abc"]
     assert [{prompt for _, prompt, _ in turn} for turn in rounds] == [{(1,)}, {(2,)}, {(1,)}, {(2,)}]
     assert {count for _, _, count in diary[3:]} == {9}
+
+
+class Stepper(Other):
+    """One that can stop between two steps of ``width`` tokens."""
+
+    def __init__(self, name: str, answer: Sequence[int], width: int, diary: list[Any], apart: bool) -> None:
+        super().__init__(name, answer, width=width, diary=diary)
+        self.apart = apart
+
+    def start(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Any:
+        return Steps(self, len(self.answer[:max_new_tokens]))
+
+
+class Steps:
+    def __init__(self, stepper: Stepper, count: int) -> None:
+        self.stepper, self.count, self.tokens = stepper, count, 0
+
+    def advance(self) -> bool:
+        if self.tokens == self.count:
+            return False
+        self.stepper.diary.append((self.stepper.name, self.tokens))
+        self.tokens = min(self.tokens + (self.stepper.width or 1), self.count)
+        return True
+
+    @property
+    def outcome(self) -> Outcome:
+        assert self.tokens == self.count
+        return Outcome(self.stepper.answer[: self.count], 0.5, 2.0, steps=self.count)
+
+
+def test_those_that_are_apart_take_turns_step_by_step() -> None:
+    diary: list[Any] = []
+    contenders: list[Contender] = [
+        Stepper("a", range(4), 1, diary, apart=True),
+        Other("x", range(4), diary=diary),
+        Stepper("b", range(6), 2, diary, apart=True),
+        Stepper("c", range(4), 2, diary, apart=False),
+    ]
+    outcomes = measure(contenders, [PROMPT, PROMPT], max_new_tokens=6, repeats=1, pause_seconds=0)
+    turns = [entry[:2] for entry in diary[4:]]  # after the warm-up
+    # Whoever has the fewest tokens; of equal ones the first.
+    together = [("a", 0), ("b", 0), ("a", 1), ("a", 2), ("b", 2), ("a", 3), ("b", 4)]
+    whole = ("x", tuple(PROMPT)), ("c", tuple(PROMPT))
+    assert turns[:9] == [*together, *whole]
+    # The next prompt begins with the next contender: those that are apart where the first of them was.
+    assert turns[9] == whole[0]
+    assert turns[10:12] == [("b", 0), ("a", 0)]
+    assert [set(done) for done in outcomes.values()] == [{(0, 0), (1, 0)}] * 4
+    assert outcomes["b"][1, 0].token_ids == tuple(range(6))
 
 
 def test_progress_tells_rates() -> None:
@@ -662,6 +712,30 @@ def test_a_whole_run(scripted: Bundle, tmp_path: Path) -> None:
     assert re.fullmatch(f"repeat 1/2, prompt 1/2: plain {rate}, drafted-4 {rate}, drafted-2 {rate}", lines[1])
     assert lines[-1] == f"wrote {tmp_path / 'bench.png'}"
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_ours_are_apart_only_where_a_backend_has_twins(
+    scripted: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(stack: contextlib.ExitStack) -> list[OurContender]:
+        return our_contenders(scripted, (1, 3), "onnxruntime", None, 1, stack)
+
+    with contextlib.ExitStack() as stack:
+        shared = make(stack)
+        assert [one.apart for one in shared] == [False, False]
+        assert shared[0].generator._backend is shared[1].generator._backend
+    twins = list[ScriptedBackend]()
+
+    def twin(self: ScriptedBackend) -> ScriptedBackend:
+        twins.append(ScriptedBackend(lambda prefix: 1))
+        return twins[-1]
+
+    monkeypatch.setattr(ScriptedBackend, "twin", twin, raising=False)
+    with contextlib.ExitStack() as stack:
+        apart = make(stack)
+        assert [one.apart for one in apart] == [True, True]
+        assert [apart[1].generator._backend] == twins
+    assert [one.closed for one in twins] == [True]
 
 
 def test_prompts_are_refused_before_the_run(scripted: Bundle) -> None:
