@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from dflash_export.engine_builder.devices import DEVICE_CLASSES
 from dflash_export.engine_builder.vendor import BACKENDS
 
-__all__ = ["ByteSize", "chosen_options", "engine_options"]
+if TYPE_CHECKING:
+    from dflash_export.recipe import Recipe
+
+__all__ = ["ByteSize", "choose_precision", "chosen_options", "echo_notes", "engine_options"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -88,3 +91,20 @@ def chosen_options(options: dict[str, Any], backend: str | None) -> dict[str, An
         listed = ", ".join(f"--{names.get(key, key).replace('_', '-')}" for key in chosen)
         raise click.UsageError(f"{listed} is about engines: give --backend as well")
     return chosen
+
+
+def choose_precision(recipe: Recipe, backend: str) -> Recipe:
+    """``recipe`` in bf16 if it leaves the precision open, and says so.
+
+    A GPU's attention is fused, and its caches are half as large, in 16 bits only; bf16 has fp32's range.
+    """
+    if recipe.precision is not None:
+        return recipe
+    click.echo(f"precision: bf16, for engines of {backend} (--precision chooses another)", err=True)
+    return recipe.overridden(precision="bf16")
+
+
+def echo_notes(notes: Sequence[str]) -> None:
+    """What a user should know of engines, on stderr."""
+    for note in notes:
+        click.echo(f"note: {note}", err=True)

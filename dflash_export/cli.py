@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dflash_export._engine_options import chosen_options, engine_options
+from dflash_export._engine_options import choose_precision, chosen_options, echo_notes, engine_options
 from dflash_rt._version import __version__
 from dflash_rt.console import CommandGroup, JsonPair, as_chats, echo_json, fail, read_prompts
 
@@ -35,7 +35,9 @@ def main() -> None:
 )
 @click.option("--name", help="Name of the bundle. By default the output folder's.")
 @click.option(
-    "--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of weights and caches [fp32]."
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Of weights and caches [fp32; bf16 with --backend].",
 )
 @click.option("--max-seq-len", type=_COUNT, metavar="N", help="Prompt and output tokens together, at most.")
 @click.option("--prefill-chunk", type=_COUNT, metavar="N", help="Prompt rows of one pass, at most.")
@@ -117,6 +119,7 @@ def build(recipe: Path | None, output: Path | None, force: bool, backend: str | 
     if backend is not None:
         from dflash_export.engine_builder.compiler import check_options, compile_engines
 
+        chosen = choose_precision(chosen, backend)
         # Now, and not after an export that takes minutes.
         check_options(backend, chosen.precision or "fp32", chosen.quantize, **engines)
 
@@ -125,7 +128,8 @@ def build(recipe: Path | None, output: Path | None, force: bool, backend: str | 
     progress = make_progress()
     bundle = build_bundle(output=destination, force=force, progress=progress, **chosen.build_options())
     if backend is not None:
-        compile_engines(bundle, backend=backend, progress=progress, **engines)
+        result = compile_engines(bundle, backend=backend, progress=progress, **engines)
+        echo_notes(result.notes)
     if bundle.manifest.quantization is not None:
         from dflash_export.inspection import describe_quantization
 
@@ -152,6 +156,7 @@ def compile_bundle(bundle: Path, max_seq_len: int | None, backend: str, **option
         bundle, backend=backend, max_seq_len=max_seq_len, progress=make_progress(), **engines
     )
     click.echo(f"built {len(result.built)}, reused {len(result.reused)}", err=True)
+    echo_notes(result.notes)
     click.echo(result.folder)
 
 

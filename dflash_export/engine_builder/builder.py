@@ -21,6 +21,9 @@ from .vendor import Vendor
 
 __all__ = ["EngineJob", "build_engine", "prepare"]
 
+# Graphs that ask whether numbers are finite: 0 * x must not become 0 there, nor x - x.
+_CHECKS_NUMBERS = ("accept", "draft_check")
+
 
 @dataclass(frozen=True)
 class EngineJob:
@@ -54,14 +57,7 @@ def prepare(vendor: Vendor, job: EngineJob) -> Prepared:
     """Parse, edit and check. Raises EngineBuildError for what must not become an engine."""
     trt = vendor.trt
     logger = make_logger(trt)
-    builder = trt.Builder(logger)
-    if builder is None:
-        raise EngineBuildError(
-            f"{vendor.backend} can't start",
-            found="; ".join(logger.errors) or "no message",
-            expected="a working GPU and driver" if vendor.needs_gpu else "a working library",
-            todo="check the driver with nvidia-smi",
-        )
+    builder = _start(vendor, logger)
     network, parser = parse(trt, builder, logger, job.header)
     check_parsed_whole(network, job.graph)
     network.read_caches_directly()
@@ -70,6 +66,19 @@ def prepare(vendor: Vendor, job: EngineJob) -> Prepared:
         network.allow_unfused_attention()
     check_network(network, job.graph, job.spec, job.header.shapes, fused=job.fused)
     return Prepared(logger, builder, parser, network)
+
+
+def _start(vendor: Vendor, logger: Any) -> Any:
+    """``trt.Builder``. Where CUDA fails the bindings raise TypeError: "factory function returned nullptr"."""
+    try:
+        return vendor.trt.Builder(logger)
+    except (TypeError, RuntimeError) as error:
+        raise EngineBuildError(
+            f"{vendor.backend} can't start",
+            found="; ".join(logger.errors) or error,
+            expected="a working GPU and driver" if vendor.needs_gpu else "a working library",
+            todo="check the driver with nvidia-smi",
+        ) from error
 
 
 def build_engine(vendor: Vendor, job: EngineJob, progress: Progress) -> Any:
@@ -108,9 +117,31 @@ def _configure(vendor: Vendor, job: EngineJob, ready: Prepared) -> Any:
         config.num_compute_capabilities = len(build.compute_capabilities)
         for index, number in enumerate(build.compute_capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)
-    for profile in job.profiles:
-        config.add_optimization_profile(_profile(ready, job, profile))
+    # So that a step can be captured: without it TensorRT-RTX may allocate while it runs.
+    _set_flag_if_known(trt, config, "REQUIRE_USER_ALLOCATION")
+    if job.graph in _CHECKS_NUMBERS:
+        _set_flag_if_known(trt, config, "STRICT_NANS")
+    for index, profile in enumerate(job.profiles):
+        _add_profile(config, _profile(ready, job, profile), job, index, ready.logger.errors)
     return config
+
+
+def _set_flag_if_known(trt: Any, config: Any, name: str) -> None:
+    """TensorRT and TensorRT-RTX, and their versions, don't have the same flags."""
+    flag = getattr(trt.BuilderFlag, name, None)
+    if flag is not None:
+        config.set_flag(flag)
+
+
+def _add_profile(config: Any, profile: Any, job: EngineJob, index: int, errors: list[str]) -> None:
+    found = config.add_optimization_profile(profile)
+    if found != index:  # -1: refused
+        raise EngineBuildError(
+            f"no engine for {job.graph}: its profile {job.profiles[index].name} was not taken",
+            found="; ".join(errors) or f"index {found}",
+            expected=f"index {index}",
+            todo="report this graph, with the options that it was built with",
+        )
 
 
 def _profile(ready: Prepared, job: EngineJob, profile: ProfileSpec) -> Any:

@@ -47,12 +47,16 @@ _TURING = 75
 
 @dataclass(frozen=True)
 class CompiledEngines:
-    """What :func:`compile_engines` did. ``built`` and ``reused`` are names of graphs, in order."""
+    """What :func:`compile_engines` did. ``built`` and ``reused`` are names of graphs, in order.
+
+    ``notes`` is what a user should know of these engines.
+    """
 
     folder: Path
     engines: EngineSet
     built: tuple[str, ...]
     reused: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def compile_engines(
@@ -71,8 +75,8 @@ def compile_engines(
 ) -> CompiledEngines:
     """Build the engines of a bundle, and keep them in the bundle.
 
-    Engines whose key is unchanged are not built again: a whole set is left as it is, a single engine is taken
-    over from another set. The set appears when all of it is on disk, or not at all.
+    Engines whose key and SHA-256 are unchanged are not built again: a whole set is left as it is, a single
+    engine is taken over from another set. The set appears when all of it is on disk, or not at all.
 
     Args:
         bundle: a bundle or its folder; must be writable.
@@ -104,6 +108,7 @@ def compile_engines(
     if workspace is not None and (type(workspace) is not int or workspace < 1):
         raise _wrong("workspace", workspace, "a number of bytes, at least 1")
     quantization = opened.manifest.quantization
+    _check_precision(opened.manifest.precision, None if quantization is None else quantization.weights)
     gpu, targets = _check_targets(
         vendor,
         opened.manifest.precision,
@@ -125,9 +130,9 @@ def compile_engines(
     specs = {graph: _engine_spec(opened, graph, limits) for graph in opened.manifest.graphs}
     output = opened.root / ENGINES_FOLDER / folder_name(build, specs)
     with _only_builder(output.parent, progress):
-        present = _present(output)
+        present = _present(output, progress)
         if present is not None:
-            return CompiledEngines(output, present, (), tuple(specs))
+            return CompiledEngines(output, present, (), tuple(specs), _notes(vendor))
         timings = None if timing_folder is None else Path(timing_folder)
         work = _Work(vendor, opened, build, limits, specs, gpu, timings)
         return _build_set(work, output, progress)
@@ -152,6 +157,7 @@ def check_options(
     """
     vendor = load_vendor(backend)
     vendor.check_options(version_compatible=version_compatible, hardware_compatible=hardware_compatible)
+    _check_precision(precision, quantize)
     _check_targets(vendor, precision, device, compute_capabilities, fp8=quantize == "fp8")
 
 
@@ -182,6 +188,24 @@ def _limits(bundle: Bundle, max_seq_len: int | None, max_batch: int) -> EngineLi
     # A block is written whole, beyond the last row that a request may commit.
     capacity = length + bundle.manifest.drafter.block_size
     return EngineLimits(max_seq_len=length, capacity=capacity, max_batch=max_batch)
+
+
+def _check_precision(precision: str, quantize: str | None) -> None:
+    """Caches, activations and attention of a quantised target are in 16 bits."""
+    if quantize is not None and precision == "fp32":
+        raise EngineBuildError(
+            f"no engines of a target in {quantize} with caches and activations in fp32",
+            found="precision fp32",
+            expected="bf16 or fp16: half the memory, and fused attention",
+            todo="build the bundle with --precision bf16",
+        )
+
+
+def _notes(vendor: Vendor) -> tuple[str, ...]:
+    if vendor.limits_attention:
+        return ()
+    unlimited = f"{vendor.backend} {vendor.version} can't be told how much of a cache is valid"
+    return (f"{unlimited}: attention costs the whole of --max-seq-len at every length; 11.4 can be told",)
 
 
 def _check_targets(
@@ -299,13 +323,15 @@ def _only_builder(parent: Path, progress: Progress) -> Iterator[None]:
         yield
 
 
-def _present(output: Path) -> EngineSet | None:
-    """The set if it is there and whole. One that is damaged is removed, to be built again."""
+def _present(output: Path, progress: Progress) -> EngineSet | None:
+    """The set if it is there and unchanged. One that is damaged is removed, to be built again."""
     if not os.path.lexists(output):
         return None
     try:
         engines = read_engines(output)
-        if engines.folder == output.name:
+        if engines.folder == output.name and all(
+            _is_unchanged(output / file.name, file, progress) for file in engines.files.values()
+        ):
             return engines
     except EngineError:
         pass
@@ -321,8 +347,15 @@ def _present(output: Path) -> EngineSet | None:
     return None
 
 
+def _is_unchanged(path: Path, file: EngineFile, progress: Progress) -> bool:
+    """Whether it still has its recorded SHA-256: reading it takes far less than building it."""
+    with progress.stage(f"checking {file.name}", total=file.size) as stage:
+        found = hash_file(path, name=file.name, progress=lambda _, size: stage.advance(size))
+    return found.sha256 == file.sha256
+
+
 def _build_set(work: _Work, output: Path, progress: Progress) -> CompiledEngines:
-    others = _reusable(work)
+    others = _reusable(work, progress)
     missing = [graph for graph in work.specs if graph not in others]
     if missing:
         with progress.stage("checking the bundle's files", total=work.bundle.total_bytes) as stage:
@@ -348,11 +381,11 @@ def _build_set(work: _Work, output: Path, progress: Progress) -> CompiledEngines
         )
         _write(folder / ENGINES_NAME, engines.to_json().encode())
     reused = tuple(graph for graph in work.specs if graph in others)
-    return CompiledEngines(output, engines, tuple(missing), reused)
+    return CompiledEngines(output, engines, tuple(missing), reused, _notes(work.vendor))
 
 
-def _reusable(work: _Work) -> dict[str, tuple[Path, EngineFile]]:
-    """Engines of other sets of this bundle that have the keys that are wanted."""
+def _reusable(work: _Work, progress: Progress) -> dict[str, tuple[Path, EngineFile]]:
+    """Engines of other sets of this bundle that have the keys that are wanted, and are unchanged."""
     wanted = {spec.digest(graph, work.build): graph for graph, spec in work.specs.items()}
     found: dict[str, tuple[Path, EngineFile]] = {}
     for folder in engine_folders(work.bundle):
@@ -361,8 +394,11 @@ def _reusable(work: _Work) -> dict[str, tuple[Path, EngineFile]]:
         except EngineError:
             continue
         for graph, spec in engines.engines.items():
-            if wanted.get(spec.digest(graph, engines.build)) == graph:
-                found[graph] = (folder / engines.files[graph].name, engines.files[graph])
+            file = engines.files[graph]
+            if graph in found or wanted.get(spec.digest(graph, engines.build)) != graph:
+                continue
+            if _is_unchanged(folder / file.name, file, progress):
+                found[graph] = (folder / file.name, file)
     return found
 
 

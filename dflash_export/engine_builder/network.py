@@ -10,6 +10,7 @@ import numpy as np
 from dflash_rt.errors import EngineBuildError
 
 from .header import GraphHeader
+from .vendor import has_lengths
 
 __all__ = ["Network", "parse"]
 
@@ -95,10 +96,11 @@ class Network:
         """Tell every attention how many rows of its caches are valid, so that it reads no more of them.
 
         That is ``start + rows`` for each sequence: what was committed before and what this call writes. The
-        mask still decides what is seen.
+        mask still decides what is seen. Does nothing where the library can't be told (TensorRT 10): attention
+        then reads whole caches, and computes the same.
         """
         attentions = self.attentions()
-        if not attentions:
+        if not attentions or not has_lengths(self.trt):
             return
         net, trt = self.definition, self.trt
         shape = net.add_shape(self.input("embeddings")).get_output(0)

@@ -28,9 +28,10 @@ def graph_profiles(graph: str, manifest: Manifest, limits: EngineLimits) -> tupl
     """The profiles of one graph, in the order of their indices in the engine.
 
     ``prefill`` takes 1 to prefill_chunk rows (fewer where max_seq_len is less), ``block`` 1 to block_size,
-    both tuned for their maximum. Plain decoding, one row at a time, uses ``block`` as well: a profile for
-    exactly one row would get a second copy of every weight, in the layout of its own kernels. TensorRT-RTX
-    1.7 made the target of SmolLM2-135M in bf16 445 MB with it and 227 MB without.
+    both tuned for their maximum and for one sequence, which is what the backends decode. Plain decoding, one
+    row at a time, uses ``block`` as well: a profile for exactly one row would get a second copy of every
+    weight, in the layout of its own kernels. TensorRT-RTX 1.7 made the target of SmolLM2-135M in bf16 445 MB
+    with it and 227 MB without.
     """
     block = manifest.drafter.block_size
     # TensorRT refuses a pass with more rows than the caches have.
@@ -38,7 +39,7 @@ def graph_profiles(graph: str, manifest: Manifest, limits: EngineLimits) -> tupl
     if graph == "embed":
         chunk = max(chunk, block)  # its only profile serves blocks too
     rows = {"prefill": AxisRange(1, chunk, chunk), "block": AxisRange(1, block, block)}
-    batch = AxisRange(1, limits.max_batch, limits.max_batch)
+    batch = AxisRange(1, 1, limits.max_batch)
     return tuple(
         ProfileSpec(name=name, batch=batch, rows=rows[name])  # type: ignore[arg-type]  # names of the table
         for name in _PASSES[graph]

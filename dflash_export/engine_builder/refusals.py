@@ -8,6 +8,7 @@ from dflash_rt.errors import EngineBuildError
 from dflash_rt.manifest import GraphSpec, TensorSpec
 
 from .network import Network
+from .vendor import has_lengths
 
 __all__ = ["check_network", "check_parsed_whole"]
 
@@ -142,7 +143,7 @@ def _check_attention(network: Network, graph: str, *, fused: bool) -> None:
             raise _refuse(graph, "an attention has no mask", "none", "a mask computed in the graph")
         if attention.mask.dtype != network.trt.bool:
             raise _refuse(graph, "a mask is added to scores", attention.mask.dtype, "a boolean mask")
-        if attention.key_value_lengths is None:
+        if has_lengths(network.trt) and attention.key_value_lengths is None:
             raise _refuse(graph, "an attention reads its whole cache", "no lengths", "key_value_lengths")
         for index, name in ((1, "keys"), (2, "values")):
             layer = network.producer(attention.get_input(index))

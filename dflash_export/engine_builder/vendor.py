@@ -8,7 +8,7 @@ from types import ModuleType
 
 from dflash_rt.errors import BackendUnavailableError, EngineBuildError
 
-__all__ = ["BACKENDS", "Vendor", "load_vendor"]
+__all__ = ["BACKENDS", "Vendor", "has_lengths", "load_vendor"]
 
 # Backend, and the module of the same Python API.
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -34,6 +34,11 @@ class Vendor:
     def needs_gpu(self) -> bool:
         """TensorRT times kernels on the GPU that it builds for; TensorRT-RTX compiles without one."""
         return self.backend == "tensorrt"
+
+    @property
+    def limits_attention(self) -> bool:
+        """Whether an attention can be told how many rows are valid. TensorRT 10 has no way to."""
+        return has_lengths(self.trt)
 
     @property
     def keeps_timings(self) -> bool:
@@ -68,6 +73,11 @@ class Vendor:
                     expected="engines for the listed GPUs and for this version of TensorRT-RTX",
                     todo="leave it out; without --sm the engines are for every GPU that TensorRT-RTX knows",
                 )
+
+
+def has_lengths(trt: ModuleType) -> bool:
+    """Whether an ``IAttention`` of this library has ``key_value_lengths``."""
+    return hasattr(getattr(trt, "IAttention", None), "key_value_lengths")
 
 
 def load_vendor(backend: str) -> Vendor:

@@ -26,11 +26,12 @@ from dflash_export.sources import resolve_target
 from dflash_export.torch_reference import load_target, teacher_forced
 from dflash_rt import Bundle
 from dflash_rt.errors import EngineBuildError, RecipeError, VerifyError
+from tests.export._built import check_handed, watch_builds
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
-from tests.export.test_engines import check_network_is_the_manifests
 
 pytest.importorskip("modelopt", reason="targets are calibrated: pip install 'dflash-export[quantize]'")
 
+NO_TENSORRT = "engines are built: pip install 'dflash-export[tensorrt-rtx]'"
 ROOT = Path(__file__).parents[2]
 # qwen2 has biases on q, k and v; in mistral's no value head is shared, so that v_proj can take factors.
 FAMILIES = ("qwen2", "qwen3", "smollm2", "llama3", "mistral")
@@ -255,33 +256,37 @@ pair_engines = pytest.mark.parametrize("scheme", SCHEMES)
 
 
 @pair_engines
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_graph_is_built(bundles: MakeBundle, family: str, scheme: str) -> None:
-    """Parsed and built with TensorRT-RTX; no engine is run. Half of the families in bf16."""
-    pytest.importorskip("tensorrt_rtx", reason="engines are built: pip install 'dflash-export[tensorrt-rtx]'")
-    bundle = bundles(family, scheme, "bf16" if family in ("qwen2", "mistral") else "fp16")
-    result = compile_engines(bundle, backend="tensorrt-rtx")
+def test_every_graph_is_built(bundles: MakeBundle, family: str, precision: str, scheme: str) -> None:
+    """Parsed and built with TensorRT-RTX; no engine is run."""
+    trt = pytest.importorskip("tensorrt_rtx", reason=NO_TENSORRT)
+    bundle = bundles(family, scheme, precision)
+    with watch_builds(trt) as builds:
+        result = compile_engines(bundle, backend="tensorrt-rtx")
     assert result.built == tuple(bundle.manifest.graphs)
     wanted = (89, 120, 121) if scheme == "fp8" else (80, 86, 89, 120, 121)
     assert result.engines.build.compute_capabilities == wanted
-    for graph in bundle.manifest.graphs:
-        check_network_is_the_manifests(bundle, graph, result.engines)
+    for graph, handed in zip(result.built, builds, strict=True):
+        check_handed(handed, bundle, graph, capacity=64, chunk=16, block=4, sms=wanted)
 
 
 @pytest.mark.parametrize(
-    ("precision", "scheme"), [("fp16", None), ("fp16", "int8"), ("bf16", "int4"), ("bf16", "fp8")]
+    ("precision", "scheme"),
+    [("fp16", None), ("bf16", None), ("fp16", "int8"), ("bf16", "int4"), ("bf16", "fp8")],
 )
 def test_every_graph_of_the_demo_pair_is_built(tmp_path: Path, precision: str, scheme: str | None) -> None:
     """In 16 bits and quantised; fp32 is test_engines.py's. The numbers are of no use after so little text."""
-    pytest.importorskip("tensorrt_rtx", reason="engines are built: pip install 'dflash-export[tensorrt-rtx]'")
+    trt = pytest.importorskip("tensorrt_rtx", reason=NO_TENSORRT)
     few = {"calib_limit": 2, "calib_tokens": 4, "measure_quantization": False, "quantize_head": "int8"}
     sources = read_recipe(ROOT / "engines" / "smollm2-135m.yaml")
     options = {} if scheme is None else {"quantize": scheme, **few}
     bundle = real_build(sources.target, sources.drafter, tmp_path / "bundle", precision=precision, **options)
-    result = compile_engines(bundle, backend="tensorrt-rtx", max_seq_len=1016, compute_capabilities=(89,))
+    with watch_builds(trt) as builds:
+        result = compile_engines(bundle, backend="tensorrt-rtx", max_seq_len=1016, compute_capabilities=(89,))
     assert result.built == tuple(bundle.manifest.graphs)
-    for graph in bundle.manifest.graphs:
-        check_network_is_the_manifests(bundle, graph, result.engines)
+    for graph, handed in zip(result.built, builds, strict=True):
+        check_handed(handed, bundle, graph, capacity=1024, chunk=256, block=8, sms=(89,))
 
 
 def test_fp8_is_refused_where_there_is_none(bundles: MakeBundle) -> None:

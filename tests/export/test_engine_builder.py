@@ -22,7 +22,7 @@ from dflash_export.engine_builder.profiles import graph_profiles
 from dflash_export.engine_builder.timing import default_timing_folder, timing_path, use_timings
 from dflash_export.engine_builder.vendor import BACKENDS, Vendor, load_vendor
 from dflash_rt import Bundle
-from dflash_rt.engines import EngineLimits
+from dflash_rt.engines import AxisRange, EngineLimits
 from dflash_rt.errors import BackendUnavailableError, EngineBuildError
 from tests.rt.bundle_maker import write_bundle
 
@@ -151,18 +151,19 @@ def test_profiles(bundle: Bundle, max_seq_len: int, chunk: int, embedded: int) -
     manifest = bundle.manifest
     limits = EngineLimits(max_seq_len=max_seq_len, capacity=max_seq_len + 4, max_batch=3)
     found = {
-        (graph, profile.name): (profile.rows.min, profile.rows.opt, profile.rows.max, profile.batch.max)
+        (graph, profile.name): (profile.rows.min, profile.rows.opt, profile.rows.max, profile.batch)
         for graph in manifest.graphs
         for profile in graph_profiles(graph, manifest, limits)
     }
+    batch = AxisRange(1, 1, 3)  # tuned for one sequence, which is what the backends decode
     assert found == {
-        ("embed", "prefill"): (1, embedded, embedded, 3),
-        ("target", "prefill"): (1, chunk, chunk, 3),
-        ("target", "block"): (1, 4, 4, 3),
-        ("lm_head", "block"): (1, 4, 4, 3),
-        ("inject", "prefill"): (1, chunk, chunk, 3),
-        ("inject", "block"): (1, 4, 4, 3),
-        ("draft", "block"): (1, 4, 4, 3),
+        ("embed", "prefill"): (1, embedded, embedded, batch),
+        ("target", "prefill"): (1, chunk, chunk, batch),
+        ("target", "block"): (1, 4, 4, batch),
+        ("lm_head", "block"): (1, 4, 4, batch),
+        ("inject", "prefill"): (1, chunk, chunk, batch),
+        ("inject", "block"): (1, 4, 4, batch),
+        ("draft", "block"): (1, 4, 4, batch),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,20 +13,18 @@ from click.testing import CliRunner
 from dflash_export import compile_engines
 from dflash_export.cli import main
 from dflash_export.engine_builder import compiler
-from dflash_export.engine_builder.builder import EngineJob, prepare
-from dflash_export.engine_builder.header import load_header
-from dflash_export.engine_builder.network import Network
+from dflash_export.engine_builder.builder import EngineJob
 from dflash_export.engine_builder.vendor import load_vendor
 from dflash_rt import Bundle
 from dflash_rt.bundle import hash_file
 from dflash_rt.engines import EngineSet, Machine, find_engines, read_engines
 from dflash_rt.errors import EngineBuildError, IntegrityError, OutputError
-from dflash_rt.manifest import TensorSpec
+from tests.export._built import check_handed, watch_builds
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
 pytest.importorskip("tensorrt_rtx", reason="engines are built: pip install 'dflash-export[tensorrt-rtx]'")
 
-FAMILIES = ("qwen3", "qwen2", "smollm2", "mistral", "qwen3_moe")
+FAMILIES = ("qwen3", "qwen2", "smollm2", "llama3", "mistral", "qwen3_moe")
 _SMS = (80, 86, 89, 120, 121)
 
 MakeBundle = Callable[[str, str], Bundle]
@@ -88,12 +86,14 @@ def quickly(bundle: Bundle, **options: object) -> compiler.CompiledEngines:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_graph_is_built(bundles: MakeBundle, family: str, precision: str) -> None:
     bundle = bundles(family, precision)
-    result = compile_engines(bundle, backend="tensorrt-rtx")
+    with watch_builds(load_vendor("tensorrt-rtx").trt) as builds:
+        result = compile_engines(bundle, backend="tensorrt-rtx")
     assert result.built == tuple(bundle.manifest.graphs)
+    assert result.notes == ()
     assert read_engines(result.folder) == result.engines
     check_record(result.engines, bundle, result.folder)
-    for graph in bundle.manifest.graphs:
-        check_network_is_the_manifests(bundle, graph, result.engines)
+    for graph, handed in zip(result.built, builds, strict=True):
+        check_handed(handed, bundle, graph, capacity=64, chunk=16, block=4, sms=_SMS)
 
 
 def check_record(engines: EngineSet, bundle: Bundle, folder: Path) -> None:
@@ -120,51 +120,6 @@ def check_record(engines: EngineSet, bundle: Bundle, folder: Path) -> None:
         assert (file.name, file.size, file.sha256) == (f"{graph}.engine", record.size, record.sha256)
         assert bundle.manifest.graphs[graph].path in engines.engines[graph].sources
     assert set(engines.engines["draft"].sources) == {"draft.onnx", "drafter.data"}
-
-
-def check_network_is_the_manifests(bundle: Bundle, graph: str, engines: EngineSet) -> None:
-    """Names, dtypes, shapes and aliases, read from the network by other means than the builder's checks."""
-    dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[bundle.manifest.precision]
-    header = load_header(bundle.graph_path(graph), capacity=64, cache_dtype=dtype)
-    spec = bundle.manifest.graphs[graph]
-    vendor = load_vendor("tensorrt-rtx")
-    ready = prepare(vendor, EngineJob(graph, spec, header, engines.engines[graph].profiles, engines.build))
-    network = ready.network
-    assert [described(tensor) for tensor in network.inputs] == [expected(tensor) for tensor in spec.inputs]
-    assert [(t.name, str(t.dtype)) for t in network.outputs] == [
-        (t.name, f"DataType.{_NAMES[t.dtype]}") for t in spec.outputs
-    ]
-    assert dict(updates(network)) == spec.aliases
-    attentions = network.attentions()
-    layers = {"target": bundle.manifest.target.num_layers, "draft": bundle.manifest.drafter.num_layers}
-    assert len(attentions) == layers.get(graph, 0)
-    for attention in attentions:
-        assert attention.decomposable is (bundle.manifest.precision == "fp32")
-        assert attention.mask is not None
-        assert attention.key_value_lengths is not None
-        assert attention.get_input(1).name in spec.aliases
-        assert attention.get_input(2).name in spec.aliases
-
-
-_NAMES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
-
-
-def described(tensor: object) -> tuple[str, str, tuple[int, ...]]:
-    return (tensor.name, str(tensor.dtype), tuple(tensor.shape))  # type: ignore[attr-defined]
-
-
-def expected(tensor: TensorSpec) -> tuple[str, str, tuple[int, ...]]:
-    sizes = {"batch": -1, "rows": -1, "capacity": 64}
-    shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
-    return (tensor.name, f"DataType.{_NAMES[tensor.dtype]}", shape)
-
-
-def updates(network: Network) -> Iterator[tuple[str, str]]:
-    for layer in network.layers:
-        if str(layer.type) == "LayerType.KV_CACHE_UPDATE":
-            assert layer.get_input(0).is_network_input
-            assert layer.get_output(0).is_network_output
-            yield layer.get_output(0).name, layer.get_input(0).name
 
 
 def test_the_demo_pair(smollm2_bundle: Bundle) -> None:
@@ -211,13 +166,33 @@ def test_a_changed_key_builds_only_what_changed(bundle: Bundle) -> None:
     assert find_engines(bundle, machine, max_seq_len=50, batch=2) == (third.folder, third.engines)
 
 
-def test_damaged_engines_are_built_again(bundle: Bundle) -> None:
+def cut(path: Path) -> None:
+    os.truncate(path, 10)
+
+
+def change(path: Path) -> None:
+    """One bit of the middle; the size stays."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, change])
+def test_damaged_engines_are_built_again(bundle: Bundle, damage: Callable[[Path], None]) -> None:
     first = quickly(bundle)
-    os.truncate(first.folder / "target.engine", 10)
+    damage(first.folder / "target.engine")
     again = quickly(bundle)
     assert again.folder == first.folder
     assert again.built == tuple(bundle.manifest.graphs)
     read_engines(again.folder)
+
+
+def test_a_changed_engine_is_not_taken_over(bundle: Bundle) -> None:
+    first = quickly(bundle)
+    change(first.folder / "embed.engine")
+    second = quickly(bundle, max_seq_len=40)
+    assert set(second.built) == {"draft", "inject", "target", "embed"}
+    assert set(second.reused) == {"lm_head", "accept", "draft_check"}
 
 
 def test_two_builds_at_once(bundle: Bundle) -> None:
