@@ -26,11 +26,14 @@ class Uniforms:
     """
 
     def __init__(self, seed: int, stream: int) -> None:
-        self._bits = np.random.Philox(key=seed + (stream << 64))
+        self._key = seed + (stream << 64)
+        self._bits: np.random.Philox | None = None  # made when first asked: most requests never do
         self._drawn: list[float] = []
 
     def __getitem__(self, position: int) -> float:
         while position >= len(self._drawn):
+            if self._bits is None:
+                self._bits = np.random.Philox(key=self._key)
             self._drawn += _uniform(self._bits.random_raw(_DRAWN_AT_ONCE)).tolist()
         return self._drawn[position]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,10 @@ from transformers import AutoModelForCausalLM
 from dflash_export import build
 from dflash_rt import Bundle, Generator, SamplingParams
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.loop import decode
 from dflash_rt.manifest import SamplingDefaults
+from dflash_rt.sampler import Sampler
+from dflash_rt.sequence import Sequence
 from tests.export.pair_maker import edit_json, save_drafter, save_target
 
 PROMPT = [5, 17, 200, 3, 3, 90, 41, 8, 12, 5]
@@ -96,6 +101,31 @@ def test_a_seed_gives_the_same_text_at_every_width(bundle: Bundle, name: str) ->
             for _ in range(2):
                 texts.add(generator.generate(PROMPT, max_new_tokens=60, sampling=SAMPLINGS[name]).token_ids)
     assert len(texts) == 1
+
+
+def test_a_seed_gives_the_same_text_however_the_prompt_is_cut(target: Path, bundle: Bundle) -> None:
+    """Token by token, in uneven pieces and whole, drafted and plain; one bundle cuts it in fours."""
+    whole = build(target, target.parent / "drafter", target.parent / "whole", prefill_chunk=len(PROMPT))
+    prompt = np.array(PROMPT)
+    backend = OnnxRuntimeBackend(whole, threads=1)
+    with Generator(bundle, threads=1, draft_width=4) as generator:
+        for name in ("sampled", "everything"):
+            for seed in range(3):
+                params = replace(SAMPLINGS[name], seed=seed)
+                expected = generator.generate(PROMPT, max_new_tokens=24, sampling=params).token_ids
+                for chunk, width in product((1, 3, 7, len(PROMPT)), (1, 4)):
+                    sequence, sampler = Sequence(prompt), Sampler(params, prompt)
+                    for _ in decode(
+                        backend,
+                        sequence,
+                        max_new_tokens=24,
+                        width=width,
+                        prefill_chunk=chunk,
+                        sampler=sampler,
+                    ):
+                        pass
+                    assert tuple(sequence.new_tokens) == expected, (name, seed, chunk, width)
+    backend.close()
 
 
 def test_logits_are_a_view_of_the_last_call(bundle: Bundle, model: torch.nn.Module) -> None:

@@ -2,14 +2,15 @@
 
 The same proof as test_sampling_distribution.py, which has the models, the exact distribution and the test
 statistic. The drafter samples from the three best tokens of another model, at the request's temperature.
-There are fewer than 20 chi-square tests here that a correct sampler fails by chance, with probability LEVEL
-each: below 2e-5 together.
+There are fewer than 30 chi-square tests here that a correct sampler fails by chance, with probability LEVEL
+each: below 3e-5 together.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -37,6 +38,7 @@ from tests.rt.test_sampling_distribution import (
     TableBackend,
     Tokens,
     count,
+    decoded,
     exact,
     noises,
     our_distribution,
@@ -208,8 +210,81 @@ def without_q(
     return np.where(accept < dense[draft], draft, again)
 
 
-def test_wrong_rules_fail() -> None:
-    params = SETTINGS["T=1.0 none"]
+# --- widths that change from step to step ---
+
+
+@dataclass
+class Told:
+    """A policy that is told its widths, again and again."""
+
+    widths: list[int]
+    widest: int = 5
+    chosen: int = 0
+
+    def choose(self) -> int:
+        self.chosen += 1
+        return self.widths[(self.chosen - 1) % len(self.widths)]
+
+    def observe(self, width: int, accepted: int) -> None:
+        pass
+
+
+@dataclass
+class Following(Told):
+    """As wide as the last step was lucky: what comes depends on what was sampled before."""
+
+    widths: list[int] = field(default_factory=lambda: [3])
+
+    def observe(self, width: int, accepted: int) -> None:
+        self.widths = [accepted + 2 if accepted + 1 < width else 1 + width % 3]
+
+
+PATTERNS: dict[str, Callable[[int], Told]] = {
+    "narrow, plain, wide": lambda seed: Told([2, 1, 3]),
+    "plain, then wide": lambda seed: Told([1, 5]),
+    "any": lambda seed: Told(np.random.default_rng([seed, 9]).integers(1, 6, LENGTH).tolist()),
+    "by what was accepted": lambda seed: Following(),
+}
+FORCED = [
+    ("narrow, plain, wide", "T=1.0 none"),
+    ("plain, then wide", "T=0.5 top-p"),
+    ("any", "all at once"),
+    ("by what was accepted", "T=1.0 none"),
+]
+FORCED_RUNS = 4_000
+
+
+def forced(pattern: str, name: str) -> float:
+    """The p-value of requests whose widths are forced step by step."""
+    params = SETTINGS[name]
+    tokens = decoded(params, FORCED_RUNS, PATTERNS[pattern], SamplingBackend())
+    return p_value(count(tokens), exact(params))
+
+
+@pytest.mark.parametrize(("pattern", "name"), FORCED)
+def test_forced_widths_keep_the_distribution(pattern: str, name: str) -> None:
+    assert forced(pattern, name) > LEVEL
+
+
+def second_chance(
+    p: Distribution, drafted: int, candidates: IntArray, q: Probabilities, *, accept: float, noise: Floats
+) -> tuple[int, bool]:
+    """A wrong rule: after a rejection the token comes from p itself."""
+    token, stands = verify_sampled(p, drafted, candidates, q, accept=accept, noise=noise)
+    return (token if stands else p.pick(noise)), stands
+
+
+@pytest.mark.parametrize(("pattern", "name"), [FORCED[0], FORCED[2]])
+def test_a_wrong_rule_at_forced_widths_fails(
+    pattern: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dflash_rt.sampler.verify_sampled", second_chance)
+    assert forced(pattern, name) < LEVEL
+
+
+@pytest.mark.parametrize("name", ["T=1.0 none", "T=0.5 top-k", "T=1.5 penalties", "all at once"])
+def test_wrong_rules_fail(name: str) -> None:
+    params = SETTINGS[name]
     assert p_value(count(walk(params, from_p)), exact(params)) < LEVEL
     # A verdict that knows the number that the draft came from.
     assert p_value(count(walk(params, verdicts=1)), exact(params)) < LEVEL
