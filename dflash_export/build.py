@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 __all__ = ["build"]
 
 _PACKAGES = ("gguf", "onnx", "onnx-ir", "onnxscript", "safetensors", "tokenizers", "torch", "transformers")
+# What makes the fused target, if one of them is installed. Both fill the same folder.
+_OPTIONAL_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 
 # Rows of one prefill pass. A mixture of experts gathers the weights of every (row, expert) pair.
 _PREFILL_CHUNK, _PREFILL_CHUNK_MOE = 256, 16
@@ -76,6 +78,7 @@ def build(
     max_seq_len: int | None = None,
     prefill_chunk: int | None = None,
     draft_width: int | None = None,
+    fused: bool = True,
     quantize: str | None = None,
     quantize_block: int | None = None,
     quantize_head: bool | str | None = None,
@@ -107,6 +110,8 @@ def build(
         prefill_chunk: rows of one prefill pass at most; default 256, or 16 for a mixture of experts.
         draft_width: rows of a verify pass at most unless a user says otherwise, anchor included; default
             ``block_size``.
+        fused: hold the target once more in operators of ONNX Runtime, for its CPU backend, where they can
+            say what the target does (docs/bundle.md); no target gets another form because of it.
         quantize: ``"int4"``, ``"int8"``, ``"fp8"``, ``"int8-weight-only"`` or ``"int4-rtn"``: how the
             target's linear layers are computed (docs/quantize.md).
         quantize_block: inputs that share a scale; default: what fits.
@@ -142,6 +147,7 @@ def build(
         max_seq_len=max_seq_len,
         prefill_chunk=prefill_chunk,
         draft_width=draft_width,
+        fused=fused,
         quantize=quantize,
         quantize_block=quantize_block,
         quantize_head=quantize_head,
@@ -235,7 +241,8 @@ def build(
             calibration=None if calibrated is None else calibrated.layers,
         )
         graphs = graphs | step_graphs(facts.vocab_size, drafter_config.draft_vocab_size or facts.vocab_size)
-        specs = _write_graphs(folder, graphs, limits.max_seq_len + drafter_config.block_size)
+        max_rows = limits.max_seq_len + drafter_config.block_size
+        specs = _write_graphs(folder, graphs, max_rows, fused=fused)
         text = None if calibrated is None else calibrated.text
         quantization = None if plan is None else plan.info(unquantised, graphs, text)
         if plan is not None and quantization is not None and plan.measure:
@@ -275,6 +282,7 @@ def build(
                     max_seq_len=max_seq_len,
                     prefill_chunk=prefill_chunk,
                     draft_width=draft_width,
+                    fused=fused,
                     quantize=quantize,
                     quantize_block=quantize_block,
                     quantize_head=quantize_head,
@@ -351,22 +359,23 @@ def _check_disk(folder: Path, target: Weights, drafter: Weights, precision: str)
         )
 
 
-def _write_graphs(folder: Path, graphs: Mapping[str, TracedGraph], max_rows: int) -> dict[str, GraphSpec]:
-    """Write every graph, and the fused form of those that have one; no pass goes beyond ``max_rows``."""
+def _write_graphs(
+    folder: Path, graphs: Mapping[str, TracedGraph], max_rows: int, *, fused: bool
+) -> dict[str, GraphSpec]:
+    """Write every graph, and with ``fused`` that form of the target; no pass goes beyond ``max_rows``."""
     specs = {}
     for name, graph in graphs.items():
-        path, fused = folder / f"{name}.onnx", folder / f"{name}.fused.onnx"
+        path, fused_path = folder / f"{name}.onnx", folder / f"{name}.fused.onnx"
         _save(path, graph.model)
-        # By path, so that the checker also follows the pointers into the data files.
-        onnx.checker.check_model(path, full_check=True)
-        model = fuse_target(graph, max_rows) if name == "target" else None
+        model = fuse_target(graph, max_rows) if fused and name == "target" else None
         if model is not None:
-            _save(fused, model)
-        specs[name] = _graph_spec(path.name, None if model is None else fused.name, graph)
+            _save(fused_path, model)
+        specs[name] = _graph_spec(path.name, None if model is None else fused_path.name, graph)
     return specs
 
 
 def _save(path: Path, model: ir.Model) -> None:
+    """Write a graph and check what was written."""
     try:
         onnx.save(ir.serde.serialize_model(model), path)
     except OSError as error:
@@ -376,6 +385,8 @@ def _save(path: Path, model: ir.Model) -> None:
             expected="a writable folder with room for the bundle",
             todo="free disk space or choose another output; nothing was left behind",
         ) from error
+    # By path, so that the checker also follows the pointers into the data files.
+    onnx.checker.check_model(path, full_check=True)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -488,6 +499,14 @@ def _provenance(**options: str | int | None) -> Provenance:
     return Provenance(
         created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         tool=f"dflash-export {__version__}",
-        packages={package: importlib.metadata.version(package) for package in _PACKAGES},
+        packages={package: importlib.metadata.version(package) for package in _PACKAGES}
+        | {package: version for package in _OPTIONAL_PACKAGES if (version := _version(package))},
         options=options,
     )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
