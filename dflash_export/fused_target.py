@@ -50,7 +50,7 @@ def fuse_target(target: TracedGraph, rows: int) -> ir.Model | None:
     They can for fp32 layers that see all rows before their own, whose q, k and v are joined and not normed,
     and whose heads have a multiple of 16 numbers. The sines and cosines of ``rows`` positions become
     constants of the copy, and no run may go beyond them. The initializers of ``target`` must point at their
-    data. Without onnxruntime, which computes those constants, there is no copy, and a line in the log says so.
+    data. Without onnxruntime, which computes those constants, there is no copy, and the log says so.
     """
     model = target.model.clone()
     graph = model.graph
@@ -133,9 +133,12 @@ def _tables(model: ir.Model, rotary: tuple[ir.Value, ir.Value], rows: int) -> li
     Raises _OtherFormError if they depend on anything but the position, or if nothing can run that part.
     """
     try:
-        import onnxruntime as ort  # there is none with opset 24 for Python 3.10, where exports work all the same
+        # There is none with opset 24 for Python 3.10, where exports work all the same.
+        import onnxruntime as ort
     except ImportError:
-        _LOG.warning("onnxruntime isn't installed: the bundle gets no target.fused.onnx, all else is the same")
+        _LOG.warning(
+            "onnxruntime isn't installed: the bundle gets no target.fused.onnx, all else is the same"
+        )
         raise _OtherFormError from None
     inputs = {value.name: value for value in model.graph.inputs}
     try:

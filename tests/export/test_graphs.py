@@ -195,7 +195,9 @@ def test_weights_are_outside_and_stored_once(pairs: Pairs, family: str) -> None:
         inline = [tensor for tensor in model.graph.initializer if not uses_external_data(tensor)]
         if path == bundle.fused_path("target"):
             rows, size = bundle.manifest.limits.max_seq_len + 4, bundle.manifest.target.head_dim // 2
-            tables = {tensor.name: list(tensor.dims) for tensor in inline if tensor.name.startswith("rotary.")}
+            tables = {
+                tensor.name: list(tensor.dims) for tensor in inline if tensor.name.startswith("rotary.")
+            }
             assert tables == {"rotary.cos": [rows, size], "rotary.sin": [rows, size]}
             inline = [tensor for tensor in inline if tensor.name not in tables]
             assert places_of(model) == places[name], "the same bytes as the plain graph's"
