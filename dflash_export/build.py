@@ -18,7 +18,7 @@ import torch
 from dflash_rt import Bundle
 from dflash_rt._version import __version__
 from dflash_rt.bundle import hash_file
-from dflash_rt.errors import OutputError, RecipeError
+from dflash_rt.errors import ExportError, OutputError, RecipeError
 from dflash_rt.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -39,10 +39,11 @@ from dflash_rt.prompts import PromptEncoder
 from dflash_rt.tokenizer import Tokenizer
 
 from ._calibrate import calibrate_target, check_calibration
+from ._config_reader import Findings, raise_together
 from ._options import check_options
 from ._quantize_plan import make_plan
 from .calibration import CALIBRATION_FILE, Folding
-from .drafter_config import DrafterConfig, load_drafter_config
+from .drafter_config import DrafterConfig, read_drafter_config
 from .fused_target import fuse_target
 from .graph_passes import TracedGraph
 from .graphs import PRECISIONS, step_graphs, trace_drafter, trace_target
@@ -107,7 +108,8 @@ def build(
         output: folder to make; its parents are made too.
         precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``: dtype of weights, activations and caches.
         max_seq_len: most tokens of prompt and output; default: what both models were made for.
-        prefill_chunk: rows of one prefill pass at most; default 256, or 16 for a mixture of experts.
+        prefill_chunk: rows of one prefill pass at most, up to ``max_seq_len``; default 256, or 16 for a
+            mixture of experts, or ``max_seq_len`` where that is less.
         draft_width: rows of a verify pass at most unless a user says otherwise, anchor included; default
             ``block_size``.
         fused: hold the target once more in operators of ONNX Runtime, for its CPU backend, where they can
@@ -179,13 +181,12 @@ def build(
     with progress.stage("checking the pair"):
         target_source = resolve_target(target, revision=target_revision)
         drafter_source = resolve_drafter(drafter, revision=drafter_revision)
-        config = load_target_config(target_source)
-        drafter_config = load_drafter_config(drafter_source)
+        config, drafter_config, findings = _read_configs(target_source, drafter_source)
         facts = target_facts(config)
         limits = _limits(facts, drafter_config, config, max_seq_len, prefill_chunk)
         measured_tokens = _measured_tokens(measure_tokens, limits)
         stop_ids = stop_token_ids(target_source, config)
-        width = _draft_width(draft_width, drafter_config.block_size)
+        width = _draft_width(draft_width, drafter_config.block_size, findings)
     with (
         open_weights(target_source, config) as target_weights,
         open_weights(drafter_source) as drafter_weights,
@@ -203,6 +204,7 @@ def build(
                 chat_template=tokenizer.chat_template if tokenizer else None,
                 chat_template_kwargs=chat_template_kwargs,
                 max_seq_len=limits.max_seq_len,
+                findings=findings,
             )
             _check_disk(folder, target_weights, drafter_weights, precision)
         with progress.stage("tracing graphs", total=5 + len(drafter_config.own_graphs)) as stage:
@@ -301,6 +303,22 @@ def build(
     return Bundle.open(output)
 
 
+def _read_configs(target: Source, drafter: Source) -> tuple[PreTrainedConfig, DrafterConfig, Findings]:
+    """Both configs. What is wrong with the drafter's is reported with what is wrong with the pair; there is
+    nothing to compare only where one of the two is of no use at all.
+    """
+    drafter_config, findings = read_drafter_config(drafter)
+    try:
+        config = load_target_config(target)
+    except ExportError as error:
+        raise_together([error, *findings.errors])
+        raise
+    if drafter_config is None:
+        raise_together(findings.errors)
+    assert drafter_config is not None
+    return config, drafter_config, findings
+
+
 def _limits(
     facts: TargetFacts,
     drafter: DrafterConfig,
@@ -309,18 +327,22 @@ def _limits(
     prefill_chunk: int | None,
 ) -> Limits:
     is_moe = getattr(config, "num_experts", None) is not None
-    return Limits(
-        max_seq_len=min(facts.max_position_embeddings, drafter.max_position_embeddings)
-        if max_seq_len is None
-        else max_seq_len,
-        prefill_chunk=(_PREFILL_CHUNK_MOE if is_moe else _PREFILL_CHUNK)
-        if prefill_chunk is None
-        else prefill_chunk,
-    )
+    if max_seq_len is None:
+        max_seq_len = min(facts.max_position_embeddings, drafter.max_position_embeddings)
+    if prefill_chunk is None:
+        prefill_chunk = min(_PREFILL_CHUNK_MOE if is_moe else _PREFILL_CHUNK, max_seq_len)
+    elif prefill_chunk > max_seq_len:
+        raise RecipeError(
+            "prefill_chunk is out of range",
+            found=prefill_chunk,
+            expected=f"at most max_seq_len, {max_seq_len}",
+            todo="choose a smaller one, or leave it out",
+        )
+    return Limits(max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
 
 
-def _draft_width(draft_width: int | None, block_size: int) -> int:
-    if draft_width is None:
+def _draft_width(draft_width: int | None, block_size: int, findings: Findings) -> int:
+    if draft_width is None or "block_size" in findings.wrong:  # the export won't go on then
         return block_size
     if draft_width > block_size:
         raise RecipeError(
