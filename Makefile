@@ -35,9 +35,12 @@ $(STAMP): Makefile setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(PIP_INSTALL) --no-deps -r constraints/no-deps.txt
 	touch $@
 
-# Exported again when the recipe, the drafter or the exporter is newer than the bundle.
+# What of the runtime shapes a bundle: its format, and the checks of it.
+FORMAT := dflash_rt/manifest.py dflash_rt/_contract.py dflash_rt/_manifest_checks.py dflash_rt/_strict_json.py
+
+# Exported again when the recipe, the drafter, the exporter or the format is newer than the bundle.
 $(BUNDLE)/manifest.json: $(BUNDLE).yaml $(wildcard examples/smollm2-135m-instruct-dflash/*) \
-		$(wildcard dflash_export/*.py) $(STAMP)
+		$(wildcard dflash_export/*.py) $(FORMAT) $(STAMP)
 	$(BIN)/dflash-export build --recipe $(BUNDLE).yaml --output $(BUNDLE) --force
 
 demo: $(BUNDLE)/manifest.json
@@ -45,7 +48,7 @@ demo: $(BUNDLE)/manifest.json
 	$(BIN)/dflash-export verify $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) --limit 4 \
 		--max-new-tokens 64
 	$(BIN)/dflash-rt bench $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) --limit 4 \
-		--max-new-tokens 64 --repeats 1 --compare hf
+		--max-new-tokens 64 --repeats 1 --compare hf --draft-width 4
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

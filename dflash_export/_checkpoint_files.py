@@ -9,7 +9,18 @@ from typing import Any
 
 from dflash_rt.errors import CheckpointError
 
-__all__ = ["INDEX_FILE", "PICKLES", "SINGLE_FILE", "index_map", "read_json", "safetensors_files", "sha256_of"]
+__all__ = [
+    "INDEX_FILE",
+    "PICKLES",
+    "SINGLE_FILE",
+    "cannot_read",
+    "index_map",
+    "is_file",
+    "read_bytes",
+    "read_json",
+    "safetensors_files",
+    "sha256_of",
+]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -24,12 +35,12 @@ def safetensors_files(folder: Path) -> tuple[str, ...]:
     Raises :class:`~dflash_rt.errors.CheckpointError` when there are none, or two sets of them.
     """
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    if not index.is_file():
-        if single.is_file():
+    if not is_file(index):
+        if is_file(single):
             return (SINGLE_FILE,)
         raise _no_weights(folder)
     shards = tuple(sorted(set(index_map(index).values())))
-    if single.is_file() and shards != (SINGLE_FILE,):
+    if is_file(single) and shards != (SINGLE_FILE,):
         raise CheckpointError(
             "there are two sets of weights",
             found=f"{SINGLE_FILE} and an index of {len(shards)} shards, in {folder}",
@@ -65,7 +76,10 @@ def index_map(index: Path) -> dict[str, str]:
 
 
 def _no_weights(folder: Path) -> CheckpointError:
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise cannot_read(folder, error) from error
     pickles = [name for name in names if name.endswith(PICKLES)]
     others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
     expected = f"{SINGLE_FILE}, or {INDEX_FILE} with its shards"
@@ -89,6 +103,32 @@ def _no_weights(folder: Path) -> CheckpointError:
         expected=expected,
         todo="name the file itself for a .gguf target; otherwise download the whole model again",
     )
+
+
+def cannot_read(path: Path, error: OSError) -> CheckpointError:
+    """What to raise when the operating system doesn't let a file or a folder of a model be read."""
+    return CheckpointError(
+        f"{path.name} of a model can't be read",
+        found=f"{path}: {error.strerror or error}",
+        expected="model files that exist and that you may read",
+        todo="mend the permissions or the disk that the model lies on, or copy the model elsewhere",
+    )
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file. Raises CheckpointError where that can't be told."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise cannot_read(path, error) from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """A small file of a model. Raises CheckpointError when it can't be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise cannot_read(path, error) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -1,16 +1,56 @@
-"""Typed access to a z-lab config.json; errors name the key, the value and the type that was expected."""
+"""Typed access to a z-lab config.json; errors name the key, the value and the type that was expected.
+
+They are collected: whoever has to correct a file wants to know of all of them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from dflash_rt.errors import CheckpointError
+from dflash_rt.errors import CheckpointError, ExportError, PairError, UnsupportedModelError
 
-__all__ = ["ConfigReader"]
+__all__ = ["ConfigReader", "Findings", "raise_together"]
 
 _MISSING: Any = object()
+_T = TypeVar("_T")
+
+
+@dataclass
+class Findings:
+    """What is wrong with a config.json: the errors in the order of their finding, and the names of the values
+    that can't be used. Others stand in for those, so that reading can go on.
+    """
+
+    errors: list[ExportError] = field(default_factory=list)
+    wrong: set[str] = field(default_factory=set)
+
+    def add(self, error: ExportError, *names: str) -> None:
+        self.errors.append(error)
+        self.wrong.update(names)
+
+    def raise_any(self) -> None:
+        """Raise the one error, or one that lists all of them."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            unsupported = all(isinstance(error, UnsupportedModelError) for error in self.errors)
+            listed = "\n".join(f"{number}. {error.problem}" for number, error in enumerate(self.errors, 1))
+            kind = UnsupportedModelError if unsupported else CheckpointError
+            raise kind(f"the drafter's config.json has {len(self.errors)} problems\n{listed}")
+
+
+def raise_together(errors: Sequence[ExportError]) -> None:
+    """Raise the one error as it is, and several as a :class:`~dflash_rt.errors.PairError` that lists them."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise PairError(
+            f"this target and drafter can't be exported together: {len(errors)} problems",
+            [error.problem for error in errors],
+        )
 
 
 class ConfigReader:
@@ -19,41 +59,53 @@ class ConfigReader:
 
     Unlike the reference it refuses two values that differ, since other readers take the other one. Only names
     of ``nested`` are looked up in ``dflash_config``; any other key in there is refused.
+
+    A value that is missing or wrong is added to ``findings``, and another stands in for it. Only a
+    ``dflash_config`` that is no object is raised at once.
     """
 
-    def __init__(self, raw: Mapping[str, Any], nested: frozenset[str]) -> None:
+    def __init__(self, raw: Mapping[str, Any], nested: frozenset[str], findings: Findings) -> None:
+        self.findings = findings
         self._raw = raw
         self._dflash = raw.get("dflash_config", {})
         if not isinstance(self._dflash, Mapping):
             raise _wrong("dflash_config", self._dflash, "an object")
         if unknown := sorted(set(self._dflash) - nested):
-            raise CheckpointError(
-                "dflash_config has keys that aren't known",
-                found=", ".join(unknown),
-                expected=f"only {', '.join(sorted(nested))}",
-                todo="remove a key from config.json only if it has no effect on the model",
+            findings.add(
+                CheckpointError(
+                    "dflash_config has keys that aren't known",
+                    found=", ".join(unknown),
+                    expected=f"only {', '.join(sorted(nested))}",
+                    todo="remove a key from config.json only if it has no effect on the model",
+                )
             )
 
     def raw(self, name: str, default: Any = _MISSING) -> Any:
-        """The value as it stands. Without a default it has to be there."""
+        """The value as it stands. Without a default it has to be there. None stands in for one that isn't."""
+        if name in self.findings.wrong:
+            return None
         here, top = self._dflash.get(name, _MISSING), self._raw.get(name, _MISSING)
         if here is not _MISSING and top is not _MISSING and here != top:
-            raise CheckpointError(
+            error = CheckpointError(
                 f"{name} is given twice, with different values",
                 found=f"{here!r} in dflash_config, {top!r} at the top level",
                 expected="one value",
                 todo="keep in config.json the one that the drafter was trained with",
             )
+            self.findings.add(error, name)
+            return None
         value = here if here is not _MISSING else top
         if value is not _MISSING:
             return value
         if default is _MISSING:
-            raise CheckpointError(
+            error = CheckpointError(
                 f"{name} is missing from the drafter's config.json",
                 found="neither at the top level nor in dflash_config",
                 expected=f"{name}",
                 todo="use the config.json that was published with the drafter",
             )
+            self.findings.add(error, name)
+            return None
         return default
 
     def count(self, name: str, default: Any = _MISSING) -> int:
@@ -66,18 +118,17 @@ class ConfigReader:
 
     def indices(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
         """A list of integers of 0 or more, not empty."""
-        value = self.raw(name, list(default))
-        good = isinstance(value, list) and value and all(type(item) is int and item >= 0 for item in value)
-        if not good:
-            raise _wrong(name, value, "a list of integers of 0 or more")
-        return tuple(value)
+
+        def accepts(value: object) -> bool:
+            is_list = isinstance(value, list) and bool(value)
+            return is_list and all(type(item) is int and item >= 0 for item in value)  # type: ignore[attr-defined]
+
+        expected = "a list of integers of 0 or more"
+        return tuple(self._checked(name, list(default), accepts, expected, list(default)))
 
     def flag(self, name: str, default: bool = False) -> bool:
         """``true`` or ``false``."""
-        value = self.raw(name, default)
-        if type(value) is not bool:
-            raise _wrong(name, value, "true or false")
-        return value
+        return self._checked(name, default, lambda value: type(value) is bool, "true or false", default)
 
     def optional_flag(self, name: str) -> bool | None:
         """``true``, ``false``, or ``None`` where it is null or absent."""
@@ -85,32 +136,47 @@ class ConfigReader:
 
     def number(self, name: str, default: float) -> float:
         """A finite number above 0."""
-        value = self.raw(name, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            raise _wrong(name, value, "a number above 0")
-        return float(value)
+
+        def accepts(value: Any) -> bool:
+            return _is_number(value) and bool(value > 0)
+
+        return float(self._checked(name, default, accepts, "a number above 0", default))
 
     def optional_number(self, name: str) -> float | None:
         """A finite number, or ``None`` where it is null or absent."""
-        value = self.raw(name, None)
-        if value is None:
-            return None
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise _wrong(name, value, "a number or null")
-        return float(value)
+
+        def accepts(value: Any) -> bool:
+            return value is None or _is_number(value)
+
+        value: Any = self._checked(name, None, accepts, "a number or null", None)
+        return None if value is None else float(value)
 
     def text(self, name: str, default: str) -> str:
         """A string."""
-        value = self.raw(name, default)
-        if not isinstance(value, str):
-            raise _wrong(name, value, "a string")
-        return value
+        return self._checked(name, default, lambda value: isinstance(value, str), "a string", default)
 
     def _integer(self, name: str, default: Any, least: int) -> int:
+        def accepts(value: Any) -> bool:
+            return type(value) is int and value >= least
+
+        instead: int = default if accepts(default) else least
+        return self._checked(name, default, accepts, f"an integer of {least} or more", instead)
+
+    def _checked(
+        self, name: str, default: Any, accepts: Callable[[Any], bool], expected: str, instead: _T
+    ) -> _T:
         value = self.raw(name, default)
-        if type(value) is not int or value < least:
-            raise _wrong(name, value, f"an integer of {least} or more")
-        return value
+        if name in self.findings.wrong:
+            return instead
+        if not accepts(value):
+            self.findings.add(_wrong(name, value, expected), name)
+            return instead
+        checked: _T = value
+        return checked
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _wrong(name: str, value: object, expected: str) -> CheckpointError:

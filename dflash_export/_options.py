@@ -100,7 +100,7 @@ _SOURCE: _Rule = (_is_path, "a hub id org/name, or a path", "name the model")
 _NAME: _Rule = (_is_text, _TEXT, "choose another text, or leave the option out")
 _COUNT: _Rule = (_is_count, "a whole number of at least 1", "correct the option, or leave it out")
 _FLAG: _Rule = (_is_flag, "true or false", "correct the option, or leave it out")
-_NEEDED = ("target", "drafter", "output", "precision")
+_NEEDED = ("target", "drafter", "output", "precision", "fused")
 _RULES: dict[str, _Rule] = {
     "target": _SOURCE,
     "drafter": _SOURCE,
@@ -110,6 +110,7 @@ _RULES: dict[str, _Rule] = {
     "max_seq_len": _COUNT,
     "prefill_chunk": _COUNT,
     "draft_width": _COUNT,
+    "fused": _FLAG,
     "quantize": (_is_scheme, ", ".join(SCHEMES), "choose one of these, or leave the option out"),
     "quantize_block": (_is_block_size, ", ".join(map(str, BLOCK_SIZES)), "choose one of these"),
     "quantize_head": (_is_head, ", ".join(HEAD_TYPES) + ", true (int8) or false", "choose one of these"),

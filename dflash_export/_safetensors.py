@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dflash_export._checkpoint_files import INDEX_FILE, index_map
+from dflash_export._checkpoint_files import INDEX_FILE, cannot_read, index_map, is_file
 from dflash_export.weights import Weights
 from dflash_rt.errors import CheckpointError
 
@@ -71,7 +71,7 @@ class SafetensorsWeights(Weights):
                         todo="download the checkpoint again",
                     )
                 self._entries[name] = entry
-        if (folder / INDEX_FILE).is_file():
+        if is_file(folder / INDEX_FILE):
             _check_index(index_map(folder / INDEX_FILE), self._entries)
         self._stacks = _expert_stacks(self._entries)
         stacked = {part for parts in self._stacks.values() for part in parts}
@@ -138,10 +138,14 @@ class SafetensorsWeights(Weights):
         array: Any = out.reshape(-1).view(torch.uint8).numpy()  # shares memory with `out`
         view = memoryview(array)
         file = self._file(entry.file)
-        file.seek(entry.begin + offset)
         done = 0
         while done < len(view):
-            count = file.readinto(view[done:])
+            # Caught here, where it is known to be about the model: a bundle is being written meanwhile.
+            try:
+                file.seek(entry.begin + offset + done)
+                count = file.readinto(view[done:])
+            except OSError as error:
+                raise cannot_read(self._folder / entry.file, error) from error
             if not count:
                 raise CheckpointError(
                     f"{entry.file} became shorter while it was read",
@@ -160,7 +164,11 @@ class SafetensorsWeights(Weights):
                 todo="open it again",
             )
         if name not in self._open_files:
-            self._open_files[name] = (self._folder / name).open("rb")
+            path = self._folder / name
+            try:
+                self._open_files[name] = path.open("rb")
+            except OSError as error:
+                raise cannot_read(path, error) from error
         return self._open_files[name]
 
 

@@ -18,7 +18,7 @@ import torch
 from dflash_rt import Bundle
 from dflash_rt._version import __version__
 from dflash_rt.bundle import hash_file
-from dflash_rt.errors import OutputError, RecipeError
+from dflash_rt.errors import ExportError, OutputError, RecipeError
 from dflash_rt.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -39,10 +39,11 @@ from dflash_rt.prompts import PromptEncoder
 from dflash_rt.tokenizer import Tokenizer
 
 from ._calibrate import calibrate_target, check_calibration
+from ._config_reader import Findings, raise_together
 from ._options import check_options
 from ._quantize_plan import make_plan
 from .calibration import CALIBRATION_FILE, Folding
-from .drafter_config import DrafterConfig, load_drafter_config
+from .drafter_config import DrafterConfig, read_drafter_config
 from .fused_target import fuse_target
 from .graph_passes import TracedGraph
 from .graphs import PRECISIONS, step_graphs, trace_drafter, trace_target
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
 __all__ = ["build"]
 
 _PACKAGES = ("gguf", "onnx", "onnx-ir", "onnxscript", "safetensors", "tokenizers", "torch", "transformers")
+# What makes the fused target, if one of them is installed. Both fill the same folder.
+_OPTIONAL_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 
 # Rows of one prefill pass. A mixture of experts gathers the weights of every (row, expert) pair.
 _PREFILL_CHUNK, _PREFILL_CHUNK_MOE = 256, 16
@@ -76,6 +79,7 @@ def build(
     max_seq_len: int | None = None,
     prefill_chunk: int | None = None,
     draft_width: int | None = None,
+    fused: bool = True,
     quantize: str | None = None,
     quantize_block: int | None = None,
     quantize_head: bool | str | None = None,
@@ -104,9 +108,12 @@ def build(
         output: folder to make; its parents are made too.
         precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``: dtype of weights, activations and caches.
         max_seq_len: most tokens of prompt and output; default: what both models were made for.
-        prefill_chunk: rows of one prefill pass at most; default 256, or 16 for a mixture of experts.
+        prefill_chunk: rows of one prefill pass at most, up to ``max_seq_len``; default 256, or 16 for a
+            mixture of experts, or ``max_seq_len`` where that is less.
         draft_width: rows of a verify pass at most unless a user says otherwise, anchor included; default
             ``block_size``.
+        fused: hold the target once more in operators of ONNX Runtime, for its CPU backend, where they can
+            say what the target does (docs/bundle.md); no target gets another form because of it.
         quantize: ``"int4"``, ``"int8"``, ``"fp8"``, ``"int8-weight-only"`` or ``"int4-rtn"``: how the
             target's linear layers are computed (docs/quantize.md).
         quantize_block: inputs that share a scale; default: what fits.
@@ -142,6 +149,7 @@ def build(
         max_seq_len=max_seq_len,
         prefill_chunk=prefill_chunk,
         draft_width=draft_width,
+        fused=fused,
         quantize=quantize,
         quantize_block=quantize_block,
         quantize_head=quantize_head,
@@ -173,13 +181,12 @@ def build(
     with progress.stage("checking the pair"):
         target_source = resolve_target(target, revision=target_revision)
         drafter_source = resolve_drafter(drafter, revision=drafter_revision)
-        config = load_target_config(target_source)
-        drafter_config = load_drafter_config(drafter_source)
+        config, drafter_config, findings = _read_configs(target_source, drafter_source)
         facts = target_facts(config)
         limits = _limits(facts, drafter_config, config, max_seq_len, prefill_chunk)
         measured_tokens = _measured_tokens(measure_tokens, limits)
         stop_ids = stop_token_ids(target_source, config)
-        width = _draft_width(draft_width, drafter_config.block_size)
+        width = _draft_width(draft_width, drafter_config.block_size, findings)
     with (
         open_weights(target_source, config) as target_weights,
         open_weights(drafter_source) as drafter_weights,
@@ -197,6 +204,7 @@ def build(
                 chat_template=tokenizer.chat_template if tokenizer else None,
                 chat_template_kwargs=chat_template_kwargs,
                 max_seq_len=limits.max_seq_len,
+                findings=findings,
             )
             _check_disk(folder, target_weights, drafter_weights, precision)
         with progress.stage("tracing graphs", total=5 + len(drafter_config.own_graphs)) as stage:
@@ -235,7 +243,8 @@ def build(
             calibration=None if calibrated is None else calibrated.layers,
         )
         graphs = graphs | step_graphs(facts.vocab_size, drafter_config.draft_vocab_size or facts.vocab_size)
-        specs = _write_graphs(folder, graphs, limits.max_seq_len + drafter_config.block_size)
+        max_rows = limits.max_seq_len + drafter_config.block_size
+        specs = _write_graphs(folder, graphs, max_rows, fused=fused)
         text = None if calibrated is None else calibrated.text
         quantization = None if plan is None else plan.info(unquantised, graphs, text)
         if plan is not None and quantization is not None and plan.measure:
@@ -275,6 +284,7 @@ def build(
                     max_seq_len=max_seq_len,
                     prefill_chunk=prefill_chunk,
                     draft_width=draft_width,
+                    fused=fused,
                     quantize=quantize,
                     quantize_block=quantize_block,
                     quantize_head=quantize_head,
@@ -293,6 +303,22 @@ def build(
     return Bundle.open(output)
 
 
+def _read_configs(target: Source, drafter: Source) -> tuple[PreTrainedConfig, DrafterConfig, Findings]:
+    """Both configs. What is wrong with the drafter's is reported with what is wrong with the pair; there is
+    nothing to compare only where one of the two is of no use at all.
+    """
+    drafter_config, findings = read_drafter_config(drafter)
+    try:
+        config = load_target_config(target)
+    except ExportError as error:
+        raise_together([error, *findings.errors])
+        raise
+    if drafter_config is None:
+        raise_together(findings.errors)
+    assert drafter_config is not None
+    return config, drafter_config, findings
+
+
 def _limits(
     facts: TargetFacts,
     drafter: DrafterConfig,
@@ -301,18 +327,22 @@ def _limits(
     prefill_chunk: int | None,
 ) -> Limits:
     is_moe = getattr(config, "num_experts", None) is not None
-    return Limits(
-        max_seq_len=min(facts.max_position_embeddings, drafter.max_position_embeddings)
-        if max_seq_len is None
-        else max_seq_len,
-        prefill_chunk=(_PREFILL_CHUNK_MOE if is_moe else _PREFILL_CHUNK)
-        if prefill_chunk is None
-        else prefill_chunk,
-    )
+    if max_seq_len is None:
+        max_seq_len = min(facts.max_position_embeddings, drafter.max_position_embeddings)
+    if prefill_chunk is None:
+        prefill_chunk = min(_PREFILL_CHUNK_MOE if is_moe else _PREFILL_CHUNK, max_seq_len)
+    elif prefill_chunk > max_seq_len:
+        raise RecipeError(
+            "prefill_chunk is out of range",
+            found=prefill_chunk,
+            expected=f"at most max_seq_len, {max_seq_len}",
+            todo="choose a smaller one, or leave it out",
+        )
+    return Limits(max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
 
 
-def _draft_width(draft_width: int | None, block_size: int) -> int:
-    if draft_width is None:
+def _draft_width(draft_width: int | None, block_size: int, findings: Findings) -> int:
+    if draft_width is None or "block_size" in findings.wrong:  # the export won't go on then
         return block_size
     if draft_width > block_size:
         raise RecipeError(
@@ -351,22 +381,23 @@ def _check_disk(folder: Path, target: Weights, drafter: Weights, precision: str)
         )
 
 
-def _write_graphs(folder: Path, graphs: Mapping[str, TracedGraph], max_rows: int) -> dict[str, GraphSpec]:
-    """Write every graph, and the fused form of those that have one; no pass goes beyond ``max_rows``."""
+def _write_graphs(
+    folder: Path, graphs: Mapping[str, TracedGraph], max_rows: int, *, fused: bool
+) -> dict[str, GraphSpec]:
+    """Write every graph, and with ``fused`` that form of the target; no pass goes beyond ``max_rows``."""
     specs = {}
     for name, graph in graphs.items():
-        path, fused = folder / f"{name}.onnx", folder / f"{name}.fused.onnx"
+        path, fused_path = folder / f"{name}.onnx", folder / f"{name}.fused.onnx"
         _save(path, graph.model)
-        # By path, so that the checker also follows the pointers into the data files.
-        onnx.checker.check_model(path, full_check=True)
-        model = fuse_target(graph, max_rows) if name == "target" else None
+        model = fuse_target(graph, max_rows) if fused and name == "target" else None
         if model is not None:
-            _save(fused, model)
-        specs[name] = _graph_spec(path.name, None if model is None else fused.name, graph)
+            _save(fused_path, model)
+        specs[name] = _graph_spec(path.name, None if model is None else fused_path.name, graph)
     return specs
 
 
 def _save(path: Path, model: ir.Model) -> None:
+    """Write a graph and check what was written."""
     try:
         onnx.save(ir.serde.serialize_model(model), path)
     except OSError as error:
@@ -376,6 +407,8 @@ def _save(path: Path, model: ir.Model) -> None:
             expected="a writable folder with room for the bundle",
             todo="free disk space or choose another output; nothing was left behind",
         ) from error
+    # By path, so that the checker also follows the pointers into the data files.
+    onnx.checker.check_model(path, full_check=True)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -488,6 +521,14 @@ def _provenance(**options: str | int | None) -> Provenance:
     return Provenance(
         created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         tool=f"dflash-export {__version__}",
-        packages={package: importlib.metadata.version(package) for package in _PACKAGES},
+        packages={package: importlib.metadata.version(package) for package in _PACKAGES}
+        | {package: version for package in _OPTIONAL_PACKAGES if (version := _version(package))},
         options=options,
     )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from dflash_rt.errors import VerifyError
 
@@ -83,7 +83,10 @@ class Calibration:
     layers: Mapping[str, LayerCalibration]
 
     def save(self, path: Path) -> None:
-        """Write it to a safetensors file, for whoever wants to compare the codes with the checkpoint."""
+        """Write it to a safetensors file, for whoever wants to compare the codes with the checkpoint.
+
+        Raises OSError when it can't be written, where ``save_file`` has an error of its own.
+        """
         tensors = {}
         for name, layer in self.layers.items():
             tensors[f"{name}.importance"] = layer.importance
@@ -91,7 +94,7 @@ class Calibration:
                 tensors[f"{name}.multiplier"] = layer.multiplier
             if layer.largest is not None:
                 tensors[f"{name}.largest"] = torch.tensor(layer.largest)
-        save_file({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, path)
+        path.write_bytes(save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}))
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

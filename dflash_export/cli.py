@@ -26,7 +26,7 @@ def main() -> None:
 @main.command()
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with the options below.")
 @click.option("--target", metavar="SOURCE", help="Hub id, folder, .gguf file or package:NAME/FILE.")
-@click.option("--drafter", metavar="SOURCE", help="DFlash v1 drafter: hub id or folder.")
+@click.option("--drafter", metavar="SOURCE", help="DFlash or DFlash 2 drafter: hub id or folder.")
 @click.option(
     "-o",
     "--output",
@@ -43,6 +43,11 @@ def main() -> None:
 @click.option("--prefill-chunk", type=_COUNT, metavar="N", help="Prompt rows of one pass, at most.")
 @click.option(
     "--draft-width", type=_COUNT, metavar="N", help="Default rows of a verify pass, anchor included."
+)
+@click.option(
+    "--fused/--no-fused",
+    default=None,
+    help="Hold the target in ONNX Runtime's own operators as well, where they fit it [on].",
 )
 @click.option("--fp8", "quantize", flag_value="fp8", help="The target's linear layers in FP8, inputs too.")
 @click.option("--int8", "quantize", flag_value="int8", help="The same in 8-bit integers (SmoothQuant).")

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dflash_export._checkpoint_files import read_json
-from dflash_export._config_reader import ConfigReader
+from dflash_export._config_reader import ConfigReader, Findings
 from dflash_export._drafter_kind import DFLASH2_KEYS, DrafterKind, drafter_kind
-from dflash_export._rope import normalised_rope
+from dflash_export._rope import normalised_rope, rope_problems
 from dflash_export.sources import Source
-from dflash_rt.errors import CheckpointError, UnsupportedModelError
+from dflash_rt.errors import CheckpointError, ExportError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import Qwen3Config
@@ -30,6 +30,7 @@ __all__ = [
     "load_drafter_config",
     "parse_drafter_config",
     "parse_zlab_config",
+    "read_drafter_config",
 ]
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -262,6 +263,20 @@ def load_drafter_config(source: Source) -> DrafterConfig:
     return parse_drafter_config(read_json(source.path / "config.json"))
 
 
+def read_drafter_config(source: Source) -> tuple[DrafterConfig | None, Findings]:
+    """The same without raising: what could be read, and what is wrong with it.
+
+    The config is of use for what doesn't depend on the names in :attr:`Findings.wrong`; it is None where the
+    file can't be read at all, or is of no kind that is known.
+    """
+    findings = Findings()
+    try:
+        return _parse(read_json(source.path / "config.json"), findings), findings
+    except ExportError as error:
+        findings.add(error)
+        return None, findings
+
+
 def build_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
     """Taps of a drafter that doesn't list them: spread from layer 1 to the third layer from the end.
 
@@ -278,23 +293,42 @@ def parse_drafter_config(raw: Mapping[str, Any]) -> DrafterConfig:
 
     Raises :class:`~dflash_rt.errors.UnsupportedModelError` for another kind of drafter and
     :class:`~dflash_rt.errors.CheckpointError` for values that are missing, of the wrong type, or
-    contradictory. Whether the values fit a target, and one another, is for :mod:`dflash_export.pairing`.
+    contradictory, all of them at once. Whether the values fit a target, and one another, is for
+    :mod:`dflash_export.pairing`.
     """
+    findings = Findings()
+    try:
+        config = _parse(raw, findings)
+    except ExportError as error:  # what it can't go on after
+        findings.add(error)
+        findings.raise_any()
+        raise
+    findings.raise_any()
+    return config
+
+
+def _parse(raw: Mapping[str, Any], findings: Findings) -> DrafterConfig:
     kind = drafter_kind(raw)
     if kind == "speculators":
         from dflash_export.speculators_config import parse_speculators_config
 
-        return parse_speculators_config(raw)
-    return parse_zlab_config(raw, kind)
+        return parse_speculators_config(raw, findings)
+    return parse_zlab_config(raw, kind, findings)
 
 
-def parse_zlab_config(raw: Mapping[str, Any], kind: DrafterKind) -> DrafterConfig:
-    """Read z-lab's format once the kind is known. Raises what :func:`parse_drafter_config` raises."""
+def parse_zlab_config(raw: Mapping[str, Any], kind: DrafterKind, findings: Findings) -> DrafterConfig:
+    """Read z-lab's format once the kind is known, and add to ``findings`` what is wrong with it."""
     is_dflash2 = kind == "dflash-v2"
-    read = ConfigReader(raw, _DFLASH_KEYS | (DFLASH2_KEYS if is_dflash2 else frozenset()))
+    read = ConfigReader(raw, _DFLASH_KEYS | (DFLASH2_KEYS if is_dflash2 else frozenset()), findings)
     layers, heads = read.count("num_hidden_layers"), read.count("num_attention_heads")
     target_layers = read.count("num_target_layers")
+    if (
+        findings.wrong & {"num_hidden_layers", "num_target_layers"}
+        and read.raw("target_layer_ids", None) is None
+    ):
+        findings.wrong.add("target_layer_ids")  # the default would follow from stand-ins
     softcap = read.optional_number("final_logit_softcapping")
+    is_causal = raw.get("is_causal")
     # Values that are absent are Qwen3Config's own defaults: the reference builds its modules from that class.
     config = DrafterConfig(
         hidden_size=read.count("hidden_size"),
@@ -317,8 +351,8 @@ def parse_zlab_config(raw: Mapping[str, Any], kind: DrafterKind) -> DrafterConfi
         layer_types=_layer_types(read, layers),
         sliding_window=_sliding_window(read),
         # The reference reads this one at the top level only; _check_causality compares the other spellings.
-        is_causal=raw.get("is_causal"),
-        rope_parameters=normalised_rope(raw, read.count("max_position_embeddings", 32768)),
+        is_causal=is_causal if type(is_causal) is bool else None,
+        rope_parameters=_rope(raw, read.count("max_position_embeddings", 32768), findings),
         input_embedding_scale=read.number("input_embedding_scale", 1.0),
         output_multiplier=read.number("output_multiplier", 1.0),
         # The reference applies the cap only where it is above zero.
@@ -345,13 +379,31 @@ def _layer_types(read: ConfigReader, layers: int) -> tuple[str, ...]:
         first = layers if _sliding_window(read) is None else read.index("max_window_layers", 28)
         return tuple(_LAYER_TYPES[layer >= first] for layer in range(layers))
     if not isinstance(kinds, list) or any(kind not in _LAYER_TYPES for kind in kinds):
-        raise UnsupportedModelError(
+        error = UnsupportedModelError(
             "the drafter has layers of a kind that isn't supported",
             found=repr(kinds),
             expected=f"a list of {' and '.join(_LAYER_TYPES)}",
             todo="use a drafter that has only these",
         )
+        read.findings.add(error, "layer_types")
+        return (_LAYER_TYPES[0],) * layers
     return tuple(kinds)
+
+
+def _rope(raw: Mapping[str, Any], positions: int, findings: Findings) -> dict[str, Any]:
+    try:
+        rope = normalised_rope(raw, positions)
+        errors: list[ExportError] = [
+            UnsupportedModelError(
+                problem.what, found=problem.found, expected=problem.expected, todo=problem.todo
+            )
+            for problem in rope_problems(rope, "drafter")
+        ]
+    except CheckpointError as contradiction:
+        errors = [contradiction]
+    for error in errors:
+        findings.add(error, "rope_parameters")
+    return {"rope_type": "default", "rope_theta": 10000.0} if errors else rope
 
 
 def _check_causality(read: ConfigReader, config: DrafterConfig) -> None:
@@ -360,10 +412,12 @@ def _check_causality(read: ConfigReader, config: DrafterConfig) -> None:
     """
     for name in ("is_causal", "causal"):
         value = read.optional_flag(name)
-        if value is not None and set(config.layer_is_causal) != {value}:
-            raise CheckpointError(
+        unknown = read.findings.wrong & {"is_causal", "causal", "layer_types", "num_hidden_layers"}
+        if value is not None and not unknown and set(config.layer_is_causal) != {value}:
+            error = CheckpointError(
                 f"{name} contradicts what the reference implementation does with this file",
                 found=f"{name} {value}, and per layer {config.layer_is_causal} in the reference",
                 expected="the same for all layers: the reference reads only a top-level is_causal",
                 todo="set is_causal at the top level of config.json to what the drafter was trained with",
             )
+            read.findings.add(error, name)

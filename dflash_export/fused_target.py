@@ -13,17 +13,19 @@ counts: engines are built from it, and every other backend runs it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from .graph_passes import TracedGraph
 from .head_layout import int64_constant, only_reader
 
 __all__ = ["fuse_target"]
+
+_LOG = logging.getLogger("dflash_export")
 
 _DOMAIN = "com.microsoft"
 _HEAD_DIMS = 16  # GroupQueryAttention rotates heads of a multiple of so many only
@@ -48,7 +50,7 @@ def fuse_target(target: TracedGraph, rows: int) -> ir.Model | None:
     They can for fp32 layers that see all rows before their own, whose q, k and v are joined and not normed,
     and whose heads have a multiple of 16 numbers. The sines and cosines of ``rows`` positions become
     constants of the copy, and no run may go beyond them. The initializers of ``target`` must point at their
-    data.
+    data. Without onnxruntime, which computes those constants, there is no copy, and the log says so.
     """
     model = target.model.clone()
     graph = model.graph
@@ -128,8 +130,16 @@ def _reader(node: ir.Node, op_type: str) -> ir.Node:
 def _tables(model: ir.Model, rotary: tuple[ir.Value, ir.Value], rows: int) -> list[np.ndarray]:
     """Cosines and sines ``[rows, head_dim / 2]``, as the graph itself computes them.
 
-    Raises _OtherFormError if they depend on anything but the position.
+    Raises _OtherFormError if they depend on anything but the position, or if nothing can run that part.
     """
+    try:
+        # There is none with opset 24 for Python 3.10, where exports work all the same.
+        import onnxruntime as ort
+    except ImportError:
+        _LOG.warning(
+            "onnxruntime isn't installed: the bundle gets no target.fused.onnx, all else is the same"
+        )
+        raise _OtherFormError from None
     inputs = {value.name: value for value in model.graph.inputs}
     try:
         part = ir.convenience.extract(

@@ -6,12 +6,13 @@ a target that says its head is tied and stores one all the same: then the two ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dflash_export._config_reader import Findings
 from dflash_export._draft_vocabulary import MAPPING, mapping_problems
 from dflash_export._rope import rope_problems
 from dflash_export._target_checks import activation_problems
@@ -26,6 +27,25 @@ if TYPE_CHECKING:
 
 __all__ = ["check_pair", "require_pair"]
 
+# What the shapes of a drafter's tensors follow from.
+_SHAPES_FROM = frozenset(
+    {
+        "attention_bias",
+        "conv_group_size",
+        "conv_kernel_size",
+        "draft_vocab_size",
+        "head_dim",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "selector_rank",
+        "target_layer_ids",
+        "vocab_size",
+    }
+)
+
 
 def check_pair(
     target_config: PreTrainedConfig,
@@ -37,34 +57,41 @@ def check_pair(
     tokenizer_size: int | None = None,
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    findings: Findings | None = None,
 ) -> list[Problem]:
     """Everything that is wrong with this pair; empty when it can be exported.
 
     ``max_seq_len`` is the limit in tokens, prompt and output together. ``tokenizer_size`` is the tokenizer's
     highest id plus 1, ``None`` without one. ``chat_template_kwargs`` are those that the bundle will render
-    its template with. Raises :class:`~dflash_rt.errors.CheckpointError` only when a file can't be read.
+    its template with. ``findings`` are what is wrong with the drafter's config.json: they come first, and
+    nothing is said about values that others stand in for. Raises
+    :class:`~dflash_rt.errors.CheckpointError` only when a file can't be read.
     """
     problems = check_target(target_config)
     if problems:
         return problems  # its sizes mean nothing then
     target = target_facts(target_config)
+    findings = findings or Findings()
+    wrong = findings.wrong
     # The block is embedded by the drafter where it has an embedding of its own.
     size = (target.vocab_size, target.hidden_size)
     embedding = _Rows(target_weights, EMBEDDING, size)
     if drafter.draft_vocab_size is not None:
         embedding = _Rows(drafter_weights, "embed_tokens.weight", size)
-    return [
-        *_size_problems(target, drafter),
-        *_tap_problems(target, drafter),
-        *_draft_problems(drafter),
+    problems = [
+        *(error.problem for error in findings.errors),
+        *_size_problems(target, drafter, wrong),
+        *([] if "target_layer_ids" in wrong else _tap_problems(target, drafter)),
+        *_draft_problems(drafter, wrong),
         *_length_problems(target, drafter, max_seq_len),
         *_tokenizer_problems(target, tokenizer_size),
-        *_mask_problems(target, embedding, drafter, tokenizer_size),
+        *([] if "mask_token_id" in wrong else _mask_problems(target, embedding, drafter, tokenizer_size)),
         *_template_problems(chat_template, chat_template_kwargs or {}),
-        *tensor_problems("drafter", drafter.tensor_shapes(), drafter_weights, MAPPING),
-        *mapping_problems(drafter, drafter_weights),
-        *target_tensor_problems(target_config, target_weights),
     ]
+    if not wrong & _SHAPES_FROM:
+        problems += tensor_problems("drafter", drafter.tensor_shapes(), drafter_weights, MAPPING)
+        problems += mapping_problems(drafter, drafter_weights)
+    return [*problems, *target_tensor_problems(target_config, target_weights)]
 
 
 def require_pair(
@@ -77,8 +104,12 @@ def require_pair(
     tokenizer_size: int | None = None,
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    findings: Findings | None = None,
 ) -> None:
-    """Raise :class:`~dflash_rt.errors.PairError` with everything that :func:`check_pair` finds."""
+    """Raise :class:`~dflash_rt.errors.PairError` with everything that :func:`check_pair` finds.
+
+    If that is a single error of the drafter's config.json, it is raised as it is.
+    """
     problems = check_pair(
         target_config,
         target_weights,
@@ -88,20 +119,23 @@ def require_pair(
         tokenizer_size=tokenizer_size,
         chat_template=chat_template,
         chat_template_kwargs=chat_template_kwargs,
+        findings=findings,
     )
+    if findings is not None and len(problems) == len(findings.errors) == 1:
+        raise findings.errors[0]
     if problems:
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise PairError(f"this target and drafter can't be exported together: {count}", problems)
 
 
-def _size_problems(target: TargetFacts, drafter: DrafterConfig) -> list[Problem]:
+def _size_problems(target: TargetFacts, drafter: DrafterConfig, wrong: Set[str]) -> list[Problem]:
     problems = []
     for what, name, found, expected in (
         ("hidden size", "hidden_size", drafter.hidden_size, target.hidden_size),
         ("vocabulary", "vocab_size", drafter.vocab_size, target.vocab_size),
         ("number of target layers", "num_target_layers", drafter.num_target_layers, target.num_layers),
     ):
-        if found is not None and found != expected:
+        if found is not None and found != expected and name not in wrong:
             problems.append(
                 Problem(
                     f"the drafter was made for a target with another {what}",
@@ -148,28 +182,31 @@ def _tap_problems(target: TargetFacts, drafter: DrafterConfig) -> list[Problem]:
     return problems
 
 
-def _draft_problems(drafter: DrafterConfig) -> list[Problem]:
+def _draft_problems(drafter: DrafterConfig, wrong: Set[str]) -> list[Problem]:
     todo = "use the config.json that was published with the drafter"
     problems = rope_problems(drafter.rope_parameters, "drafter")
     problems += activation_problems(drafter.hidden_act, "drafter")
-    if drafter.block_size < 2:
+    if drafter.block_size < 2 and "block_size" not in wrong:
         found, expected = f"block_size {drafter.block_size}", "2 or more: the anchor and at least one draft"
         problems.append(Problem("the drafter drafts nothing", found, expected, todo))
-    if len(drafter.layer_types) != drafter.num_layers:
+    if len(drafter.layer_types) != drafter.num_layers and "num_hidden_layers" not in wrong:
         found = f"{len(drafter.layer_types)} layer_types for {drafter.num_layers} layers"
         problems.append(Problem("the drafter's layer_types don't fit", found, "one for each layer", todo))
-    if drafter.sliding_window is None and "sliding_attention" in drafter.layer_types:
+    slides = "sliding_attention" in drafter.layer_types
+    if drafter.sliding_window is None and slides and not wrong & {"use_sliding_window", "sliding_window"}:
         # Qwen3Config drops the window when use_sliding_window is false; the reference's loop then fails.
         found, expected = (
             "sliding_attention layers, no window",
             "use_sliding_window true, sliding_window in rows",
         )
         problems.append(Problem("the drafter's sliding layers have no window", found, expected, todo))
-    if drafter.num_attention_heads % drafter.num_key_value_heads:
+    heads_known = not wrong & {"num_attention_heads", "num_key_value_heads"}
+    if heads_known and drafter.num_attention_heads % drafter.num_key_value_heads:
         found = f"{drafter.num_attention_heads} heads, {drafter.num_key_value_heads} key/value heads"
         problems.append(Problem("the drafter's heads don't fit together", found, "a multiple", todo))
-    problems += _dflash2_problems(drafter)
-    if drafter.head_dim % 2:
+    if not wrong & {"hidden_size", "vocab_size", "conv_group_size", "selector_top_k"}:
+        problems += _dflash2_problems(drafter)
+    if drafter.head_dim % 2 and "head_dim" not in wrong:
         found = f"head_dim {drafter.head_dim}"
         problems.append(Problem("the drafter's head size can't be rotated", found, "an even number", todo))
     return problems

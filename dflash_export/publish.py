@@ -26,7 +26,7 @@ def check_output(output: Path, *, force: bool) -> None:
     """Refuse an output that can't become a bundle.
 
     Raises:
-        OutputError: it exists and ``force`` isn't given, or it exists and isn't a bundle.
+        OutputError: it exists and ``force`` isn't given, or it exists and isn't a bundle, or can't be read.
     """
     if not os.path.lexists(output):
         return
@@ -37,8 +37,17 @@ def check_output(output: Path, *, force: bool) -> None:
             expected="a path where nothing is yet",
             todo="choose another output, or pass --force to replace a bundle",
         )
-    replaceable = output.is_dir() and not output.is_symlink()
-    if not replaceable or (any(output.iterdir()) and not (output / MANIFEST_NAME).is_file()):
+    try:
+        replaceable = output.is_dir() and not output.is_symlink()
+        is_other = not replaceable or (any(output.iterdir()) and not (output / MANIFEST_NAME).is_file())
+    except OSError as error:
+        raise OutputError(
+            f"--force won't replace {output}",
+            found=f"a folder that can't be looked into: {error.strerror or error}",
+            expected="a bundle or an empty folder",
+            todo="mend the permissions, choose another output, or move what is there away yourself",
+        ) from error
+    if is_other:
         raise OutputError(
             f"--force won't replace {output}",
             found="something that is not a bundle",
@@ -134,7 +143,11 @@ def _moved(folder: Path, output: Path) -> bool:
 def _replace(folder: Path, output: Path) -> None:
     """Put ``folder`` in the place of ``output`` in two steps, where there is no way to do it in one."""
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-    os.rename(output, aside / "bundle")
+    try:
+        os.rename(output, aside / "bundle")
+    except OSError:
+        aside.rmdir()
+        raise
     try:
         os.rename(folder, output)
     except OSError:

@@ -40,6 +40,7 @@ class Recipe:
     max_seq_len: int | None = None
     prefill_chunk: int | None = None
     draft_width: int | None = None
+    fused: bool | None = None
     quantize: Quantize | None = None
     quantize_block: int | None = None
     quantize_head: bool | Literal["int8", "int4"] | None = None
@@ -271,6 +272,7 @@ _RULES: dict[str, tuple[Callable[[object], bool], str, str]] = {
     "max_seq_len": _COUNT,
     "prefill_chunk": _COUNT,
     "draft_width": _COUNT,
+    "fused": _FLAG,
     "quantize": (_is_scheme, ", ".join(get_args(Quantize)), "choose one of them"),
     "quantize_block": (_is_block_size, "16, 32, 64, 128 or 256", "choose one of them"),
     "quantize_head": (_is_head, "int8, int4, true (int8) or false", "choose one of them"),

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dflash_export._checkpoint_files import INDEX_FILE, PICKLES, SINGLE_FILE, safetensors_files, sha256_of
+from dflash_export._checkpoint_files import (
+    INDEX_FILE,
+    PICKLES,
+    SINGLE_FILE,
+    is_file,
+    safetensors_files,
+    sha256_of,
+)
 from dflash_rt.errors import CheckpointError, SourceError
 from dflash_rt.manifest import FileRecord
 
@@ -67,7 +74,7 @@ class Source:
         """Names of every file that an export may read, sorted."""
         if self.kind == "gguf":
             return (self.path.name,)
-        present = [name for name in (*_METADATA_FILES, INDEX_FILE) if (self.path / name).is_file()]
+        present = [name for name in (*_METADATA_FILES, INDEX_FILE) if is_file(self.path / name)]
         return tuple(sorted({*present, *self.weight_files()}))
 
     def files(self) -> dict[str, FileRecord]:
@@ -113,8 +120,18 @@ def _resolve(spec: str | os.PathLike[str], revision: str | None, *, role: str, a
             expected="a folder, a hub id org/name" + (", or a .gguf file" if allow_gguf else ""),
             todo=f"name the {role}",
         )
-    path = Path(text).expanduser()
-    if path.exists():
+    path = Path(text)
+    try:
+        path = path.expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:  # no permission, a name that is too long; a user without a home
+        raise SourceError(
+            f"the {role} can't be looked for",
+            found=f"{text!r:.200}: {getattr(error, 'strerror', None) or error}",
+            expected="a path that you may read, or a hub id of the form org/name",
+            todo="check the spelling and the permissions of the folders on the way",
+        ) from error
+    if exists:
         source = _local(path, role=role, allow_gguf=allow_gguf)
         if revision is not None:
             raise SourceError(

@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Mapping, Set
 from typing import Any
 
-from dflash_export._config_reader import ConfigReader
+from dflash_export._config_reader import ConfigReader, Findings
 from dflash_export.drafter_config import DrafterConfig, parse_zlab_config
 from dflash_rt.errors import CheckpointError, UnsupportedModelError
 
@@ -47,18 +47,20 @@ _LAYER_KEYS = frozenset({"_attn_implementation", "auto_map", "rope_scaling", "ro
 _TOP_KEYS = frozenset({"auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype"})
 
 
-def parse_speculators_config(raw: Mapping[str, Any]) -> DrafterConfig:
+def parse_speculators_config(raw: Mapping[str, Any], findings: Findings) -> DrafterConfig:
     """Read the object of a config.json with ``speculators_model_type: dflash``.
 
+    Values that are wrong are added to ``findings``.
+
     Raises:
-        CheckpointError: a value is missing, of the wrong type, or contradictory.
+        CheckpointError: keys that aren't known, or no layers.
         UnsupportedModelError: the drafter would not be exported faithfully.
     """
     from transformers import PreTrainedConfig
 
     known = _OWN_KEYS | _TOP_KEYS | set(PreTrainedConfig().to_dict())
     _refuse_unknown("the drafter's config.json", raw, known)
-    read = ConfigReader({**_DEFAULTS, **raw}, frozenset())
+    read = ConfigReader({**_DEFAULTS, **raw}, frozenset(), findings)
     layers = _layer_config(read)
     _check_proposals(read)
     samples_from_anchor = read.flag("sample_from_anchor")
@@ -73,15 +75,17 @@ def parse_speculators_config(raw: Mapping[str, Any]) -> DrafterConfig:
             "is_causal": False if read.flag("sliding_window_non_causal") else None,
         },
         "speculators",
+        findings,
     )
     width = read.raw("target_hidden_size")
-    if width is not None and width != body.hidden_size:
-        raise UnsupportedModelError(
+    if width is not None and width != body.hidden_size and "hidden_size" not in findings.wrong:
+        error = UnsupportedModelError(
             "the drafter is of another width than its target",
             found=f"target_hidden_size {width!r}, hidden_size {body.hidden_size}",
             expected="the same",
             todo="use a drafter that is as wide as its target",
         )
+        findings.add(error, "target_hidden_size")
     return dataclasses.replace(
         body,
         num_target_layers=None,
@@ -96,6 +100,8 @@ def _layer_config(read: ConfigReader) -> dict[str, Any]:
     from transformers import Qwen3Config
 
     layers = read.raw("transformer_layer_config")
+    if "transformer_layer_config" in read.findings.wrong:
+        raise read.findings.errors.pop()  # without layers there is nothing more to read
     if not isinstance(layers, Mapping):
         raise CheckpointError(
             "transformer_layer_config in the drafter's config.json is wrong",
@@ -125,13 +131,18 @@ def _with_theta(layers: Mapping[str, Any]) -> dict[str, Any]:
 
 def _feature_layers(read: ConfigReader) -> tuple[int, ...]:
     ids = read.indices("aux_hidden_state_layer_ids", ())
+    if not ids:
+        read.findings.wrong.add("target_layer_ids")
+        return (0,)
     if 0 in ids:
-        raise UnsupportedModelError(
+        error = UnsupportedModelError(
             "the drafter taps the target's embedding",
             found=f"aux_hidden_state_layer_ids {list(ids)}, of which 0 is the embedding",
             expected="ids from 1: the output of the first layer",
             todo="use a drafter that taps layers only",
         )
+        read.findings.add(error, "target_layer_ids")
+        return (0,)
     return tuple(layer - 1 for layer in ids)
 
 

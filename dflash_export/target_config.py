@@ -7,10 +7,12 @@ plain floats.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dflash_export._checkpoint_files import read_json
+from dflash_export._checkpoint_files import is_file, read_json
 from dflash_export._target_checks import (
     SUPPORTED_FAMILIES,
     config_problems,
@@ -36,6 +38,37 @@ __all__ = [
     "stop_token_ids",
     "target_facts",
 ]
+
+_LOG = logging.getLogger("dflash_export")
+
+# Settings of transformers' generate() that would choose other tokens and that the runtime doesn't have, each
+# with the values that change nothing; None never does. The second lot counts only where tokens are sampled.
+_NOT_TAKEN: Mapping[str, tuple[object, ...]] = {
+    "bad_words_ids": ([],),
+    "begin_suppress_tokens": ([],),
+    "diversity_penalty": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "sequence_bias": ({}, []),
+    "stop_strings": ([], ""),
+    "suppress_tokens": ([],),
+}
+_NOT_TAKEN_SAMPLED: Mapping[str, tuple[object, ...]] = {
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "top_h": (),
+    "typical_p": (1,),
+}
 
 
 @dataclass(frozen=True)
@@ -127,11 +160,13 @@ def sampling_defaults(source: Source) -> SamplingDefaults:
 
     As in transformers, temperature and truncation count only with ``do_sample``, and the repetition penalty
     always. A key that is missing or null changes nothing: ``top_k`` too, where transformers 4 put 50. Other
-    ways of sampling (``typical_p``, ``epsilon_cutoff`` and so on) are not taken over.
+    ways of choosing (``num_beams``, ``suppress_tokens``, ``typical_p`` and so on) are not taken over: the log
+    gets a warning for each that the file sets.
 
     Raises :class:`~dflash_rt.errors.CheckpointError` when a value is out of range.
     """
     generation = _generation_config(source)
+    _warn_of_the_rest(generation)
     sampled = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     names = ["repetition_penalty", *(sampled if generation.get("do_sample") is True else ())]
     found = {name: generation[name] for name in names if generation.get(name) is not None}
@@ -154,11 +189,24 @@ def sampling_defaults(source: Source) -> SamplingDefaults:
     )
 
 
+def _warn_of_the_rest(generation: Mapping[str, Any]) -> None:
+    keys = {**_NOT_TAKEN, **(_NOT_TAKEN_SAMPLED if generation.get("do_sample") is True else {})}
+    for key, neutral in keys.items():
+        value = generation.get(key)
+        if value is not None and value not in neutral:
+            _LOG.warning(
+                "generation_config.json sets %s to %.100r, which the bundle doesn't take over: "
+                "transformers' generate() may choose other tokens because of it",
+                key,
+                value,
+            )
+
+
 def _generation_config(source: Source) -> dict[str, Any]:
     """generation_config.json, or an empty object."""
     path = source.folder / "generation_config.json"
     # A .gguf file may lie in any folder, so files beside it say nothing about it.
-    return read_json(path) if source.kind != "gguf" and path.is_file() else {}
+    return read_json(path) if source.kind != "gguf" and is_file(path) else {}
 
 
 def _config_from_gguf(source: Source) -> PreTrainedConfig:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_export._checkpoint_files import read_json
+from dflash_export._checkpoint_files import is_file, read_bytes, read_json
 from dflash_export.sources import Source
 from dflash_rt.errors import CheckpointError, SourceError
 
@@ -44,8 +43,10 @@ def export_tokenizer(source: Source, folder: Path) -> TokenizerFiles | None:
     """
     if source.kind == "gguf":
         return _from_transformers(source, folder, {"gguf_file": source.path.name})
-    if (source.path / TOKENIZER_FILE).is_file():
-        shutil.copyfile(source.path / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+    if is_file(source.path / TOKENIZER_FILE):
+        # Read and written apart, so that an error says which of the two failed.
+        content = read_bytes(source.path / TOKENIZER_FILE)
+        (folder / TOKENIZER_FILE).write_bytes(content)
         settings = _settings(source.path)
         return _finish(
             folder,
@@ -53,7 +54,7 @@ def export_tokenizer(source: Source, folder: Path) -> TokenizerFiles | None:
             eos_token=_token_text(settings, "eos_token"),
             chat_template=_chat_template(source.path, settings),
         )
-    if any((source.path / name).is_file() for name in _CONVERTIBLE):
+    if any(is_file(source.path / name) for name in _CONVERTIBLE):
         return _from_transformers(source, folder, {"local_files_only": True})
     return None
 
@@ -73,7 +74,8 @@ def _from_transformers(source: Source, folder: Path, extra: Mapping[str, Any]) -
             todo=f"install the package that the error names, or put a {TOKENIZER_FILE} beside config.json "
             "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one)",
         ) from error
-    backend.save(str(folder / TOKENIZER_FILE))
+    # Not its save(), which raises a bare Exception when the disk is full.
+    (folder / TOKENIZER_FILE).write_text(backend.to_str(pretty=True), encoding="utf-8", newline="")
     template = tokenizer.chat_template
     return _finish(
         folder,
@@ -119,7 +121,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     """``tokenizer_config.json`` over the older ``special_tokens_map.json``."""
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
+        if is_file(folder / name):
             settings.update(read_json(folder / name))
     return settings
 
@@ -141,9 +143,9 @@ def _token_text(settings: Mapping[str, Any], name: str) -> str | None:
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """A file of its own wins over the setting, as in transformers."""
     path = folder / CHAT_TEMPLATE_FILE
-    if path.is_file():
+    if is_file(path):
         try:
-            return path.read_bytes().decode("utf-8")
+            return read_bytes(path).decode("utf-8")
         except UnicodeDecodeError as error:
             raise CheckpointError(
                 f"{CHAT_TEMPLATE_FILE} is not UTF-8",
@@ -152,7 +154,7 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
                 todo="download the file again",
             ) from error
     template = settings.get("chat_template")
-    if template is None and (folder / "chat_template.json").is_file():
+    if template is None and is_file(folder / "chat_template.json"):
         template = read_json(folder / "chat_template.json").get("chat_template")
     return None if template is None else _pick_template(template, folder.name)
 

@@ -454,11 +454,11 @@ def test_generate_chat_options(smollm2_bundle: Bundle) -> None:
         return parsed
 
     chat = answer("--chat")
-    assert chat["stats"]["draft_width"] == 4
+    assert chat["stats"]["draft_width"] == 8
     plain = answer("--chat", "--no-draft")
     assert plain["stats"]["draft_width"] == 1
     assert plain["token_ids"] == chat["token_ids"]
-    assert answer("--chat", "--draft-width", "8")["stats"]["draft_width"] == 8
+    assert answer("--chat", "--draft-width", "4")["stats"]["draft_width"] == 4
     assert (
         answer("--chat", "--system", "Be rude.")["stats"]["prompt_tokens"] != chat["stats"]["prompt_tokens"]
     )

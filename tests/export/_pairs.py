@@ -248,13 +248,18 @@ def run_loop(
 class Graphs:
     """The graphs of a bundle, run one by one over caches that belong to the test."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, *, fused: bool = False) -> None:
         self.manifest = bundle.manifest
+        paths = {name: bundle.graph_path(name) for name in self.manifest.graphs}
+        if fused:
+            path = bundle.fused_path("target")
+            assert path is not None
+            paths["target"] = path
         options = ort.SessionOptions()
         options.log_severity_level = 3  # TensorScatter copies here, and says so
         self.sessions = {
-            name: ort.InferenceSession(bundle.graph_path(name), options, providers=["CPUExecutionProvider"])
-            for name in self.manifest.graphs
+            name: ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            for name, path in paths.items()
         }
 
     def junk_caches(self, graph: str, batch: int, capacity: int) -> dict[str, Array]:

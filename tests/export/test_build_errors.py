@@ -5,6 +5,8 @@ The cases go through ``build`` itself, so that they also show that every check i
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dflash_export import build
+from dflash_export._safetensors import SafetensorsWeights
 from dflash_rt.errors import (
     CheckpointError,
     DFlashError,
@@ -31,6 +34,7 @@ from dflash_rt.errors import (
 
 from ._pairs import TargetSpec, drafter_config, make_drafter, make_target
 from ._pairs import build as build_again
+from ._permissions import as_any_user
 from .pair_maker import byte_tokenizer
 
 SPEC = TargetSpec("qwen3", layers=2, tied=False, vocab=300)
@@ -137,6 +141,12 @@ def test_a_width_beyond_the_block(pair: Path) -> None:
     refuse(pair, RecipeError, "draft_width", "found: 5", "block_size, 4", draft_width=5)
 
 
+@pytest.mark.parametrize(("max_seq_len", "limit"), [(64, 64), (None, 1024)])
+def test_pieces_longer_than_any_prompt(pair: Path, max_seq_len: int | None, limit: int) -> None:
+    options = {"max_seq_len": max_seq_len, "prefill_chunk": limit + 1}
+    refuse(pair, RecipeError, "prefill_chunk", f"found: {limit + 1}", f"max_seq_len, {limit}", **options)
+
+
 def test_an_output_whose_name_can_not_be_recorded(pair: Path) -> None:
     refuse(pair, RecipeError, "pass a name", output=pair.parent / "outputs" / "a\x1bb")
 
@@ -196,11 +206,23 @@ def test_an_output_whose_name_is_too_long(pair: Path) -> None:
     refuse(pair, OutputError, "can't write the bundle", output=pair.parent / "outputs" / ("x" * 250))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_an_output_in_a_read_only_folder(pair: Path) -> None:
     folder = pair.parent / "read only"
     folder.mkdir(mode=0o500)
-    refuse(pair, OutputError, "mend the permissions", output=folder / "bundle")
+    with as_any_user():
+        refuse(pair, OutputError, "mend the permissions", output=folder / "bundle")
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o400, 0o100])
+def test_force_on_a_folder_that_can_not_be_looked_into(pair: Path, mode: int) -> None:
+    output = pair.parent / "outputs" / "bundle"
+    output.mkdir(parents=True)
+    (output / "letters.txt").write_text("precious")
+    output.chmod(mode)
+    with as_any_user():
+        refuse(pair, OutputError, "won't replace", "Permission denied", force=True)
+    output.chmod(0o700)
+    assert (output / "letters.txt").read_text() == "precious"
 
 
 # --- Sources ---
@@ -228,7 +250,42 @@ def test_wrong_sources(pair: Path, case: str) -> None:
 
 
 def test_target_and_drafter_swapped(pair: Path) -> None:
-    refuse(pair, UnsupportedModelError, target=pair / "drafter", drafter=pair / "target")
+    words = ("isn't the plain language model", "this is not a DFlash drafter", "weren't swapped")
+    refuse(pair, PairError, *words, target=pair / "drafter", drafter=pair / "target")
+
+
+@pytest.mark.parametrize("side", ["target", "drafter"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "."])
+def test_files_that_may_not_be_read(pair: Path, side: str, name: str) -> None:
+    (pair / side / name).chmod(0)
+    with as_any_user():
+        refuse(pair, CheckpointError, "Permission denied")
+    (pair / side / name).chmod(0o700)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])
+def test_small_files_that_may_not_be_read(pair: Path, name: str) -> None:
+    """The tokenizer is read when the bundle's folder is there already: it is the model that can't be read."""
+    (pair / "target" / name).touch()
+    (pair / "target" / name).chmod(0)
+    with as_any_user():
+        refuse(pair, CheckpointError, name, "Permission denied")
+
+
+def test_a_disk_that_fails_under_the_checkpoint(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of writing the weights; the advice isn't about the bundle's disk."""
+    real = SafetensorsWeights._file
+
+    class Failing(io.BufferedReader):
+        def readinto(self, buffer: Any) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def failing(weights: SafetensorsWeights, name: str) -> io.BufferedReader:
+        return Failing(real(weights, name).raw)
+
+    monkeypatch.setattr(SafetensorsWeights, "_file", failing)
+    text = refuse(pair, CheckpointError, "model.safetensors of a model can't be read", "Input/output error")
+    assert "bundle" not in text.replace(str(pair), "")
 
 
 # --- Files ---
@@ -462,6 +519,38 @@ def test_every_problem_of_a_pair_is_reported_at_once(pair: Path) -> None:
     )
     text = refuse(pair, PairError, "num_target_layers = 9", "vocab_size = 301", "[5, 5]", "twice")
     assert text.count("what to do: ") >= 4
+
+
+def test_problems_of_the_config_and_of_the_pair_are_reported_together(pair: Path) -> None:
+    """And none that follows only from what stands in for a value that can't be used."""
+    edit_config(
+        pair / "drafter",
+        dflash_config={"block_size": None, "mask_token_id": -1},
+        layer_types=["x", "y"],
+        hidden_size=48,
+        vocab_size=301,
+        rope_parameters={"rope_type": "linear"},
+    )
+    text = refuse(
+        pair,
+        PairError,
+        "block_size in the drafter's config.json is wrong",
+        "mask_token_id in the drafter's config.json is wrong",
+        "['x', 'y']",
+        "factor = None",
+        "hidden_size = 48",
+        "vocab_size = 301",
+        "fc.weight [32, 64]",
+        draft_width=3,
+    )
+    assert text.count("found: ") == text.count("expected: ") == text.count("what to do: ")
+    assert [word for word in ("drafts nothing", "the mask token", "don't fit") if word in text] == []
+
+
+def test_problems_of_both_configs_are_reported_together(pair: Path) -> None:
+    edit_config(pair / "target", num_key_value_heads=3)
+    edit_config(pair / "drafter", dflash_config={"block_size": None}, hidden_act=3)
+    refuse(pair, PairError, "query heads", "block_size", "hidden_act")
 
 
 # --- Noticed only when the weights are read ---

@@ -58,19 +58,37 @@ MORE_TARGETS = {
         "qwen2", more={"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
     ),
     "qwen3, attention bias": TargetSpec("qwen3", more={"attention_bias": True}),
-    "llama, all biases": TargetSpec("smollm2", more={"attention_bias": True, "mlp_bias": True}),
-    "mistral, no window": TargetSpec("mistral", more={"sliding_window": None}),
+    "llama, all biases": TargetSpec("smollm2", head_dim=16, more={"attention_bias": True, "mlp_bias": True}),
+    "mistral, no window": TargetSpec(
+        "mistral", tied=False, heads=6, head_dim=16, more={"sliding_window": None}
+    ),
     "moe, dense layers between": TargetSpec(
         "qwen3_moe", more={"decoder_sparse_step": 2, "norm_topk_prob": False, "num_experts_per_tok": 3}
     ),
     "qwen3, yarn": TargetSpec("qwen3", more={"rope_parameters": YARN_ROPE}),
-    "llama, linear rope": TargetSpec("smollm2", more={"rope_parameters": LINEAR_ROPE}),
+    "llama, linear rope": TargetSpec("smollm2", head_dim=16, more={"rope_parameters": LINEAR_ROPE}),
     "mistral, yarn with factors": TargetSpec(
         "mistral",
-        more={"rope_parameters": {**YARN_ROPE, "attention_factor": 0.7, "beta_fast": 16.0, "beta_slow": 2.0}},
+        head_dim=16,
+        more={
+            "sliding_window": None,
+            "rope_parameters": {**YARN_ROPE, "attention_factor": 0.7, "beta_fast": 16.0, "beta_slow": 2.0},
+        },
     ),
-    "smollm2, ratio 8": TargetSpec("smollm2", **SHAPES["untied, ratio 8"]),
+    "smollm2, ratio 8": TargetSpec("smollm2", **{**SHAPES["untied, ratio 8"], "head_dim": 32}),
+    "llama3, heads of 16": TargetSpec("llama3", head_dim=16),
+    "qwen2, heads of 16": TargetSpec("qwen2", heads=2, kv_heads=2),
 }
+# Those that have a fused form, which is run too.
+FUSED = (
+    "llama, all biases",
+    "mistral, no window",
+    "llama, linear rope",
+    "mistral, yarn with factors",
+    "smollm2, ratio 8",
+    "llama3, heads of 16",
+    "qwen2, heads of 16",
+)
 TARGETS = {
     **{
         f"{family}, {shape}": TargetSpec(family, **SHAPES[shape])
@@ -113,24 +131,29 @@ def test_target(name: str, tmp_path: Path) -> None:
     taps = (spec.layers - 1, 0)  # the last layer's output is tapped after the final norm
     raw = drafter_config(spec, layers=1, dflash_config={"target_layer_ids": list(taps)})
     make_drafter(tmp_path / "drafter", raw)
-    graphs = Graphs(build(tmp_path / "target", tmp_path / "drafter", tmp_path / "bundle"))
+    bundle = build(tmp_path / "target", tmp_path / "drafter", tmp_path / "bundle")
+    assert (bundle.fused_path("target") is not None) == (name in FUSED)
     token_ids = np.random.default_rng(0).integers(0, spec.vocab, (2, 40))
     logits, features = torch_states(model, token_ids, taps)
     assert logits.std() > 0.1  # or nearly anything would pass
 
     # One sequence, in pieces, over caches that grow twice.
-    caches = graphs.junk_caches("target", 1, FIRST_CAPACITY)
-    for start, count in pieces(40):
-        capacity = next(iter(caches.values())).shape[2]
-        if start + count > capacity:
-            graphs.grow(caches, max(2 * capacity, start + count))
-        out = graphs.target(caches, token_ids[:1, start : start + count], np.array([start]))
-        rows = slice(start, start + count)
-        assert largest_difference(out["logits"], logits[:1, rows]) < TOLERANCE
-        assert largest_difference(out["features"], features[:1, rows]) < TOLERANCE
-        assert (out["token_ids"] == out["logits"].argmax(-1)).all()
+    for fused in (False, True) if name in FUSED else (False,):
+        graphs = Graphs(bundle, fused=fused)
+        caches = graphs.junk_caches("target", 1, FIRST_CAPACITY)
+        for start, count in pieces(40):
+            capacity = next(iter(caches.values())).shape[2]
+            if start + count > capacity:
+                graphs.grow(caches, max(2 * capacity, start + count))
+            out = graphs.target(caches, token_ids[:1, start : start + count], np.array([start]))
+            rows = slice(start, start + count)
+            assert largest_difference(out["logits"], logits[:1, rows]) < TOLERANCE, f"fused: {fused}"
+            assert largest_difference(out["features"], features[:1, rows]) < TOLERANCE, f"fused: {fused}"
+            assert (out["token_ids"] == out["logits"].argmax(-1)).all()
 
-    # Two sequences at places of their own. The second is set back after each call, as after rejections.
+    # Two sequences at places of their own, which the fused form doesn't take. The second is set back after
+    # each call, as after rejections.
+    graphs = Graphs(bundle)
     caches = graphs.junk_caches("target", 2, 64)
     start = np.zeros(2, np.int64)
     for _, count in pieces(40):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +131,75 @@ def test_the_form_of_the_graph(bundle: Bundle) -> None:
         assert names == [tensor.name for tensor in getattr(plain, tensors)]
 
 
+def test_it_takes_one_sequence_at_a_time(bundle: Bundle) -> None:
+    """A limit of ONNX Runtime's operator, which a backend that batches would have to know."""
+    width = bundle.manifest.target.hidden_size
+    shapes = {t.name: t.shape for t in bundle.manifest.graphs["target"].inputs if "capacity" in t.shape}
+    caches = {name: np.zeros((2, heads, 16, size), "f4") for name, (_, heads, _, size) in shapes.items()}
+    feeds = {"embeddings": np.ones((2, 3, width), "f4"), "start": np.array([4, 4]), **caches}
+    plain = ort.InferenceSession(bundle.graph_path("target"), providers=["CPUExecutionProvider"])
+    assert plain.run(["hidden"], feeds)[0].shape == (2, 3, width)
+    fused = ort.InferenceSession(bundle.fused_path("target"), providers=["CPUExecutionProvider"])
+    with pytest.raises(Exception, match="batch_size must be 1"):
+        fused.run(["hidden"], feeds)
+
+
+def test_a_build_may_leave_it_out(bundle: Bundle, tmp_path: Path) -> None:
+    """And is the same otherwise: which one it was is on record."""
+    pair = bundle.root.parent
+    without = build(
+        pair / "target",
+        pair / "drafter",
+        tmp_path / "bundle",
+        max_seq_len=LIMIT,
+        prefill_chunk=32,
+        fused=False,
+    )
+    assert without.fused_path("target") is None
+    whole, rest = dict(bundle.manifest.files), dict(without.manifest.files)
+    assert whole.pop("target.fused.onnx")
+    assert rest == whole
+    assert (bundle.manifest.provenance.options["fused"], without.manifest.provenance.options["fused"]) == (
+        True,
+        False,
+    )
+    assert bundle.manifest.provenance.packages["onnxruntime"] == ort.__version__
+
+
+def test_an_export_does_without_onnxruntime(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is none with opset 24 for Python 3.10."""
+    pair = bundle.root.parent
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    made = build(pair / "target", pair / "drafter", tmp_path / "bundle", max_seq_len=LIMIT, prefill_chunk=32)
+    assert made.fused_path("target") is None
+    assert "onnxruntime" not in made.manifest.provenance.packages
+    assert [record.name for record in caplog.records] == ["dflash_export"]
+    assert "onnxruntime isn't installed" in caplog.text
+
+
+def test_the_exporter_is_imported_without_onnxruntime() -> None:
+    """In a process of its own, where nothing has imported it before."""
+    script = "import sys; sys.modules['onnxruntime'] = None; import dflash_export.build"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_other_targets_have_none(name: str, tmp_path: Path) -> None:
     spec, precision = PLAIN[name]
-    bundle = make(tmp_path, spec, precision=precision)
+    bundle = make(tmp_path, spec, precision=precision, max_seq_len=LIMIT)
+    # The default of 256 rows a pass isn't more than the longest prompt.
+    assert bundle.manifest.limits.prefill_chunk == (16 if name == "experts" else LIMIT)
     assert bundle.fused_path("target") is None
     assert not [name for name in bundle.manifest.files if "fused" in name]
     with pytest.raises(BackendError, match="the bundle has no fused target"):

@@ -1,4 +1,7 @@
-"""The ONNX files of a bundle: plain operators, symbolic axes, nothing stored twice, no machine paths."""
+"""The ONNX files of a bundle: plain operators, symbolic axes, nothing stored twice, no machine paths.
+
+One of them may be other than plain: the fused target, and nothing but two operators in it.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,10 @@ SPECS = {
     family: TargetSpec(family, tied=number % 2 == 0, layers=2, vocab=40)
     for number, family in enumerate(FAMILIES)
 }
+# A target that has a fused form as well.
+FUSED = "smollm2, heads of 16"
+SPECS[FUSED] = TargetSpec("smollm2", head_dim=16, layers=2, vocab=40)
+FUSED_OPERATORS = {"GroupQueryAttention", "SkipSimplifiedLayerNormalization"}
 ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 
 
@@ -66,20 +73,29 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
 
 
 def onnx_files(bundle: Bundle) -> Iterator[tuple[str, onnx.ModelProto]]:
+    """The plain graphs, by name."""
     for name in bundle.manifest.graphs:
         yield name, onnx.load(bundle.graph_path(name), load_external_data=False)
 
 
+def every_onnx_file(bundle: Bundle) -> Iterator[tuple[str, Path, onnx.ModelProto]]:
+    """Every ONNX file in the folder, with the graph whose form it is. Each has to belong to one."""
+    owners = {spec.path: name for name, spec in bundle.manifest.graphs.items()}
+    owners |= {spec.fused: name for name, spec in bundle.manifest.graphs.items() if spec.fused}
+    found = sorted(bundle.root.rglob("*.onnx"))
+    assert {path.relative_to(bundle.root).as_posix() for path in found} == set(owners)
+    for path in found:
+        yield owners[path.name], path, onnx.load(path, load_external_data=False)
+
+
 def stored_places(bundle: Bundle) -> dict[str, dict[str, tuple[str, int, int]]]:
     """File, offset and length of every external initializer, by graph and name."""
-    places: dict[str, dict[str, tuple[str, int, int]]] = {}
-    for graph, model in onnx_files(bundle):
-        places[graph] = {}
-        for tensor in model.graph.initializer:
-            if uses_external_data(tensor):
-                info = ExternalDataInfo(tensor)
-                places[graph][tensor.name] = (info.location, info.offset, info.length)
-    return places
+    return {graph: places_of(model) for graph, model in onnx_files(bundle)}
+
+
+def places_of(model: onnx.ModelProto) -> dict[str, tuple[str, int, int]]:
+    infos = {t.name: ExternalDataInfo(t) for t in model.graph.initializer if uses_external_data(t)}
+    return {name: (info.location, info.offset, info.length) for name, info in infos.items()}
 
 
 def numbers_in_checkpoint(folder: Path, *, tied: bool) -> int:
@@ -89,14 +105,20 @@ def numbers_in_checkpoint(folder: Path, *, tied: bool) -> int:
         return sum(int(np.prod(weights.shape(name))) for name in names)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPECS)
 def test_files_are_plain_onnx(pairs: Pairs, family: str) -> None:
+    """All but the one that the manifest calls the fused target, and in that one all but two operators."""
     bundle = pairs.bundle(family)
-    for name, model in onnx_files(bundle):
-        onnx.checker.check_model(bundle.graph_path(name), full_check=True)
-        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 24)]
+    fused = bundle.fused_path("target")
+    assert (fused is not None) == (family == FUSED)
+    for _, path, model in every_onnx_file(bundle):
+        onnx.checker.check_model(path, full_check=True)
+        domains = {"": 24, "com.microsoft": 1} if path == fused else {"": 24}
+        assert {entry.domain: entry.version for entry in model.opset_import} == domains
         assert len(model.functions) == 0
-        assert {node.domain for node in model.graph.node} <= {""}
+        others = {(node.domain, node.op_type) for node in model.graph.node if node.domain}
+        operators = FUSED_OPERATORS if path == fused else set()
+        assert others == {("com.microsoft", operator) for operator in operators}
         assert all(
             attribute.type not in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
             for node in model.graph.node
@@ -104,7 +126,7 @@ def test_files_are_plain_onnx(pairs: Pairs, family: str) -> None:
         ), "subgraphs would need the same checks"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPECS)
 def test_what_operators_mean_is_kept(pairs: Pairs, family: str) -> None:
     """Fused operators are what backends turn into fast kernels: none of them may fall apart."""
     bundle = pairs.bundle(family)
@@ -119,16 +141,17 @@ def test_what_operators_mean_is_kept(pairs: Pairs, family: str) -> None:
             assert kinds.count("RMSNormalization") >= (3 if name == "inject" else 5)
             # One to heads for all of q, k and v, with bias and norms or not; one back.
             assert kinds.count("Transpose") == (1 if name == "inject" else 2 * 2)
+    for _, _, model in every_onnx_file(bundle):
         read = {source for node in model.graph.node for source in node.input}
         assert {value.name for value in model.graph.input} <= read, "an input that nothing reads"
         assert {tensor.name for tensor in model.graph.initializer} <= read, "a weight that nothing reads"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPECS)
 def test_inputs_and_outputs_are_those_of_the_manifest(pairs: Pairs, family: str) -> None:
     bundle = pairs.bundle(family)
     assert "draft_logits" in bundle.manifest.graphs
-    for name, model in onnx_files(bundle):
+    for name, _, model in every_onnx_file(bundle):
         spec = bundle.manifest.graphs[name]
         for listed, values in ((spec.inputs, model.graph.input), (spec.outputs, model.graph.output)):
             assert [tensor.name for tensor in listed] == [value.name for value in values]
@@ -148,7 +171,7 @@ def test_inputs_and_outputs_are_those_of_the_manifest(pairs: Pairs, family: str)
             assert len(caches) == 4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPECS)
 def test_files_say_nothing_of_this_machine(pairs: Pairs, family: str) -> None:
     bundle = pairs.bundle(family)
     here = [
@@ -158,18 +181,26 @@ def test_files_say_nothing_of_this_machine(pairs: Pairs, family: str) -> None:
         transformers.__path__[0],
     ]
     words = [*here, "site-packages", ".py", os.sep + "tmp", "stack_trace", "aten."]
-    for name in [*(graph.path for graph in bundle.manifest.graphs.values()), "manifest.json"]:
-        content = (bundle.root / name).read_bytes()
+    for path in [*(path for _, path, _ in every_onnx_file(bundle)), bundle.root / "manifest.json"]:
+        content = path.read_bytes()
         assert [word for word in words if word.encode() in content] == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPECS)
 def test_weights_are_outside_and_stored_once(pairs: Pairs, family: str) -> None:
     bundle, tied = pairs.bundle(family), SPECS[family].tied
     places = stored_places(bundle)
-    for name, model in onnx_files(bundle):
-        assert bundle.graph_path(name).stat().st_size < 100_000
+    for name, path, model in every_onnx_file(bundle):
+        assert path.stat().st_size < 100_000
         inline = [tensor for tensor in model.graph.initializer if not uses_external_data(tensor)]
+        if path == bundle.fused_path("target"):
+            rows, size = bundle.manifest.limits.max_seq_len + 4, bundle.manifest.target.head_dim // 2
+            tables = {
+                tensor.name: list(tensor.dims) for tensor in inline if tensor.name.startswith("rotary.")
+            }
+            assert tables == {"rotary.cos": [rows, size], "rotary.sin": [rows, size]}
+            inline = [tensor for tensor in inline if tensor.name not in tables]
+            assert places_of(model) == places[name], "the same bytes as the plain graph's"
         assert sum(int(np.prod(tensor.dims)) for tensor in inline) < 64, "only constants such as frequencies"
     for file, offset, length in {place for of_graph in places.values() for place in of_graph.values()}:
         assert file in bundle.manifest.files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from dflash_export import build, publish
 from dflash_export.publish import check_output, new_folder
@@ -21,6 +23,7 @@ from dflash_rt.errors import OutputError
 from dflash_rt.manifest import MANIFEST_NAME
 
 from ._pairs import TargetSpec, drafter_config, make_drafter, make_target
+from .pair_maker import byte_tokenizer
 
 SPEC = TargetSpec("qwen3", layers=2)
 EXPORT = "import sys; from dflash_export import build; build(*sys.argv[1:4], force='force' in sys.argv)"
@@ -261,29 +264,65 @@ def test_a_killed_replacement_leaves_one_whole_bundle(tmp_path: Path, pair: tupl
     assert bundle.manifest.name in ("old", "bundle")
 
 
-def test_a_full_disk(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    """A real limit of the operating system stops the largest file half-way."""
-    script = (
-        "import resource, signal, sys, os\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "from dflash_export import build\n"
-        "from dflash_rt.errors import OutputError\n"
-        "try:\n"
-        "    build(*sys.argv[1:4])\n"
-        "except OutputError as error:\n"
-        "    print(error)\n"
-        "    sys.exit(7)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, *map(str, pair), str(tmp_path / "bundle")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+from pathlib import Path
+from dflash_rt.errors import OutputError
+try:
+    {work}
+except OutputError as error:
+    print(error)
+    sys.exit(7)
+"""
+
+
+def run_on_a_full_disk(work: str, size: int, *arguments: Path) -> str:
+    """What ``work`` says when the operating system lets no file have more than ``size`` bytes."""
+    command = [sys.executable, "-W", "ignore", "-c", FULL_DISK.format(work=work), str(size)]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 7, done.stderr
-    assert "target.data" in done.stdout
     assert "what to do: free disk space" in done.stdout
+    return done.stdout
+
+
+def test_a_full_disk(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """The largest file stops half-way."""
+    work = "from dflash_export import build; build(*sys.argv[2:5])"
+    assert "target.data" in run_on_a_full_disk(work, 20_000, *pair, tmp_path / "bundle")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_disk_that_is_full_at_the_tokenizer(tmp_path: Path, pair: tuple[Path, Path], made: bool) -> None:
+    """Copied, or made by transformers from older files: ``tokenizers`` has no error of its own for it."""
+    target = tmp_path / "target"
+    shutil.copytree(pair[0], target)
+    tokenizer = byte_tokenizer()
+    if made:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(target)
+        tokenizer.model.save(str(target))
+        (target / "tokenizer.json").unlink()
+        (target / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    else:
+        tokenizer.save(str(target / "tokenizer.json"))
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    work = "from dflash_export import build; build(*sys.argv[2:5])"
+    assert "File too large" in run_on_a_full_disk(work, 2000, target, pair[1], outputs / "bundle")
+    assert os.listdir(outputs) == []
+
+
+def test_a_disk_that_is_full_at_what_calibrated(tmp_path: Path) -> None:
+    work = (
+        "import torch; from dflash_export.publish import new_folder\n"
+        "    from dflash_export.calibration import CALIBRATION_FILE, Calibration, LayerCalibration\n"
+        "    with new_folder(Path(sys.argv[2]), force=False) as folder:\n"
+        "        layer = LayerCalibration(torch.ones(1000), None, None)\n"
+        "        Calibration({'layer': layer}).save(folder / CALIBRATION_FILE)"
+    )
+    assert "File too large" in run_on_a_full_disk(work, 2000, tmp_path / "bundle")
     assert os.listdir(tmp_path) == []
 
 
@@ -360,6 +399,25 @@ def test_a_failed_swap_keeps_the_old_bundle(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(publish.os, "rename", fails_for_new_folders)
     with pytest.raises(OutputError), new_folder(output, force=True) as folder:
         fill(folder)
+    assert (output / MANIFEST_NAME).read_text() == "old"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_a_swap_that_can_not_begin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of the two renames fails, as where the old bundle is a mount point."""
+    output = old_bundle(tmp_path / "bundle")
+    rename = os.rename
+
+    def busy(source: Path, destination: Path) -> None:
+        if source == output:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        rename(source, destination)
+
+    monkeypatch.setattr(publish, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(publish.os, "rename", busy)
+    with pytest.raises(OutputError) as caught, new_folder(output, force=True) as folder:
+        fill(folder)
+    assert_advises(caught, os.strerror(errno.EBUSY), "nothing was left behind")
     assert (output / MANIFEST_NAME).read_text() == "old"
     assert os.listdir(tmp_path) == ["bundle"]
 

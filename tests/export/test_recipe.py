@@ -40,7 +40,7 @@ def test_demo_recipe_points_at_files_that_are_there() -> None:
     recipe = read_recipe(ENGINES / "smollm2-135m.yaml")
     assert Path(recipe.target).read_bytes()[:4] == b"GGUF"
     assert (Path(recipe.drafter) / "model.safetensors").is_file()
-    assert recipe.draft_width == 4
+    assert recipe.draft_width is None  # up to the drafter's block size
 
 
 @pytest.mark.parametrize("name", ["qwen3-4b", "qwen3-8b"])

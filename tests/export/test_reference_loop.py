@@ -49,7 +49,7 @@ class Pair:
     """One architecture, and its random weights: a seed, the spread of the target's and of the drafter's.
 
     ``narrower`` are widths below ``block_size`` to be tried too; ``long_prompt`` a prompt that outgrows the
-    first buffers, for the first weights only.
+    first buffers, for the first weights only. ``fused``: the target has a fused form, which runs then.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Pair:
     narrower: tuple[int, ...] = ()
     old: bool = False
     long_prompt: int = 0
+    fused: bool = False
 
 
 def window(size: int, *layer_types: str, **more: Any) -> dict[str, Any]:
@@ -69,7 +70,9 @@ def pair(
     name: str, family: str, block_size: int, layers: int, *, target: dict[str, Any], **more: Any
 ) -> Pair:
     spec = TargetSpec(family, **target)
-    own = {key: more.pop(key) for key in ("weights", "narrower", "old", "long_prompt") if key in more}
+    own = {
+        key: more.pop(key) for key in ("weights", "narrower", "old", "long_prompt", "fused") if key in more
+    }
     raw = drafter_config(spec, layers=layers, block_size=block_size, **more)
     return Pair(name, spec, old_schema(raw) if own.get("old") else raw, **own)
 
@@ -142,6 +145,36 @@ PAIRS: dict[int, list[Pair]] = {
             old=True,
             narrower=(3,),
             weights=((0, 0.2, 0.2), (7, 0.2, 0.2), (24, 0.2, 0.2), (13, 0.5, 0.5)),
+        ),
+        # What the fused form is made from; the drafter is the same for all.
+        pair(
+            "fused",
+            "smollm2",
+            4,
+            1,
+            target={"vocab": 6, "layers": 2, "head_dim": 16},
+            fused=True,
+            narrower=(3,),
+            long_prompt=250,
+            weights=((0, 0.2, 0.2), (1, 0.3, 0.15)),
+        ),
+        pair(
+            "fused, llama3 rope",
+            "llama3",
+            4,
+            1,
+            target={"vocab": 6, "layers": 2, "head_dim": 16, "kv_heads": 1, "tied": False},
+            fused=True,
+            weights=((0, 0.2, 0.2), (1, 0.3, 0.15)),
+        ),
+        pair(
+            "fused, biases",
+            "qwen2",
+            4,
+            1,
+            target={"vocab": 6, "layers": 2, "heads": 2},
+            fused=True,
+            weights=((0, 0.3, 0.15), (1, 0.3, 0.15)),
         ),
     ],
     8: [
@@ -277,6 +310,7 @@ def compare(pair: Pair, weights: tuple[int, float, float], folder: Path) -> Coun
     target = make_target(folder / "target", pair.target, seed=seed, spread=target_spread)
     make_drafter(folder / "drafter", pair.drafter, seed=seed + 1000, spread=drafter_spread)
     bundle = build(folder / "target", folder / "drafter", folder / "bundle", prefill_chunk=CHUNK)
+    assert (bundle.fused_path("target") is not None) == pair.fused  # the backend runs it where it is there
     reference = Reference(target, reference_drafter(folder / "drafter"))
     backend = OnnxRuntimeBackend(bundle, threads=1)
     block_size = bundle.manifest.drafter.block_size

@@ -11,6 +11,7 @@ import pytest
 
 from dflash_export.sources import Source, resolve_drafter, resolve_target
 from dflash_rt.errors import CheckpointError, SourceError
+from tests.export._permissions import as_any_user
 from tests.export.pair_maker import check_message
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -230,12 +231,34 @@ def test_hub_with_a_missing_shard(cache: Path) -> None:
     check_message(caught, f"no a.safetensors in {REPO}", "fetch the repository again")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read any file")
 def test_unreadable_file(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "m", "model.safetensors")
     (folder / "model.safetensors").chmod(0)
-    with pytest.raises(CheckpointError, match="can't be read"):
+    with as_any_user(), pytest.raises(CheckpointError, match="can't be read"):
         resolve_target(folder).files()
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o400, 0o100])
+@pytest.mark.parametrize("below", [True, False])
+def test_folders_that_may_not_be_entered_or_listed(tmp_path: Path, mode: int, below: bool) -> None:
+    """The model's own folder, or the one that it lies in."""
+    folder = model_folder(tmp_path / "closed" / "m", "config.json")
+    closed = folder.parent if below else folder
+    closed.chmod(mode)
+    try:
+        with as_any_user(), pytest.raises(SourceError) as caught:
+            resolve_target(folder)
+    finally:
+        closed.chmod(0o700)
+    lists = mode == 0o100 and below  # it may be entered by who knows the names in it
+    check_message(caught, "holds no weights" if lists else "Permission denied")
+
+
+@pytest.mark.parametrize("spec", ["./" + "x" * 300, "x" * 300 + "/name", "~nobody-of-this-name/m"])
+def test_paths_that_can_not_be(spec: str) -> None:
+    with pytest.raises(SourceError, match="the target can't be looked for") as caught:
+        resolve_target(spec)
+    check_message(caught, spec[:20], "check the spelling")
 
 
 def test_file_that_vanished(tmp_path: Path) -> None:

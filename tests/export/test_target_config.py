@@ -545,3 +545,60 @@ def test_vocabulary_and_merges_are_converted(target: Source, bundle: Path) -> No
     written = Tokenizer.from_file(str(bundle / "tokenizer.json"))
     for text in TEXTS:
         assert written.encode(text).ids == theirs(text)["input_ids"]
+
+
+# --- Settings that aren't taken over ---
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("no_repeat_ngram_size", 3),
+        ("suppress_tokens", [5]),
+        ("begin_suppress_tokens", [5]),
+        ("bad_words_ids", [[5]]),
+        ("forced_bos_token_id", 0),
+        ("forced_eos_token_id", 2),
+        ("num_beams", 4),
+        ("encoder_repetition_penalty", 1.5),
+        ("min_new_tokens", 1),
+        ("min_length", 9),
+        ("sequence_bias", [[[5], 1.0]]),
+        ("diversity_penalty", 0.5),
+    ],
+)
+def test_a_setting_that_is_not_taken_over_is_told(
+    tmp_path: Path, key: str, value: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_target(tmp_path)
+    edit_json(tmp_path / "generation_config.json", **{key: value})
+    sampling_defaults(resolve_target(tmp_path))
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("dflash_export", "WARNING")
+    assert f"sets {key} to {value!r}" in record.getMessage()
+
+
+@pytest.mark.parametrize("key", ["typical_p", "epsilon_cutoff", "eta_cutoff"])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_ways_of_sampling_are_told_where_they_count(
+    tmp_path: Path, key: str, sampled: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_target(tmp_path)
+    edit_json(tmp_path / "generation_config.json", **{key: 0.3, "do_sample": sampled})
+    sampling_defaults(resolve_target(tmp_path))
+    assert [key in record.getMessage() for record in caplog.records] == [True] * sampled
+
+
+def test_neutral_settings_are_not_worth_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What transformers writes by itself among them."""
+    save_target(tmp_path)
+    neutral = {
+        "num_beams": 1,
+        "typical_p": 1.0,
+        "min_length": 0,
+        "bad_words_ids": None,
+        "suppress_tokens": [],
+    }
+    edit_json(tmp_path / "generation_config.json", do_sample=True, epsilon_cutoff=0.0, **neutral)
+    sampling_defaults(resolve_target(tmp_path))
+    assert caplog.records == []
