@@ -34,22 +34,22 @@ def test_the_python_runs(smollm2_bundle: Bundle, tmp_path: Path) -> None:
     engines = tmp_path / "engines"
     engines.mkdir()
     (engines / "smollm2-135m").symlink_to(smollm2_bundle.root)
-    examples = blocks("python", README)
-    assert len(examples) == 1
+    greedy, sampled = blocks("python", README)
     # Where two answers would run together, a mark shows that neither is empty.
-    marked = examples[0].replace("    for chunk", "    print('=' * 40)\n    for chunk", 1)
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", marked],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert (result.returncode, result.stderr) == (0, "")
-    answer, _, streamed = result.stdout.partition("=" * 40)
+    printed = run(greedy.replace("    for chunk", "    print('=' * 40)\n    for chunk", 1), tmp_path)
+    answer, _, streamed = printed.partition("=" * 40)
     assert re.search(r"\w+ .*\w+.* (stop|length) \d+\.\d+$", answer.strip(), re.DOTALL), answer
     assert len(answer.split()) > 10
     assert len(streamed.split()) > 10
+    assert re.search(r"(\w+\W+){10}.*\{\d+: \d+.*\}$", run(sampled, tmp_path).strip(), re.DOTALL)
+
+
+def run(code: str, folder: Path) -> str:
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
 
 
 def test_there_are_command_lines() -> None:
