@@ -111,7 +111,6 @@ def compile_engines(
     _check_precision(opened.manifest.precision, None if quantization is None else quantization.weights)
     gpu, targets = _check_targets(
         vendor,
-        opened.manifest.precision,
         device,
         compute_capabilities,
         fp8=quantization is not None and quantization.weights == "fp8",
@@ -158,7 +157,7 @@ def check_options(
     vendor = load_vendor(backend)
     vendor.check_options(version_compatible=version_compatible, hardware_compatible=hardware_compatible)
     _check_precision(precision, quantize)
-    _check_targets(vendor, precision, device, compute_capabilities, fp8=quantize == "fp8")
+    _check_targets(vendor, device, compute_capabilities, fp8=quantize == "fp8")
 
 
 @dataclass(frozen=True)
@@ -210,14 +209,13 @@ def _notes(vendor: Vendor) -> tuple[str, ...]:
 
 def _check_targets(
     vendor: Vendor,
-    precision: str,
     device: str | None,
     compute_capabilities: Sequence[int],
     *,
     fp8: bool = False,
 ) -> tuple[Gpu | None, tuple[int, ...]]:
     """The GPU to build on (None: without one), and the compute capabilities to build for."""
-    chosen = None if device is None else check_device(device, vendor.backend, precision)
+    chosen = None if device is None else check_device(device, vendor.backend)
     if chosen is not None and fp8:
         check_fp8(chosen.title, chosen.compute_capability)
     if chosen is not None and compute_capabilities:

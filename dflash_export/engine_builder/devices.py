@@ -16,16 +16,15 @@ _DRIVER = "libcuda.so.1"
 
 @dataclass(frozen=True)
 class DeviceClass:
-    """A kind of machine: its compute capability (89 is 8.9), and what runs on it.
+    """A kind of machine: its compute capability (89 is 8.9), and the libraries that run on it.
 
-    ``precisions`` are those that its tensor cores compute in; others would only be slow.
+    All of them compute in fp32, fp16 and bf16; FP8 is for some.
     """
 
     name: str
     title: str
     compute_capability: int
     backends: tuple[str, ...]
-    precisions: tuple[str, ...]
 
     @property
     def has_fp8(self) -> bool:
@@ -34,14 +33,13 @@ class DeviceClass:
 
 
 FP8_SINCE = 89  # Ada; kernels for it can't even be compiled for an older GPU
-_ALL = ("fp32", "fp16", "bf16")
 DEVICE_CLASSES = {
     device.name: device
     for device in (
-        DeviceClass("rtx-4090", "GeForce RTX 4090 (Ada)", 89, ("tensorrt", "tensorrt-rtx"), _ALL),
-        DeviceClass("h100", "H100, H200 (Hopper)", 90, ("tensorrt",), _ALL),
-        DeviceClass("jetson-thor", "Jetson Thor (Blackwell)", 110, ("tensorrt",), _ALL),
-        DeviceClass("jetson-orin", "Jetson Orin (Ampere)", 87, ("tensorrt",), _ALL),
+        DeviceClass("rtx-4090", "GeForce RTX 4090 (Ada)", 89, ("tensorrt", "tensorrt-rtx")),
+        DeviceClass("h100", "H100, H200 (Hopper)", 90, ("tensorrt",)),
+        DeviceClass("jetson-thor", "Jetson Thor (Blackwell)", 110, ("tensorrt",)),
+        DeviceClass("jetson-orin", "Jetson Orin (Ampere)", 87, ("tensorrt",)),
     )
 }
 
@@ -77,11 +75,11 @@ def present_gpu() -> Gpu | None:
     return Gpu(name.value.decode("utf-8", "replace"), 10 * major.value + minor.value)
 
 
-def check_device(name: str, backend: str, precision: str) -> DeviceClass:
+def check_device(name: str, backend: str) -> DeviceClass:
     """The device class called ``name``.
 
     Raises:
-        EngineBuildError: there is none, or it can't run engines of this backend or precision.
+        EngineBuildError: there is none, or it can't run engines of this backend.
     """
     device = DEVICE_CLASSES.get(name)
     if device is None:
@@ -97,13 +95,6 @@ def check_device(name: str, backend: str, precision: str) -> DeviceClass:
             found=backend,
             expected=", ".join(device.backends),
             todo=f"choose --backend {device.backends[0]}",
-        )
-    if precision not in device.precisions:
-        raise EngineBuildError(
-            f"{device.title} has no hardware for {precision}",
-            found=precision,
-            expected=", ".join(device.precisions),
-            todo="export a bundle in one of these precisions",
         )
     return device
 

@@ -256,12 +256,11 @@ pair_engines = pytest.mark.parametrize("scheme", SCHEMES)
 
 
 @pair_engines
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_graph_is_built(bundles: MakeBundle, family: str, precision: str, scheme: str) -> None:
-    """Parsed and built with TensorRT-RTX; no engine is run."""
+def test_every_graph_is_built(bundles: MakeBundle, family: str, scheme: str) -> None:
+    """Parsed and built with TensorRT-RTX; no engine is run. Half of the families in bf16."""
     trt = pytest.importorskip("tensorrt_rtx", reason=NO_TENSORRT)
-    bundle = bundles(family, scheme, precision)
+    bundle = bundles(family, scheme, "bf16" if family in ("qwen2", "mistral") else "fp16")
     with watch_builds(trt) as builds:
         result = compile_engines(bundle, backend="tensorrt-rtx")
     assert result.built == tuple(bundle.manifest.graphs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ from click.testing import CliRunner
 from dflash_export._engine_options import ByteSize
 from dflash_export.cli import main
 from dflash_export.engine_builder import compiler
-from dflash_export.engine_builder.devices import DEVICE_CLASSES, Gpu, check_device, present_gpu
+from dflash_export.engine_builder.devices import Gpu, present_gpu
 from dflash_export.engine_builder.monitor import BuildMonitor
 from dflash_export.engine_builder.profiles import graph_profiles
 from dflash_export.engine_builder.timing import default_timing_folder, timing_path, use_timings
@@ -82,9 +81,9 @@ def test_options_that_only_one_library_has(option: str) -> None:
 
 
 def test_targets_without_a_gpu() -> None:
-    assert compiler._check_targets(RTX, "fp16", None, ()) == (None, (80, 86, 89, 120, 121))
-    assert compiler._check_targets(RTX, "fp16", None, (120, 75, 120)) == (None, (75, 120))
-    assert compiler._check_targets(RTX, "fp16", "rtx-4090", ()) == (None, (89,))
+    assert compiler._check_targets(RTX, None, ()) == (None, (80, 86, 89, 120, 121))
+    assert compiler._check_targets(RTX, None, (120, 75, 120)) == (None, (75, 120))
+    assert compiler._check_targets(RTX, "rtx-4090", ()) == (None, (89,))
 
 
 @pytest.mark.parametrize(
@@ -107,40 +106,33 @@ def test_targets_that_can_not_be_met(
 ) -> None:
     monkeypatch.setattr(compiler, "present_gpu", lambda: Gpu("H100", 90))
     with pytest.raises(EngineBuildError, match=message):
-        compiler._check_targets(library, "fp16", device, capabilities)
+        compiler._check_targets(library, device, capabilities)
 
 
 def test_tensorrt_builds_for_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu("H100", 90)
     monkeypatch.setattr(compiler, "present_gpu", lambda: gpu)
-    assert compiler._check_targets(TRT, "bf16", "h100", ()) == (gpu, (90,))
+    assert compiler._check_targets(TRT, "h100", ()) == (gpu, (90,))
     monkeypatch.setattr(compiler, "present_gpu", lambda: None)
     with pytest.raises(EngineBuildError, match="found: no GPU"):
-        compiler._check_targets(TRT, "bf16", "h100", ())
+        compiler._check_targets(TRT, "h100", ())
 
 
 def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compiler._check_targets(RTX, "fp16", None, (), fp8=True) == (None, (89, 120, 121))
+    assert compiler._check_targets(RTX, None, (), fp8=True) == (None, (89, 120, 121))
     with pytest.raises(EngineBuildError, match=r"sm86 has no FP8"):
-        compiler._check_targets(RTX, "fp16", None, (86, 89), fp8=True)
+        compiler._check_targets(RTX, None, (86, 89), fp8=True)
     # By the class alone: on a workstation, before an export of minutes.
     with pytest.raises(EngineBuildError, match=r"(?s)Jetson Orin.*no FP8.*8\.7.*--int8 or --int4"):
-        compiler._check_targets(TRT, "fp16", "jetson-orin", (), fp8=True)
+        compiler._check_targets(TRT, "jetson-orin", (), fp8=True)
     monkeypatch.setattr(compiler, "present_gpu", lambda: Gpu("A100", 80))
     with pytest.raises(EngineBuildError, match="A100 has no FP8"):
-        compiler._check_targets(TRT, "fp16", None, (), fp8=True)
+        compiler._check_targets(TRT, None, (), fp8=True)
 
 
 def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dflash_export.engine_builder.devices._DRIVER", "libcuda-that-is-not-there.so")
     assert present_gpu() is None
-
-
-def test_a_precision_without_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    orin = replace(DEVICE_CLASSES["jetson-orin"], precisions=("fp16",))
-    monkeypatch.setitem(DEVICE_CLASSES, "jetson-orin", orin)
-    with pytest.raises(EngineBuildError, match=r"Jetson Orin .* has no hardware for bf16"):
-        check_device("jetson-orin", "tensorrt", "bf16")
 
 
 # --- Profiles ---
