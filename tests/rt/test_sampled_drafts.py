@@ -225,7 +225,7 @@ class Told:
         self.chosen += 1
         return self.widths[(self.chosen - 1) % len(self.widths)]
 
-    def observe(self, width: int, accepted: int) -> None:
+    def observe(self, width: int, accepted: int, seconds: float | None = None) -> None:
         pass
 
 
@@ -235,7 +235,7 @@ class Following(Told):
 
     widths: list[int] = field(default_factory=lambda: [3])
 
-    def observe(self, width: int, accepted: int) -> None:
+    def observe(self, width: int, accepted: int, seconds: float | None = None) -> None:
         self.widths = [accepted + 2 if accepted + 1 < width else 1 + width % 3]
 
 
