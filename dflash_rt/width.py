@@ -20,12 +20,14 @@ Two accounts, both in plain steps, settle what estimates can't:
   that step is taken. So drafting that is off is probed, seldom where drafts are bad and soon where they may
   pay, at a cost of ``_CURIOSITY`` of the time.
 - *Allowance.* A request may fall behind plain decoding by ``_ALLOWANCE`` plain steps and ``_ALLOWANCE_RATE``
-  of its tokens, and by no more: a step is as wide as the account covers if none of its drafts is confirmed.
-  What drafting gains is paid in. Hence n tokens never take longer than (n + _ALLOWANCE + _ALLOWANCE_RATE n)
-  plain steps, whatever is drafted. Where a drafting step that may pay costs more than 1 + _ALLOWANCE, the
-  first number is what that one takes, _MOST_ALLOWANCE at most: otherwise it could never begin. All steps
-  are billed by what they are thought to cost now, a little dearer where that isn't known well: so what was
-  believed to be cheap and turns out not to be is paid back.
+  of its tokens, and by no more: no step loses more than the account covers if none of its drafts is
+  confirmed. Nor more than ``_STAKE`` of it, unless it is about as cheap as width 2: whether first drafts are
+  right is told as well by a narrow step as by a wide one, so that an answer whose first block fails can try
+  again, and wide blocks come once drafts have paid. What drafting gains is paid in. Hence n tokens never take
+  longer than (n + _ALLOWANCE + _ALLOWANCE_RATE n) plain steps, whatever is drafted. Where a drafting step
+  that may pay costs more than 1 + _ALLOWANCE, the first number is what that one takes, _MOST_ALLOWANCE at
+  most: otherwise it could never begin. All steps are billed by what they are thought to cost now, a little
+  dearer where that isn't known well: so what was believed to be cheap and turns out not to be is paid back.
 
 Costs are corrected where a plain step and a drafted one are neighbours. So a plain step comes between drafted
 ones while what they seem to gain is less than ``_SURE`` standard deviations of their cost, and otherwise
@@ -59,6 +61,8 @@ _HISTORY_WEIGHT = 3.0
 _CURIOSITY = 0.005
 _ALLOWANCE, _MOST_ALLOWANCE = 1.0, 2.0
 _ALLOWANCE_RATE = 0.002
+_STAKE = 0.5
+_NARROW = 1.25  # what a step may lose in any case, in what width 2 may lose
 _CHECK = 32
 _SURE = 3.0
 
@@ -250,11 +254,15 @@ class AdaptiveWidth:
         return self._drafted >= _CHECK or gain < _SURE * self._costs.spreads[width - 1]
 
     def _affordable(self) -> int:
-        """The widest width whose cost, should all drafts fail, leaves the allowance at 0 or above.
+        """The widest width that doesn't lose too much of the allowance if all its drafts fail.
 
         Plain steps can always be afforded: they cost what they give.
         """
-        return max(1, bisect_right(self._costs.cautious, self.allowance + 1))
+        costs, allowance = self._costs.cautious, self.allowance
+        if self.widest == 1:
+            return 1
+        stake = max(_STAKE * allowance, _NARROW * (costs[1] - 1))
+        return max(1, bisect_right(costs, 1 + min(allowance, stake)))
 
     def _first_allowance(self) -> float:
         """What the narrowest width that should pay takes, within bounds; without one, the least bad."""

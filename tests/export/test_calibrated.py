@@ -13,7 +13,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from dflash_export import build as real_build
 from dflash_export import compile_engines, verify
 from dflash_export.calibration import CALIBRATION_FILE, Calibration, LayerCalibration, folding
 from dflash_export.cli import main
@@ -280,7 +279,7 @@ def test_every_graph_of_the_demo_pair_is_built(tmp_path: Path, precision: str, s
     few = {"calib_limit": 2, "calib_tokens": 4, "measure_quantization": False, "quantize_head": "int8"}
     sources = read_recipe(ROOT / "engines" / "smollm2-135m.yaml")
     options = {} if scheme is None else {"quantize": scheme, **few}
-    bundle = real_build(sources.target, sources.drafter, tmp_path / "bundle", precision=precision, **options)
+    bundle = build(sources.target, sources.drafter, tmp_path / "bundle", precision=precision, **options)
     with watch_builds(trt) as builds:
         result = compile_engines(bundle, backend="tensorrt-rtx", max_seq_len=1016, compute_capabilities=(89,))
     assert result.built == tuple(bundle.manifest.graphs)

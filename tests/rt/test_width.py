@@ -164,6 +164,32 @@ def test_never_much_slower_than_plain_decoding(
         assert seconds(done, measured) <= plain + start + _ALLOWANCE_RATE * plain + 1e-6
 
 
+def test_an_answer_whose_first_drafts_fail_tries_again() -> None:
+    """Where wide blocks were best so far. The first loss leaves room for another one."""
+    measured = StepCosts((1.0, 1.40, 1.46, 1.60, 1.70, 1.80, 2.05))
+    history = AcceptanceHistory(measured.widest)
+    for _ in range(100):
+        history.add(6, 5)
+    costs = RunningCosts(measured)
+    for width in range(2, 8):
+        for _ in range(30):
+            costs.add(1, 1.0)
+            costs.add(width, measured.seconds[width - 1])
+    widths = AdaptiveWidth(costs, history)
+    assert [width > 1 for width, _ in play(widths, lambda: 0, 3)] == [True, True, False]
+    assert widths.allowance >= 0
+    paid = play(AdaptiveWidth(costs, history), lambda: 5, 3)
+    assert paid[0][0] < 4 < paid[1][0] == paid[2][0]  # wide blocks come once a narrow one has paid
+
+
+def test_a_wide_step_that_costs_little_more_than_a_narrow_one_is_taken_at_once() -> None:
+    costs = StepCosts((1.0, 1.78, 1.79, 1.80, 1.81))
+    history = AcceptanceHistory(costs.widest)
+    for _ in range(100):
+        history.add(4, 4)
+    assert policy(costs, history).choose() == 5
+
+
 def test_drafting_that_never_helps_is_switched_off_and_probed() -> None:
     history = AcceptanceHistory(5)
     lost = []
@@ -186,7 +212,9 @@ def test_drafting_comes_back_when_it_helps_again() -> None:
 def test_a_request_starts_from_what_others_saw() -> None:
     history = AcceptanceHistory(5)
     play(policy(history=history), lambda: 4, 100)
-    assert policy(history=history).choose() == 5
+    first, second = play(policy(history=history), lambda: 4, 2)
+    assert first[0] > 1
+    assert second[0] == 5
     for _ in range(60):  # none of them loses much before it stops drafting, so none of them tells much
         play(policy(history=history), lambda: 0, 100)
     history.curiosity = 0.0

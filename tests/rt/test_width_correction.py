@@ -115,14 +115,14 @@ def test_whatever_was_measured_no_prompt_is_much_slower_than_plain_decoding(exce
 
 
 @pytest.mark.parametrize("excess", [0.6, 1.0, 1.5])
-def test_whatever_was_measured_it_is_as_fast_as_the_best_fixed_width(excess: float) -> None:
+def test_whatever_was_measured_it_is_faster_than_the_best_fixed_width(excess: float) -> None:
     """A single run's acceptance is luck, so over all of them."""
-    assert fmean(one.overall for one in runs(excess)) >= best_fixed()
+    assert fmean(one.overall for one in runs(excess)) >= 1.04 * best_fixed()
 
 
-def test_without_the_correction_neither_holds() -> None:
+def test_without_the_correction_it_is_not() -> None:
     assert min(one.lowest for one in runs(0.4, told=False)) < 0.95
-    assert fmean(one.overall for one in runs(1.5, told=False)) < best_fixed()
+    assert fmean(one.overall for one in runs(1.5, told=False)) < 1.03 * best_fixed()
 
 
 @pytest.mark.parametrize("excess", [0.4, 1.5])
