@@ -76,13 +76,13 @@ def record(
     return Answer(kind, tuple(confirmed))
 
 
-def steps(answer: Answer, policy: WidthPolicy, costs: StepCosts, *, told: bool = True) -> float:
+def steps(answer: Answer, policy: WidthPolicy, costs: StepCosts) -> float:
     """Plain steps that the answer takes. The last one may give a token too many, which isn't counted."""
     position, spent = 0, 0.0
     while position < len(answer.confirmed):
         width = policy.choose()
         accepted = min(answer.confirmed[position], width - 1)
-        policy.observe(width, accepted, costs.seconds[width - 1] if told else None)
+        policy.observe(width, accepted, costs.seconds[width - 1])
         position += accepted + 1
         spent += costs.relative[width - 1]
     return spent
@@ -109,9 +109,7 @@ def table(answers: Sequence[Answer], costs: StepCosts) -> str:
         width: replay(answers, costs, lambda width=width: FixedWidth(width))  # type: ignore[misc]
         for width in range(1, costs.widest + 1)
     }
-    least = [
-        min(steps(answer, FixedWidth(width), costs, told=False) for width in fixed) for answer in answers
-    ]
+    least = [min(steps(answer, FixedWidth(width), costs) for width in fixed) for answer in answers]
     adaptive = [replay_adaptive(answers, costs, seed) for seed in range(RUNS)]
     rates = [one.overall for one in adaptive]
     lines = [f"{len(answers)} answers; tokens a plain step: overall, and of the slowest answer"]
