@@ -7,6 +7,7 @@ exactly as if it hadn't been.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -87,10 +88,15 @@ class Sequences:
         places = torch.arange(step * batch, (step + 1) * batch)
         chosen = torch.empty(batch, dtype=torch.long)
         for epoch in sorted(set((places // count).tolist())):
-            order = torch.randperm(count, generator=generator(seed, epoch))
+            order = _order(count, seed, epoch)
             mine = places // count == epoch
             chosen[mine] = order[places[mine] % count] + skip
         return chosen
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(count, generator=generator(seed, epoch))
 
 
 def generator(seed: int, number: int) -> torch.Generator:
@@ -101,7 +107,7 @@ def generator(seed: int, number: int) -> torch.Generator:
 def read_sequences(folder: Path) -> Sequences:
     """All data files of a folder; answers too short for a draft are left out.
 
-    In an order that is random, and the same each time: a file holds prompts of one length, and the first
+    In an order that is random, and the same each time: a file holds prompts of similar length, and the first
     sequences are those for validation.
 
     Raises SourceError when there is nothing to train on and CheckpointError for a damaged file.

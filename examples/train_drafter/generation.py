@@ -1,7 +1,9 @@
-"""On-policy data: the target's own greedy answers, in batches of prompts of equal length.
+"""On-policy data: the target's own greedy answers, in large batches without padding.
 
-Equal lengths need no padding, so every row is what the target computes alone (up to the rounding of a wider
-batch). Only token ids are stored, about 4 bytes a token; features are computed again while training.
+All rows of a batch are at the same position, so every row is what the target computes alone (up to the
+rounding of a wider batch): the prefill ends where the shortest prompt does, and longer ones are fed their own
+tokens until they end. Only token ids are stored, about 4 bytes a token; features are computed again while
+training.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from dflash_rt.errors import OutputError
 
@@ -27,6 +30,7 @@ __all__ = ["SETTINGS_FILE", "answer_greedily", "make_data", "plan_batches", "wri
 SETTINGS_FILE = "data.json"
 _LOOK_EVERY = 16  # tokens between looks at which rows have ended: each look waits for the device
 _SHRINK_BELOW = 0.75  # of the rows still going
+_ROOM = 64  # rows that a full cache grows by
 
 
 def make_data(
@@ -83,12 +87,9 @@ def make_data(
 
 
 def plan_batches(lengths: Sequence[int], batch: int, seed: int) -> list[list[int]]:
-    """Indices of prompts of equal length, at most ``batch`` together, the batches in random order."""
-    by_length: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        by_length.setdefault(length, []).append(index)
-    groups = [by_length[length] for length in sorted(by_length)]
-    plan = [group[start : start + batch] for group in groups for start in range(0, len(group), batch)]
+    """Indices of prompts of similar length, ``batch`` together, the batches in random order."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    plan = [order[start : start + batch] for start in range(0, len(order), batch)]
     random.Random(seed).shuffle(plan)
     return plan
 
@@ -97,27 +98,78 @@ def plan_batches(lengths: Sequence[int], batch: int, seed: int) -> list[list[int
 def answer_greedily(
     model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_token_ids: Sequence[int]
 ) -> list[list[int]]:
-    """The target's argmax, token after token, for prompts of one length; a stop token ends an answer."""
-    fed = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
+    """The target's argmax, token after token; a stop token ends an answer. One answer a prompt.
+
+    Prompts of similar length take the fewest steps.
+    """
+    sizes = [len(prompt) for prompt in prompts]
+    begins, end = min(sizes), max(sizes) + max_new_tokens
+    padded = torch.zeros(len(prompts), end, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = torch.tensor(list(prompt))
+    whole = padded.to(model.device)  # prompts with their answers
     stops = torch.tensor(list(stop_token_ids), dtype=torch.long, device=model.device)
-    answers = fed.new_full((len(prompts), max_new_tokens), -1)
+    lengths = torch.tensor(sizes, device=model.device)
     rows = torch.arange(len(prompts), device=model.device)  # those still in the batch
     ended = torch.zeros_like(rows, dtype=torch.bool)
-    cache = DynamicCache(config=model.config)
-    for step in range(max_new_tokens):
+    cache, fed = _cache(model), whole[:, :begins]
+    for place in range(begins, end):
         logits = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         token = logits.argmax(-1)
-        answers[rows, step] = token
-        ended |= torch.isin(token, stops)
+        if place < max(sizes):
+            token = token.where(place >= lengths, whole[rows, place])
+        whole[rows, place] = token
+        answered = place + 1 - lengths
+        ended |= ((answered > 0) & torch.isin(token, stops)) | (answered >= max_new_tokens)
         fed = token[:, None]
-        if (step + 1) % _LOOK_EVERY == 0:
+        if (place - begins + 1) % _LOOK_EVERY == 0:
             going = (~ended).nonzero()[:, 0]
             if len(going) == 0:
                 break
             if len(going) < _SHRINK_BELOW * len(rows):
                 cache.batch_select_indices(going)
-                rows, ended, fed = rows[going], ended[going], fed[going]
-    return [_cut(answer, set(stop_token_ids)) for answer in answers.tolist()]
+                rows, ended, fed, lengths = rows[going], ended[going], fed[going], lengths[going]
+    answers = [ids[size : size + max_new_tokens] for ids, size in zip(whole.tolist(), sizes, strict=True)]
+    return [_cut(answer, set(stop_token_ids)) for answer in answers]
+
+
+class _RoomyLayer(DynamicLayer):
+    """A layer of the cache that grows by many rows at once: the usual one copies everything each step."""
+
+    _whole: list[torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append rows; both results are views, ``[batch, heads, rows, head_dim]``."""
+        held, news = self.get_seq_length(), (key_states, value_states)
+        rows = held + key_states.shape[-2]
+        whole = self._whole
+        if whole is None or whole[0].shape[-2] < rows:
+            whole = [new.new_empty(*new.shape[:2], rows + _ROOM, new.shape[-1]) for new in news]
+            if held:
+                for room, old in zip(whole, (self.keys, self.values), strict=True):
+                    assert old is not None
+                    room[..., :held, :] = old
+            self._whole = whole
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        for room, new in zip(whole, news, strict=True):
+            room[..., held:rows, :] = new
+        self.keys, self.values = (room[..., :rows, :] for room in whole)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows of the batch; the next update makes room again."""
+        super().batch_select_indices(indices)  # type: ignore[no-untyped-call]
+        self._whole = None
+
+
+def _cache(model: Any) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    for place, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[place] = _RoomyLayer()  # type: ignore[no-untyped-call]
+    return cache
 
 
 def _cut(answer: list[int], stops: set[int]) -> list[int]:

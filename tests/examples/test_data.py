@@ -55,11 +55,28 @@ def test_answers_are_those_of_hugging_face(target: Any, stops: tuple[int, ...]) 
     assert ends == {NEW} if not stops else len(ends) > 4
 
 
-def test_batches_have_prompts_of_one_length() -> None:
+@pytest.mark.parametrize("stops", [(), tuple(range(0, 250, 20))])
+def test_prompts_of_different_lengths_are_answered_together(target: Any, stops: tuple[int, ...]) -> None:
+    """Also when a prompt contains a stop token, and when the shorter ones have ended."""
+    asked = [prompt[:size] for prompt, size in zip(prompts(12, 30), range(4, 28, 2), strict=True)]
+    answers = answer_greedily(target, asked, max_new_tokens=NEW, stop_token_ids=stops)
+    assert not stops or set(asked[-1]) & set(stops)
+    assert answers == [
+        list(generate_greedy(target, prompt, max_new_tokens=NEW, stop_token_ids=stops).token_ids)
+        for prompt in asked
+    ]
+
+
+def test_batches_have_prompts_of_similar_length() -> None:
     lengths = [3, 5, 3, 3, 5, 3, 3, 9]
     plan = plan_batches(lengths, 2, seed=1)
     assert sorted(itertools.chain(*plan)) == list(range(8))
-    assert all(len({lengths[index] for index in batch}) == 1 and len(batch) <= 2 for batch in plan)
+    assert sorted(sorted(lengths[index] for index in batch) for batch in plan) == [
+        [3, 3],
+        [3, 3],
+        [3, 5],
+        [5, 9],
+    ]
     assert plan_batches(lengths, 2, seed=1) == plan != plan_batches(lengths, 2, seed=2)
 
 
