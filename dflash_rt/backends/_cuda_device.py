@@ -134,7 +134,9 @@ class CudaDevice:
     def capture(self, record: Work) -> Captured:
         """Capture the stream, and make an executable graph; see the protocol."""
         modes = self._runtime.cudaStreamCaptureMode
-        self.check("cudaStreamBeginCapture", self.handle, modes.cudaStreamCaptureModeThreadLocal)
+        # Relaxed: ONNX Runtime's arena may still ask for memory, which the other modes forbid. The graph may
+        # use it: an arena keeps what it got, and the stream runs one thing at a time.
+        self.check("cudaStreamBeginCapture", self.handle, modes.cudaStreamCaptureModeRelaxed)
         try:
             record()
         except BaseException:

@@ -59,6 +59,7 @@ class OnnxRuntimeEngines:
         options = ort.RunOptions()
         if self._cuda:
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            options.add_run_config_entry("gpu_graph_id", "-1")  # no capture by ONNX Runtime itself
 
         def work() -> None:
             try:
@@ -91,9 +92,14 @@ class OnnxRuntimeEngines:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._cuda:
+            # Errors alone: each load warns that shapes are computed on the CPU. They are the same in each run
+            # that a graph was captured for.
+            options.log_severity_level = 3
             cuda = {"device_id": "0", "user_compute_stream": str(device.stream)}
-            # Graphs are captured by us; its own arena only grows by what is asked for.
-            cuda |= {"enable_cuda_graph": "0", "arena_extend_strategy": "kSameAsRequested"}
+            # Graphs are captured by us, and still it has to think that it does. Otherwise it frees pinned
+            # buffers in callbacks on the stream, which a captured graph would call again at each launch, and
+            # which end the process when they outlive the session. Its own arena only grows by what is asked.
+            cuda |= {"enable_cuda_graph": "1", "arena_extend_strategy": "kSameAsRequested"}
             providers.insert(0, ("CUDAExecutionProvider", cuda))
         try:
             session = ort.InferenceSession(str(self._bundle.graph_path(graph)), options, providers=providers)
@@ -102,7 +108,8 @@ class OnnxRuntimeEngines:
                 f"ONNX Runtime {ort.__version__} can't load graph {graph}",
                 found=str(error),
                 expected="a graph of opset 24 whose operators have kernels of its precision",
-                todo="use onnxruntime 1.32 or newer; on a CPU, build the bundle with --precision fp32",
+                todo=f"use {'onnxruntime-gpu 1.31' if self._cuda else 'onnxruntime 1.32'} or newer; on a CPU, "
+                "build the bundle with --precision fp32",
             ) from error
         # ONNX Runtime falls back to the CPU with a warning only; tensors on the GPU would then be copied.
         if self._cuda and "CUDAExecutionProvider" not in session.get_providers():

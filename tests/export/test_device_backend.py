@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
 from dflash_rt.cli import main
 from dflash_rt.device.base import Captured, Work
 from dflash_rt.device.host import HostDevice, Recorded
+from dflash_rt.device.plan import Run as DeviceRun
 from dflash_rt.errors import BackendError, NumericalError
 from dflash_rt.loop import decode
 from dflash_rt.sequence import Sequence
@@ -486,6 +489,31 @@ def test_every_operation_that_a_graph_forgets_is_noticed(bundle: Bundle) -> None
             bundle, Forgetful(left_out), engines, name="test", options=DeviceOptions(cuda_graph=False)
         )
         assert len(tokens_of(backend, PROMPT, 9, [4]).token_ids) == 9
+
+
+def test_onnx_runtime_is_told_what_captures_on_a_gpu_need(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found on an H200: without each of these a capture fails there, or closing ends the process."""
+    made: list[Any] = []
+
+    def session(path: str, options: Any, *, providers: Any) -> mock.MagicMock:
+        new = mock.MagicMock()
+        new.given = options, dict(providers[:1])["CUDAExecutionProvider"]
+        new.get_providers.return_value = ["CUDAExecutionProvider"]
+        made.append(new)
+        return new
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    engines = OnnxRuntimeEngines(bundle, cuda=True)
+    engines.load(SimpleNamespace(stream=7))  # type: ignore[arg-type]
+    for each in made:
+        _, cuda = each.given
+        assert (cuda["enable_cuda_graph"], cuda["user_compute_stream"]) == ("1", "7")
+    engines.prepare(DeviceRun("embed", (), ()), lambda name: 0, 0)()
+    ((_, run),) = [call.args for each in made for call in each.run_with_iobinding.call_args_list]
+    assert run.get_run_config_entry("gpu_graph_id") == "-1"  # it captures nothing itself
+    assert run.get_run_config_entry("disable_synchronize_execution_providers") == "1"
 
 
 # --- Errors ---
