@@ -108,8 +108,8 @@ class OnnxRuntimeEngines:
                 f"ONNX Runtime {ort.__version__} can't load graph {graph}",
                 found=str(error),
                 expected="a graph of opset 24 whose operators have kernels of its precision",
-                todo=f"use {'onnxruntime-gpu 1.31' if self._cuda else 'onnxruntime 1.32'} or newer; on a CPU, "
-                "build the bundle with --precision fp32",
+                todo=f"use {'onnxruntime-gpu 1.31' if self._cuda else 'onnxruntime 1.32'} or newer; "
+                "on a CPU, build the bundle with --precision fp32",
             ) from error
         # ONNX Runtime falls back to the CPU with a warning only; tensors on the GPU would then be copied.
         if self._cuda and "CUDAExecutionProvider" not in session.get_providers():
