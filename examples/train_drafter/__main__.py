@@ -53,7 +53,19 @@ _DATA = [
     click.option(
         "--prompt-file", type=click.Path(path_type=Path), help="Prompts of your own instead of the templates."
     ),
-    click.option("--prompts", "prompt_count", type=_COUNT, default=20_000, show_default=True),
+    click.option(
+        "--prompts",
+        "prompt_count",
+        type=click.IntRange(min=0),
+        help="From the templates, or the first of --prompt-file [20000, or 0 with --self-prompts alone].",
+    ),
+    click.option(
+        "--self-prompts",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Besides, this many that the target writes itself.",
+    ),
     click.option(
         "--max-new-tokens", type=_COUNT, default=192, show_default=True, help="Of each answer, at most."
     ),

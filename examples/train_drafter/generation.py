@@ -25,7 +25,14 @@ from dflash_rt.errors import OutputError
 
 from .budget import Budget
 
-__all__ = ["SETTINGS_FILE", "answer_greedily", "make_data", "plan_batches", "write_settings"]
+__all__ = [
+    "SETTINGS_FILE",
+    "answer_greedily",
+    "continue_all",
+    "make_data",
+    "plan_batches",
+    "write_settings",
+]
 
 SETTINGS_FILE = "data.json"
 _LOOK_EVERY = 16  # tokens between looks at which rows have ended: each look waits for the device
@@ -94,7 +101,6 @@ def plan_batches(lengths: Sequence[int], batch: int, seed: int) -> list[list[int
     return plan
 
 
-@torch.inference_mode()
 def answer_greedily(
     model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_token_ids: Sequence[int]
 ) -> list[list[int]]:
@@ -102,6 +108,25 @@ def answer_greedily(
 
     Prompts of similar length take the fewest steps.
     """
+    return continue_all(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stop_token_ids,
+        choose=lambda logits: logits.argmax(-1),
+    )
+
+
+@torch.inference_mode()
+def continue_all(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int],
+    choose: Callable[[torch.Tensor], torch.Tensor],
+) -> list[list[int]]:
+    """What follows each prompt, a stop token included. ``choose``: logits ``[batch, vocab]`` to tokens."""
     sizes = [len(prompt) for prompt in prompts]
     begins, end = min(sizes), max(sizes) + max_new_tokens
     padded = torch.zeros(len(prompts), end, dtype=torch.long)
@@ -115,7 +140,7 @@ def answer_greedily(
     cache, fed = _cache(model), whole[:, :begins]
     for place in range(begins, end):
         logits = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        token = logits.argmax(-1)
+        token = choose(logits)
         if place < max(sizes):
             token = token.where(place >= lengths, whole[rows, place])
         whole[rows, place] = token

@@ -21,6 +21,7 @@ from .drafter import Drafter, check_written, continued_drafter, new_drafter, wri
 from .evaluation import evaluate as score
 from .generation import make_data
 from .prompts import own_prompts, training_prompts
+from .self_prompts import self_prompts, write_prompts
 from .target import Target, open_target
 from .training import Outcome, Trainer, TrainOptions
 
@@ -75,24 +76,54 @@ def open_run(given: Mapping[str, Any]) -> Run:
 
 def data(run: Run, given: Mapping[str, Any]) -> bool:
     """Make what is still missing of ``data/``; True when all of it is there."""
-    own = given["prompt_file"]
-    if own is None:
-        prompts = training_prompts(given["prompt_count"], seed=given["seed"], held_out=run.held_out)
-    else:
-        prompts = own_prompts(own, run.held_out)[: given["prompt_count"]]
+    budget = Budget(given["data_minutes"])
+    batch = given["data_batch"] or (512 if run.on_cuda else 16)
+    prompts, sources = _prompts(run, given, batch)
     return make_data(
         run.target.model,
         run.target.encode(prompts),
         run.output / "data",
         max_new_tokens=given["max_new_tokens"],
         stop_token_ids=run.target.stop_token_ids,
-        batch=given["data_batch"] or (512 if run.on_cuda else 16),
+        batch=batch,
         seed=given["seed"],
-        prompt_source="templates and word lists" if own is None else own.name,
-        budget=Budget(given["data_minutes"]),
+        prompt_source=" and ".join(sources),
+        budget=budget,
         log=log,
         sealed=run.state.is_file(),
     )
+
+
+def _prompts(run: Run, given: Mapping[str, Any], batch: int) -> tuple[list[str], list[str]]:
+    """Training prompts, and where they are from in words."""
+    own, wanted, written = given["prompt_file"], given["prompt_count"], given["self_prompts"]
+    if wanted is None:  # unless only the target is asked for prompts
+        wanted = 0 if written and own is None else 20_000
+    prompts: list[str] = []
+    sources: list[str] = []
+    if own is not None:
+        prompts += own_prompts(own, run.held_out)[:wanted]
+        sources.append(own.name)
+    elif wanted:
+        prompts += training_prompts(wanted, seed=given["seed"], held_out=run.held_out)
+        sources.append("templates and word lists")
+    if written:
+        prompts += write_prompts(
+            run.output / "data" / "prompts.json",
+            lambda: self_prompts(
+                run.target, written, batch=batch, seed=given["seed"], held_out=run.held_out, log=log
+            ),
+            {"self_prompts": written, "seed": given["seed"]},
+        )
+        sources.append(f"{written:,} that the target wrote itself")
+    if not prompts:
+        raise RecipeError(
+            "there is nothing to ask the target",
+            found="--prompts 0 without --self-prompts",
+            expected="some prompts",
+            todo="give --prompts, --self-prompts or --prompt-file",
+        )
+    return list(dict.fromkeys(prompts)), sources
 
 
 def train(run: Run, given: Mapping[str, Any]) -> bool:

@@ -36,6 +36,12 @@ class Target:
         """Token ids of each prompt as the only user message of a chat, up to where the answer begins."""
         return [list(self.encoder.encode(chat, None)) for chat in as_chats(prompts)]
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        tokenizer = self.encoder.tokenizer
+        assert tokenizer is not None  # checked by open_target
+        return tokenizer.decode(token_ids)
+
 
 def find_target(spec: str) -> Source:
     """A target as ``dflash-export build`` takes it: hub id, folder, ``.gguf`` file, ``package:NAME/FILE``."""

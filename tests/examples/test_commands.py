@@ -203,3 +203,12 @@ def test_help(command: str) -> None:
     result = CliRunner().invoke(main, [command, "--help"])
     assert result.exit_code == 0
     assert "--target" in result.output
+
+
+def test_prompts_that_cannot_be_had_are_told(target: Path, tmp_path: Path) -> None:
+    result = call("data", target, tmp_path, "--self-prompts", "4")
+    assert result.exit_code == 1
+    assert "the target can't be asked for prompts" in result.stderr
+    result = call("data", target, tmp_path, "--prompts", "0")
+    assert result.exit_code == 1
+    assert "there is nothing to ask the target" in result.stderr

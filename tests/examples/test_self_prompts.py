@@ -1,0 +1,89 @@
+"""Prompts that the target writes: where it begins, what it may choose, and which of them are kept."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dflash_rt.errors import OutputError, RecipeError
+from dflash_rt.prompts import PromptEncoder
+from dflash_rt.tokenizer import Tokenizer
+from examples.train_drafter.prompts import normalised
+from examples.train_drafter.self_prompts import _sample, opening, self_prompts, write_prompts
+from examples.train_drafter.target import Target
+from tests.export._pairs import TargetSpec, make_target
+from tests.export.pair_maker import byte_tokenizer
+
+from .tiny_pair import TEMPLATE, as_target
+
+TURNS = "{% for message in messages %}U:{{ message.content }}!{% endfor %}A:"
+STOPS = (*range(0, 30, 2), 200, 210, 220)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    folder = tmp_path_factory.mktemp("target")
+    model = make_target(folder, TargetSpec("qwen3", tied=False, vocab=250), spread=0.3)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    encoder = PromptEncoder(Tokenizer(folder / "tokenizer.json"), TURNS, None, None, {})
+    return replace(as_target(model, folder), encoder=encoder, stop_token_ids=STOPS)
+
+
+def write(target: Target, count: int, **changes: Any) -> list[str]:
+    options: dict[str, Any] = {"batch": 64, "seed": 3, "held_out": (), "log": lambda line: None}
+    return self_prompts(target, count, **options | changes)
+
+
+def test_a_chat_opens_with_what_all_chats_share(target: Target) -> None:
+    assert target.decode(opening(target)) == "U:"
+    assert opening(target) == target.encode(["Say"])[0][:2]
+
+
+def test_a_template_that_opens_nothing_is_refused(target: Target) -> None:
+    bare = replace(target, encoder=replace(target.encoder, chat_template=TEMPLATE))
+    with pytest.raises(RecipeError, match="can't be asked for prompts"):
+        opening(bare)
+
+
+def test_tokens_are_samples_of_the_softmax_without_unlikely_ones() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.2, -5.0])
+    draws, most = 60_000, 16.3  # of chi-square with 3 degrees of freedom, in 999 of 1,000 cases
+    tokens = _sample(logits.expand(draws, -1), torch.Generator().manual_seed(1))
+    kept = logits[:4].softmax(0)  # exp(-3.2) is below a twentieth
+    counts = Counter(tokens.tolist())
+    assert set(counts) == {0, 1, 2, 3}
+    expected = (draws * kept).tolist()
+    assert sum((counts[token] - mean) ** 2 / mean for token, mean in enumerate(expected)) < most
+
+
+def test_prompts_are_distinct_whole_and_not_held_out(target: Target) -> None:
+    prompts = write(target, 40)
+    assert len({normalised(prompt) for prompt in prompts}) == 40
+    assert all(len(normalised(prompt).split()) > 1 for prompt in prompts)
+    assert write(target, 40) == prompts != write(target, 40, seed=4)
+    held = [prompts[3].upper(), prompts[17]]
+    others = write(target, 40, held_out=held)
+    assert others[:38] == [prompt for prompt in prompts if prompt not in (prompts[3], prompts[17])]
+
+
+def test_a_target_with_nothing_to_say_is_refused(target: Target) -> None:
+    with pytest.raises(RecipeError, match="too few prompts of its own"):
+        write(replace(target, stop_token_ids=()), 5)
+
+
+def test_an_interrupted_run_finds_its_prompts_again(tmp_path: Path) -> None:
+    path = tmp_path / "data" / "prompts.json"
+    assert write_prompts(path, lambda: ["one two"], {"self_prompts": 1}) == ["one two"]
+    assert write_prompts(path, lambda: ["three four"], {"self_prompts": 1}) == ["one two"]
+    assert json.loads(path.read_text()) == ["one two"]
+    with pytest.raises(OutputError, match="made with other settings"):
+        write_prompts(path, lambda: ["three four"], {"self_prompts": 2})
+    path.write_text("[")
+    with pytest.raises(OutputError, match="can't be used"):
+        write_prompts(path, lambda: ["three four"], {"self_prompts": 1})
