@@ -34,9 +34,13 @@ _TABLE_ROWS = 512  # of one run that makes a table: it takes that many rows of e
 
 @dataclass(frozen=True)
 class _Layer:
-    """What ``GroupQueryAttention`` replaces, from the joined projections to the rows of their result."""
+    """What ``GroupQueryAttention`` replaces, from the joined projections to the rows of their result.
+
+    ``norms`` are those of queries and keys in front of the rotation, where there are some.
+    """
 
     projections: ir.Value
+    norms: tuple[ir.Node, ir.Node] | None
     rotary: tuple[ir.Value, ir.Value]  # cos and sin
     scatters: tuple[ir.Node, ir.Node]
     attention: ir.Node
@@ -47,8 +51,8 @@ class _Layer:
 def fuse_target(target: TracedGraph, rows: int) -> ir.Model | None:
     """A copy of the graph in fused operators, or None where they can't say what it says.
 
-    They can for fp32 layers that see all rows before their own, whose q, k and v are joined and not normed,
-    and whose heads have a multiple of 16 numbers. The sines and cosines of ``rows`` positions become
+    They can for fp32 layers that see all rows before their own, whose q, k and v are joined, and whose heads
+    have a multiple of 16 numbers. The sines and cosines of ``rows`` positions become
     constants of the copy, and no run may go beyond them. The initializers of ``target`` must point at their
     data. Without onnxruntime, which computes those constants, there is no copy, and the log says so.
     """
@@ -86,13 +90,14 @@ def _layer(attention: ir.Node) -> _Layer:
     _maker(mask, "LessOrEqual")  # Visibility's rule for all rows before
     scatters = _maker(key, "TensorScatter"), _maker(value, "TensorScatter")
     turned = _maker(query, "RotaryEmbedding"), _maker(scatters[0].inputs[1], "RotaryEmbedding")
-    split = _maker(turned[0].inputs[0], "Split")
+    norms, unturned = _norms(*(node.inputs[0] for node in turned))
+    split = _maker(unturned[0], "Split")
     reshape = _maker(_maker(split.inputs[0], "Transpose").inputs[0], "Reshape")
     joined = _reader(_reader(attention, "Transpose"), "Reshape")
     counts = _maker(split.inputs[1], "Constant").attributes["value"].as_tensor().numpy().tolist()
     cos, sin = turned[0].inputs[1:]
     projections, cache = reshape.inputs[0], scatters[0].inputs[0]
-    _require(tuple(split.outputs) == (turned[0].inputs[0], turned[1].inputs[0], scatters[1].inputs[1]))
+    _require(tuple(split.outputs) == (*unturned, scatters[1].inputs[1]))
     _require(turned[1].inputs[1:] == (cos, sin) and counts[1] == counts[2])
     assert projections is not None
     assert cos is not None
@@ -101,7 +106,20 @@ def _layer(attention: ir.Node) -> _Layer:
     assert cache.shape is not None
     head_dim = cache.shape[3]
     _require(cache.dtype == ir.DataType.FLOAT and isinstance(head_dim, int) and head_dim % _HEAD_DIMS == 0)
-    return _Layer(projections, (cos, sin), scatters, attention, joined.outputs[0], (counts[0], counts[1]))
+    heads = counts[0], counts[1]
+    return _Layer(projections, norms, (cos, sin), scatters, attention, joined.outputs[0], heads)
+
+
+def _norms(
+    query: ir.Value | None, key: ir.Value | None
+) -> tuple[tuple[ir.Node, ir.Node] | None, tuple[ir.Value | None, ir.Value | None]]:
+    """The norms that made queries and keys, of each head alone, and what they were before; or no norms."""
+    try:
+        norms = _maker(query, "RMSNormalization"), _maker(key, "RMSNormalization")
+    except _OtherFormError:
+        return None, (query, key)
+    _require(all(norm.attributes["axis"].as_int() == -1 for norm in norms))
+    return norms, (norms[0].inputs[0], norms[1].inputs[0])
 
 
 class _OtherFormError(Exception):
@@ -182,9 +200,10 @@ def _lengths(graph: ir.Graph) -> list[ir.Value]:
 
 def _fuse_attention(graph: ir.Graph, layer: _Layer, lengths: list[ir.Value], tables: list[ir.Value]) -> None:
     caches = [scatter.inputs[0] for scatter in layer.scatters]
+    rows = [layer.projections, None, None] if layer.norms is None else _normed(graph, layer, layer.norms)
     fused = ir.node(
         "GroupQueryAttention",
-        [layer.projections, None, None, *caches, *lengths, *tables],
+        [*rows, *caches, *lengths, *tables],
         {
             "num_heads": layer.heads[0],
             "kv_num_heads": layer.heads[1],
@@ -199,6 +218,28 @@ def _fuse_attention(graph: ir.Graph, layer: _Layer, lengths: list[ir.Value], tab
     old = [layer.result, *(scatter.outputs[0] for scatter in layer.scatters)]
     for before, after in zip(old, fused.outputs, strict=True):
         _take_over(before, after)
+
+
+def _normed(graph: ir.Graph, layer: _Layer, norms: tuple[ir.Node, ir.Node]) -> list[ir.Value]:
+    """Queries, keys and values, each ``[batch, rows, heads * head_dim]``, the first two normed by heads."""
+    cache = layer.scatters[0].inputs[0]
+    assert cache is not None
+    assert cache.shape is not None
+    queries, keys = layer.heads
+    size = cache.shape[3]
+    assert isinstance(size, int)
+    counts, flat = int64_constant([queries * size, keys * size, keys * size]), int64_constant([0, 0, -1])
+    split = ir.node("Split", [layer.projections, counts.outputs[0]], {"axis": -1}, num_outputs=3)
+    nodes, rows = [counts, flat, split], []
+    for norm, part, count in zip(norms, split.outputs, (queries, keys), strict=False):
+        shape = int64_constant([0, 0, count, size])
+        heads = ir.node("Reshape", [part, shape.outputs[0]])
+        normed = ir.node("RMSNormalization", [heads.outputs[0], norm.inputs[1]], dict(norm.attributes))
+        back = ir.node("Reshape", [normed.outputs[0], flat.outputs[0]])
+        nodes += [shape, heads, normed, back]
+        rows.append(back.outputs[0])
+    graph.insert_before(layer.attention, nodes)
+    return [*rows, split.outputs[2]]
 
 
 def _fuse_norm(graph: ir.Graph, norm: ir.Node) -> None:

@@ -27,10 +27,10 @@ FUSED = {
     "untied, one key head": TargetSpec("smollm2", head_dim=32, kv_heads=1, tied=False),
     "llama3 rope": TargetSpec("llama3", head_dim=16),
     "biases": TargetSpec("qwen2", heads=2, kv_heads=2),
+    "norms before the rotation": TargetSpec("qwen3", head_dim=16),
+    "experts": TargetSpec("qwen3_moe", head_dim=16),
 }
 PLAIN = {
-    "a norm before the rotation": (TargetSpec("qwen3", head_dim=16), "fp32"),
-    "experts": (TargetSpec("qwen3_moe", head_dim=16), "fp32"),
     "a window": (TargetSpec("mistral", head_dim=16, more={"sliding_window": 8}), "fp32"),
     "heads of 8": (TargetSpec("smollm2", head_dim=8), "fp32"),
     "fp16": (TargetSpec("smollm2", head_dim=16), "fp16"),
