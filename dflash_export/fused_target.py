@@ -1,4 +1,4 @@
-"""The graph ``target`` once more, in the operators that ONNX Runtime's CPU kernels are fastest with.
+"""The graph ``target`` once more, in the operators that ONNX Runtime's kernels are fastest with.
 
 A decoder layer of a small model takes tens of microseconds on a CPU, so that every node counts. What lies
 between two products there is a dozen nodes in plain ONNX, and two in ONNX Runtime's own operators:
@@ -6,6 +6,9 @@ between two products there is a dozen nodes in plain ONNX, and two in ONNX Runti
 - ``GroupQueryAttention`` cuts joined projections into heads, rotates them, writes the caches in place, and
   attends. It reads the rows that are valid, where ``Attention`` reads the whole buffer.
 - ``SkipSimplifiedLayerNormalization`` is ``Add`` and ``RMSNormalization``.
+
+In 16 bits the same form is for ONNX Runtime's CUDA kernels, whose ``Attention`` computes scores and products
+one after the other when it has a mask.
 
 Inputs, outputs, weights and meaning are those of the graph that it is made from, which stays the one that
 counts: engines are built from it, and every other backend runs it.
@@ -51,7 +54,7 @@ class _Layer:
 def fuse_target(target: TracedGraph, rows: int) -> ir.Model | None:
     """A copy of the graph in fused operators, or None where they can't say what it says.
 
-    They can for fp32 layers that see all rows before their own, whose q, k and v are joined, and whose heads
+    They can for layers that see all rows before their own, whose q, k and v are joined, and whose heads
     have a multiple of 16 numbers. The sines and cosines of ``rows`` positions become
     constants of the copy, and no run may go beyond them. The initializers of ``target`` must point at their
     data. Without onnxruntime, which computes those constants, there is no copy, and the log says so.
@@ -65,14 +68,16 @@ def fuse_target(target: TracedGraph, rows: int) -> ir.Model | None:
     except _OtherFormError:
         return None
     constants = []
+    dtype = layers[0].scatters[0].outputs[0].dtype
+    assert dtype is not None
     for name, numbers in zip(("rotary.cos", "rotary.sin"), tables, strict=True):
-        tensor = ir.tensor(numbers, name=name)
+        tensor = ir.tensor(numbers.astype(dtype.numpy()), dtype=dtype, name=name)
         value = ir.Value(
             name=name, shape=ir.Shape(numbers.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
         graph.initializers[name] = value
         constants.append(value)
-    lengths = _lengths(graph)
+    lengths = _lengths(graph, layers[0].scatters[0].inputs[0], by_capacity=dtype != ir.DataType.FLOAT)
     for layer in layers:
         _fuse_attention(graph, layer, lengths, constants)
     for node in list(graph):
@@ -105,7 +110,7 @@ def _layer(attention: ir.Node) -> _Layer:
     assert cache is not None
     assert cache.shape is not None
     head_dim = cache.shape[3]
-    _require(cache.dtype == ir.DataType.FLOAT and isinstance(head_dim, int) and head_dim % _HEAD_DIMS == 0)
+    _require(isinstance(head_dim, int) and head_dim % _HEAD_DIMS == 0)
     heads = counts[0], counts[1]
     return _Layer(projections, norms, (cos, sin), scatters, attention, joined.outputs[0], heads)
 
@@ -146,7 +151,7 @@ def _reader(node: ir.Node, op_type: str) -> ir.Node:
 
 
 def _tables(model: ir.Model, rotary: tuple[ir.Value, ir.Value], rows: int) -> list[np.ndarray]:
-    """Cosines and sines ``[rows, head_dim / 2]``, as the graph itself computes them.
+    """Cosines and sines, float32 ``[rows, head_dim / 2]``, as the graph itself computes them.
 
     Raises _OtherFormError if they depend on anything but the position, or if nothing can run that part.
     """
@@ -161,10 +166,14 @@ def _tables(model: ir.Model, rotary: tuple[ir.Value, ir.Value], rows: int) -> li
     inputs = {value.name: value for value in model.graph.inputs}
     try:
         part = ir.convenience.extract(
-            model.graph, [inputs["embeddings"], inputs["start"]], [v.name for v in rotary if v.name]
+            model.graph, [inputs["embeddings"], inputs["start"]], [_in_fp32(v) for v in rotary]
         )
     except ValueError as error:  # another input is read
         raise _OtherFormError from error
+    for value in part.inputs:
+        if value.name == "embeddings":  # only their number is read, and numpy has no bfloat16
+            assert value is not inputs["embeddings"]
+            value.type = ir.TensorType(ir.DataType.FLOAT)
     small = ir.Model(part, ir_version=model.ir_version)
     session = ort.InferenceSession(
         ir.serde.serialize_model(small).SerializeToString(), providers=["CPUExecutionProvider"]
@@ -181,8 +190,26 @@ def _tables(model: ir.Model, rotary: tuple[ir.Value, ir.Value], rows: int) -> li
     return [np.concatenate([part[i][0] for part in parts])[:rows] for i in range(2)]
 
 
-def _lengths(graph: ir.Graph) -> list[ir.Value]:
-    """What ``GroupQueryAttention`` is told: the last valid row of each sequence, and the longest's length."""
+def _in_fp32(table: ir.Value) -> str:
+    """Name of what a table was before it was rounded to 16 bits, and its columns chosen."""
+    if table.dtype != ir.DataType.FLOAT:
+        columns = _maker(table, "Slice")
+        rounded = _maker(columns.inputs[0], "Cast")
+        exact = ir.node("Slice", [rounded.inputs[0], *columns.inputs[1:]])
+        exact.outputs[0].name = f"{table.name}.exact"
+        assert columns.graph is not None
+        columns.graph.insert_before(columns, exact)
+        table = exact.outputs[0]
+    assert table.name is not None
+    return table.name
+
+
+def _lengths(graph: ir.Graph, cache: ir.Value | None, *, by_capacity: bool) -> list[ir.Value]:
+    """What ``GroupQueryAttention`` is told: the last valid row of each sequence, and the longest's length.
+
+    The second is wanted on the host, for sizes only. ``by_capacity`` says the caches' size instead of it: in
+    a step that stays on a GPU the host doesn't know more, and a captured graph must suit every length.
+    """
     inputs = {value.name: value for value in graph.inputs}
     start, embeddings = inputs["start"], inputs["embeddings"]
     first = graph[0]
@@ -192,9 +219,15 @@ def _lengths(graph: ir.Graph) -> list[ir.Value]:
     one = int64_constant([1])
     last = ir.node("Sub", [total.outputs[0], one.outputs[0]])
     last32 = ir.node("Cast", [last.outputs[0]], int32)
-    longest = ir.node("ReduceMax", [total.outputs[0]], {"keepdims": 0})
+    graph.insert_before(first, [count, total, one, last, last32])
+    if by_capacity:
+        size = ir.node("Shape", [cache], {"start": 2, "end": 3})
+        longest = ir.node("Squeeze", [size.outputs[0]])
+        graph.insert_before(first, size)
+    else:
+        longest = ir.node("ReduceMax", [total.outputs[0]], {"keepdims": 0})
     longest32 = ir.node("Cast", [longest.outputs[0]], int32)
-    graph.insert_before(first, [count, total, one, last, last32, longest, longest32])
+    graph.insert_before(first, [longest, longest32])
     return [last32.outputs[0], longest32.outputs[0]]
 
 

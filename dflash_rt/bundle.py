@@ -88,11 +88,16 @@ class Bundle:
             )
         return self.path_of(self.manifest.graphs[graph].path)
 
-    def fused_path(self, graph: str) -> Path | None:
-        """Absolute path of a graph's fused form; None where it has none. Raises BundleError as graph_path."""
+    def fused_path(self, graph: str, *, on_gpu: bool = False) -> Path | None:
+        """Absolute path of a graph's fused form; None where it has none. Raises BundleError as graph_path.
+
+        A form in fp32 is for CPUs, one in 16 bits for GPUs (``on_gpu``): ONNX Runtime's kernels are.
+        """
         self.graph_path(graph)
         fused = self.manifest.graphs[graph].fused
-        return None if fused is None else self.path_of(fused)
+        if fused is None or on_gpu == (self.manifest.precision == "fp32"):
+            return None
+        return self.path_of(fused)
 
     def tokenizer_path(self) -> Path | None:
         """Absolute path of tokenizer.json; None for a bundle that takes token ids only."""

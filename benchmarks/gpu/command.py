@@ -17,7 +17,7 @@ from typing import Any
 from dflash_export.progress import LineProgress
 from dflash_rt.errors import BackendUnavailableError
 
-from .backend_spec import NO_GRAPH, BackendSpec
+from .backend_spec import FUSED, NO_GRAPH, BackendSpec
 from .budget import Budget
 from .bundles import PRECISIONS
 from .machine import gpu_name
@@ -28,8 +28,14 @@ from .suite import Plan, run_suite
 __all__ = ["main", "make_plan", "mark_cut_off"]
 
 ROOT = Path(__file__).resolve().parents[2]
-BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", f"onnxruntime-cuda{NO_GRAPH}")
-DRY_BACKENDS = ("onnxruntime-device", f"onnxruntime-device{NO_GRAPH}")
+BACKENDS = (
+    "tensorrt",
+    "tensorrt-rtx",
+    f"onnxruntime-cuda{FUSED}",
+    "onnxruntime-cuda",
+    f"onnxruntime-cuda{NO_GRAPH}",
+)
+DRY_BACKENDS = ("onnxruntime-device", f"onnxruntime-device{NO_GRAPH}", f"onnxruntime-device{FUSED}")
 _CHILD = "DFLASH_GPU_SUITE_CHILD"
 # Of the minutes, what the parent keeps for itself: a child that is late is killed before the time is over.
 _RESERVE = 10.0
@@ -125,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "--backend",
         action="append",
         type=_backend,
-        help=f"NAME or NAME{NO_GRAPH}; repeat for more; pairs are measured on the first that works",
+        help=f"NAME, NAME{FUSED} or NAME{NO_GRAPH}; repeat; pairs are measured on the first that works",
     )
     parser.add_argument("--pair", action="append", choices=list(PAIRS), help="a pair; repeat for more (all)")
     parser.add_argument(

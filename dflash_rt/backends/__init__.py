@@ -36,7 +36,7 @@ def _onnxruntime_device(bundle: Bundle, threads: int | None, options: Mapping[st
         import onnxruntime  # noqa: F401
 
         from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
-    engines = OnnxRuntimeEngines(bundle, cuda=False, threads=threads)
+    engines = OnnxRuntimeEngines(bundle, cuda=False, threads=threads, fused=checked.fused)
     return DeviceBackend(bundle, HostDevice(), engines, name="onnxruntime-device", options=checked)
 
 
@@ -49,7 +49,7 @@ def _onnxruntime_cuda(bundle: Bundle, threads: int | None, options: Mapping[str,
         import onnxruntime  # noqa: F401
 
         from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
-    engines = OnnxRuntimeEngines(bundle, cuda=True, threads=threads)
+    engines = OnnxRuntimeEngines(bundle, cuda=True, threads=threads, fused=checked.fused)
     device = CudaDevice("onnxruntime-cuda")
     return DeviceBackend(bundle, device, engines, name="onnxruntime-cuda", options=checked)
 
@@ -80,6 +80,7 @@ _FACTORIES: dict[str, Callable[[Bundle, int | None, Mapping[str, Any]], Backend]
     "tensorrt": _tensorrt("tensorrt"),
     "tensorrt-rtx": _tensorrt("tensorrt-rtx"),
 }
+_FUSES = ("onnxruntime-cuda", "onnxruntime-device")
 # Their kernels run on the GPU alone.
 _WITHOUT_THREADS = ("tensorrt", "tensorrt-rtx")
 
@@ -128,9 +129,11 @@ def create_backend(
 def _device_options(name: str, options: Mapping[str, Any]) -> DeviceOptions:
     from dflash_rt.backends._device import DeviceOptions
 
-    _refuse_options(name, options, tuple(field.name for field in fields(DeviceOptions)))
+    known = (field.name for field in fields(DeviceOptions))
+    # Engines are made of the plain graphs.
+    _refuse_options(name, options, tuple(option for option in known if option != "fused" or name in _FUSES))
     for option, value in options.items():
-        if option in ("cuda_graph", "run_ahead"):
+        if option in ("cuda_graph", "fused", "run_ahead"):
             right, expected = type(value) is bool, "true or false"
         else:
             right, expected = (

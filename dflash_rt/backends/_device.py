@@ -45,12 +45,14 @@ class DeviceOptions:
             free.
         max_seq_len: prompt and output tokens together at most; ``None``: what bundle and engines allow. It
             chooses among engine sets. Caches are allocated for it, unless engines fix their size.
+        fused: run the bundle's fused target; for ONNX Runtime only. Its rounding is another one.
     """
 
     cuda_graph: bool = True
     run_ahead: bool = True
     memory_limit: int | None = None
     max_seq_len: int | None = None
+    fused: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,24 @@ class OnnxRuntimeEngines:
     """See :class:`dflash_rt.device.base.Engines`. ``cuda``: on the GPU's stream; otherwise on the host.
 
     Every tensor is bound to its address, so that a run copies nothing. With CUDA a run only enqueues work on
-    the device's own stream, and doesn't wait for it.
+    the device's own stream, and doesn't wait for it. ``fused`` takes that form of the target.
+
+    Raises:
+        BackendError: the bundle has no fused target for this kind of device.
     """
 
-    def __init__(self, bundle: Bundle, *, cuda: bool, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, cuda: bool, threads: int | None = None, fused: bool = False
+    ) -> None:
+        if fused and bundle.fused_path("target", on_gpu=cuda) is None:
+            raise BackendError(
+                f"the bundle has no fused target for a {'GPU' if cuda else 'CPU'}",
+                found=f"{bundle.manifest.target.model_type} in {bundle.manifest.precision}",
+                expected=f"a target in {'fp16 or bf16' if cuda else 'fp32'} of a form that can be fused "
+                "(docs/bundle.md)",
+                todo="leave the option fused out, or build the bundle in that precision",
+            )
+        self._fused = fused
         self._bundle = bundle
         self._cuda = cuda
         self._threads = threads
@@ -102,7 +116,9 @@ class OnnxRuntimeEngines:
             cuda |= {"enable_cuda_graph": "1", "arena_extend_strategy": "kSameAsRequested"}
             providers.insert(0, ("CUDAExecutionProvider", cuda))
         try:
-            session = ort.InferenceSession(str(self._bundle.graph_path(graph)), options, providers=providers)
+            path = self._bundle.fused_path(graph, on_gpu=self._cuda) if self._fused else None
+            path = path or self._bundle.graph_path(graph)
+            session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's own classes share no public base
             raise BackendError(
                 f"ONNX Runtime {ort.__version__} can't load graph {graph}",

@@ -80,7 +80,7 @@ class OnnxRuntimeBackend:
                 expected="a quantised bundle whose activations are rounded",
                 todo="leave it out: plain steps are as fast as they can be, and equal to drafted ones",
             )
-        if fused and manifest.graphs["target"].fused is None:
+        if fused and bundle.fused_path("target") is None:
             raise BackendError(
                 "the bundle has no fused target",
                 found=f"{manifest.target.model_type} in {manifest.precision}",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu.backend_spec import BackendSpec
 from benchmarks.gpu.budget import Budget, Parts, SkippedError
 from benchmarks.gpu.command import make_plan, mark_cut_off
 from benchmarks.gpu.contest import run_contest
@@ -21,7 +22,7 @@ from benchmarks.gpu.report import DRY_RUN_WARNING, default_name, to_markdown, wr
 from benchmarks.gpu.rows import DRAFTED, HF, PLAIN, REFERENCE, Sample, make_row, pair_ratio
 from benchmarks.gpu.shapes import PAIRS, TINY, drafter_tensors, target_tensors
 from dflash_rt.device.plan import Run as GraphRun
-from dflash_rt.errors import BackendError
+from dflash_rt.errors import BackendError, BackendUnavailableError
 
 
 class Clock:
@@ -29,6 +30,24 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+# --- Backends ---
+
+
+def test_a_backend_is_written_as_it_is_read() -> None:
+    for text in (
+        "tensorrt",
+        "onnxruntime-cuda:no-graph",
+        "onnxruntime-cuda:fused",
+        "onnxruntime-cuda:fused:no-graph",
+    ):
+        spec = BackendSpec.parse(text)
+        assert str(spec) == text
+        assert (spec.fused, spec.graph) == (":fused" in text, ":no-graph" not in text)
+    for text in ("cuda", "onnxruntime-cuda:graph", "onnxruntime-cuda:no-graph:fused"):
+        with pytest.raises(BackendUnavailableError, match="unknown backend"):
+            BackendSpec.parse(text)
 
 
 # --- Shapes ---

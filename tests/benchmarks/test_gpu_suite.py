@@ -80,7 +80,7 @@ def test_it_measures_the_loop_on_a_device(report: dict[str, Any]) -> None:
 
 
 def test_tokens_are_those_of_pytorch(report: dict[str, Any]) -> None:
-    names = ("onnxruntime-device", "onnxruntime-device:no-graph")
+    names = ("onnxruntime-device", "onnxruntime-device:no-graph", "onnxruntime-device:fused")
     assert [(result["backend"], result["run"]) for result in report["parity"]] == [
         (name, run) for name in names for run in ("drafted", "plain", "PyTorch")
     ]

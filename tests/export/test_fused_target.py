@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends import create_backend
+from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
-from dflash_rt.errors import BackendError
+from dflash_rt.errors import BackendError, RequestError
 
 from ._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
@@ -33,8 +34,6 @@ FUSED = {
 PLAIN = {
     "a window": (TargetSpec("mistral", head_dim=16, more={"sliding_window": 8}), "fp32"),
     "heads of 8": (TargetSpec("smollm2", head_dim=8), "fp32"),
-    "fp16": (TargetSpec("smollm2", head_dim=16), "fp16"),
-    "bf16": (TargetSpec("llama3", head_dim=16), "bf16"),
 }
 LIMIT, BLOCK = 96, 4
 
@@ -56,13 +55,16 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 class Target:
     """One form of the target over caches of its own."""
 
-    def __init__(self, bundle: Bundle, path: Path | None, capacity: int, seed: int) -> None:
+    def __init__(
+        self, bundle: Bundle, path: Path | None, capacity: int, seed: int, dtype: str = "f4"
+    ) -> None:
         assert path is not None
+        self._dtype = dtype
         self._spec = bundle.manifest.graphs["target"]
         self._session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         generator = np.random.default_rng(seed)
         self.caches = {
-            tensor.name: generator.normal(size=(1, tensor.shape[1], capacity, tensor.shape[3])).astype("f4")  # type: ignore[arg-type]
+            tensor.name: generator.normal(size=(1, tensor.shape[1], capacity, tensor.shape[3])).astype(dtype)  # type: ignore[arg-type]
             for tensor in self._spec.inputs
             if "capacity" in tensor.shape
         }
@@ -74,7 +76,7 @@ class Target:
         for tensor in self._spec.outputs:
             source = self._spec.aliases.get(tensor.name)
             arrays[tensor.name] = (
-                np.zeros((1, rows, tensor.shape[2]), "f4")  # type: ignore[arg-type]
+                np.zeros((1, rows, tensor.shape[2]), self._dtype)  # type: ignore[arg-type]
                 if source is None
                 else self.caches[source]
             )
@@ -113,6 +115,84 @@ def test_passes_are_those_of_the_plain_graph(bundle: Bundle, seed: int, data: st
             cache[:, :, written] = before[name][:, :, written]
             assert np.array_equal(cache, before[name]), "rows that aren't this pass's"
         start = data.draw(st.integers(max(0, start - 2), min(start + rows, capacity - 1)), "next")
+
+
+@pytest.mark.parametrize("family", ["smollm2", "qwen3"])
+def test_in_16_bits_it_is_for_a_gpu(family: str, tmp_path: Path) -> None:
+    """There the host doesn't know how long a sequence is. The CPU's kernels take fp16, too."""
+    bundle = make(
+        tmp_path, TargetSpec(family, head_dim=16), precision="fp16", max_seq_len=LIMIT, prefill_chunk=32
+    )
+    assert bundle.fused_path("target") is None
+    path = bundle.fused_path("target", on_gpu=True)
+    capacity, width = LIMIT + BLOCK, bundle.manifest.target.hidden_size
+    plain = Target(bundle, bundle.graph_path("target"), capacity, 1, "f2")
+    fused = Target(bundle, path, capacity, 1, "f2")
+    generator, start = np.random.default_rng(2), 0
+    for rows in (20, 1, 4, BLOCK, 1, 32, 1, 37):  # up to the caches' end
+        embeddings = generator.normal(size=(1, rows, width)).astype("f2")
+        wanted, found = plain.run(embeddings, start), fused.run(embeddings, start)
+        for name, value in wanted.items():
+            error = np.abs(found[name].astype("f4") - value.astype("f4")).max()
+            assert error < 0.02 * np.abs(value.astype("f4")).max(), name
+        start += rows
+    assert start == capacity
+    assert path is not None
+    graph = onnx.load(path, load_external_data=False).graph
+    lengths = {node.input[6] for node in graph.node if node.op_type == "GroupQueryAttention"}
+    (cast,) = (node for node in graph.node if node.output[0] in lengths)
+    sources = {node.output[0]: node for node in graph.node}
+    assert sources[sources[cast.input[0]].input[0]].input[0] == "key.0"  # a shape, not a length
+    with pytest.raises(BackendError, match="the bundle has no fused target"):
+        OnnxRuntimeBackend(bundle, fused=True)
+
+
+def test_bf16_tables_are_rounded_once(tmp_path: Path) -> None:
+    spec = TargetSpec("llama3", head_dim=16)
+    exact = make(tmp_path / "fp32", spec, max_seq_len=LIMIT)
+    coarse = make(tmp_path / "bf16", spec, precision="bf16", max_seq_len=LIMIT)
+    tables = [
+        {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+        for path in (exact.fused_path("target"), coarse.fused_path("target", on_gpu=True))
+    ]
+    for name in ("rotary.cos", "rotary.sin"):
+        assert tables[1][name].dtype == "bfloat16"
+        assert np.array_equal(tables[0][name].astype(tables[1][name].dtype), tables[1][name])
+
+
+def watch_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the target's files that are loaded from now on."""
+    real, loaded = ort.InferenceSession, list[str]()
+
+    def watched(path: str, *rest: Any, **options: Any) -> Any:
+        name = Path(path).name
+        loaded.extend([name] if name.startswith("target") else [])
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(ort, "InferenceSession", watched)
+    return loaded
+
+
+def test_it_runs_on_a_device_where_that_is_asked_for(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop of the GPU backends, over caches that two operators' kernels write in place."""
+    answers, loaded = {}, watch_loads(monkeypatch)
+    create_backend("onnxruntime-device", bundle).close()
+    assert loaded == ["target.onnx"]
+    for backend, options in (("onnxruntime", {}), ("onnxruntime-device", {"fused": True})):
+        with Generator(bundle, backend, draft_width=BLOCK, backend_options=options, threads=1) as generator:
+            answers[backend] = [
+                generator.generate(prompt, max_new_tokens=40, stop_token_ids=[]).token_ids
+                for prompt in ([1, 2, 3], [5] * 40)
+            ]
+    assert answers["onnxruntime"] == answers["onnxruntime-device"]
+    assert loaded == ["target.onnx", "target.fused.onnx", "target.fused.onnx"]
+
+
+def test_a_device_refuses_what_it_cannot_run(bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match=r"no fused target for a GPU\n.*in fp32"):
+        OnnxRuntimeEngines(bundle, cuda=True, fused=True)
+    with pytest.raises(RequestError, match="the backend tensorrt has no such option"):
+        create_backend("tensorrt", bundle, options={"fused": True})
 
 
 def test_the_form_of_the_graph(bundle: Bundle) -> None:
@@ -199,7 +279,7 @@ def test_other_targets_have_none(name: str, tmp_path: Path) -> None:
     spec, precision = PLAIN[name]
     bundle = make(tmp_path, spec, precision=precision, max_seq_len=LIMIT)
     # The default of 256 rows a pass isn't more than the longest prompt.
-    assert bundle.manifest.limits.prefill_chunk == (16 if name == "experts" else LIMIT)
+    assert bundle.manifest.limits.prefill_chunk == LIMIT
     assert bundle.fused_path("target") is None
     assert not [name for name in bundle.manifest.files if "fused" in name]
     with pytest.raises(BackendError, match="the bundle has no fused target"):
@@ -227,17 +307,11 @@ def test_drafted_is_plain_up_to_the_last_row(tmp_path: Path, quantize: str | Non
 
 
 def test_the_backend_runs_it_unless_told_otherwise(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, loaded = ort.InferenceSession, list[str]()
-
-    def watched(path: str, *rest: Any, **options: Any) -> Any:
-        loaded.append(Path(path).name)
-        return real(path, *rest, **options)
-
-    monkeypatch.setattr(ort, "InferenceSession", watched)
+    loaded = watch_loads(monkeypatch)
     files = {None: "target.fused.onnx", True: "target.fused.onnx", False: "target.onnx"}
     for choice, file in files.items():
         loaded.clear()
         backend = create_backend("onnxruntime", bundle, options={} if choice is None else {"fused": choice})
-        assert [name for name in loaded if name.startswith("target")] == [file]
+        assert loaded == [file]
         assert backend.name == ("onnxruntime-unfused" if choice is False else "onnxruntime")
         backend.close()

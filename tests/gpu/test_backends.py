@@ -112,6 +112,29 @@ def test_the_same_tokens_with_and_without_graph_and_running_ahead(
     assert runs[1:] == runs[:1] * 3
 
 
+@pytest.mark.parametrize("family", ["qwen3", "smollm2"])
+def test_the_fused_target_is_the_plain_one_but_for_rounding(family: str, tmp_path: Path) -> None:
+    need("onnxruntime-cuda")
+    spec = TargetSpec(family, hidden=128, heads=2, kv_heads=1, head_dim=64, layers=3, vocab=40)
+    make_target(tmp_path / "target", spec, spread=0.3)
+    make_drafter(tmp_path / "drafter", drafter_config(spec, head_dim=64), spread=0.3)
+    bundle = build(
+        tmp_path / "target", tmp_path / "drafter", tmp_path / "bf16", precision="bf16", max_seq_len=120
+    )
+    runs, logits = [], []
+    for options in ({"cuda_graph": False}, {}, {"cuda_graph": False, "fused": True}, {"fused": True}):
+        runner: Any = create_backend("onnxruntime-cuda", bundle, options=options)
+        runs.append([run_loop(runner, bundle, PROMPT, 80, width) for width in (1, 2, 4)])
+        runner.clear()
+        runner.prefill(np.array([PROMPT]), np.array([0]), inject=True)
+        runner.step(np.array([1]), np.array([len(PROMPT)]), width=4, inject=None)
+        logits.append(runner.logits())
+        runner.close()
+    assert (runs[0], runs[2]) == (runs[1], runs[3])
+    assert np.array_equal(logits[2], logits[3])
+    assert np.abs(logits[2] - logits[0]).max() < 0.05 * np.abs(logits[0]).max()
+
+
 def test_fp32_gives_the_cpus_tokens(backend: str, bundles: Any) -> None:
     bundle = bundles("fp32", backend)
     with Generator(bundle, draft_width=4) as cpu, Generator(bundle, backend, draft_width=4) as gpu:
