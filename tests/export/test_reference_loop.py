@@ -184,6 +184,7 @@ PAIRS: dict[int, list[Pair]] = {
             8,
             3,
             target={"vocab": 5, "kv_heads": 1, "head_dim": 16},
+            fused=True,
             **window(9, FULL, SLIDING, FULL),
             dflash_config={"target_layer_ids": [2, 0, 1]},
             narrower=(2, 5),
