@@ -60,7 +60,6 @@ def self_prompts(
     Raises RecipeError when the target has too few to write.
     """
     start = opening(target)
-    decode = target.decode
     draw = torch.Generator(device=target.model.device).manual_seed(seed)
     seen = {normalised(prompt) for prompt in held_out}
     prompts: list[str] = []
@@ -74,7 +73,7 @@ def self_prompts(
             choose=lambda logits: _sample(logits, draw),
         )
         for turn in turns:
-            text = decode(turn).strip()
+            text = target.decode(turn).strip()
             key = normalised(text)
             if turn[-1] in target.stop_token_ids and len(key.split()) > 1 and key not in seen:
                 seen.add(key)
@@ -106,12 +105,16 @@ def write_prompts(path: Path, make: Callable[[], list[str]], settings: dict[str,
 
     Raises OutputError when the file was made with other settings, or can't be read or written.
     """
-    write_settings(path.with_name("prompts-settings.json"), settings)
+    recorded = path.with_name("prompts-settings.json")
+    # Before anything is recorded: if this fails, other settings may do.
+    prompts = None if path.is_file() else make()
     try:
-        if path.is_file():
+        if prompts is not None:
+            recorded.unlink(missing_ok=True)
+        write_settings(recorded, settings)
+        if prompts is None:
             found: list[str] = json.loads(path.read_text(encoding="utf-8"))
             return found
-        prompts = make()
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(prompts, ensure_ascii=False, indent=0), encoding="utf-8")
         partial.replace(path)

@@ -77,6 +77,10 @@ def test_a_target_with_nothing_to_say_is_refused(target: Target) -> None:
         write(replace(target, stop_token_ids=()), 5)
 
 
+def fail() -> list[str]:
+    raise RecipeError("too few", found=0, expected=9, todo="ask for fewer")
+
+
 def test_an_interrupted_run_finds_its_prompts_again(tmp_path: Path) -> None:
     path = tmp_path / "data" / "prompts.json"
     assert write_prompts(path, lambda: ["one two"], {"self_prompts": 1}) == ["one two"]
@@ -84,6 +88,10 @@ def test_an_interrupted_run_finds_its_prompts_again(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == ["one two"]
     with pytest.raises(OutputError, match="made with other settings"):
         write_prompts(path, lambda: ["three four"], {"self_prompts": 2})
+    path.unlink()
+    with pytest.raises(RecipeError, match="too few"):
+        write_prompts(path, fail, {"self_prompts": 9})
+    assert write_prompts(path, lambda: ["one two"], {"self_prompts": 1}) == ["one two"]
     path.write_text("[")
     with pytest.raises(OutputError, match="can't be used"):
         write_prompts(path, lambda: ["three four"], {"self_prompts": 1})
