@@ -29,6 +29,7 @@ def main() -> int:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
+    from benchmarks.gpu.device_clock import prefill
     from dflash_rt import Bundle
     from dflash_rt.backends import create_backend
 
@@ -40,9 +41,9 @@ def main() -> int:
     backend = create_backend(options.backend, bundle, options={"cuda_graph": False, "run_ahead": False})
     torch.zeros(1).cuda()
     limits, vocab = bundle.manifest.limits, bundle.manifest.target.vocab_size
-    prompt = np.random.default_rng(0).integers(0, vocab, (1, options.context))
-    for begin in range(0, options.context, limits.prefill_chunk):
-        backend.prefill(prompt[:, begin : begin + limits.prefill_chunk], np.array([begin]), inject=True)
+    prefill(
+        backend, np.random.default_rng(0).integers(0, vocab, options.context).tolist(), limits.prefill_chunk
+    )
     place = options.context
     for width in options.width:
         for warm in (True, False):

@@ -49,6 +49,7 @@ class _Layer:
     attention: ir.Node
     result: ir.Value
     heads: tuple[int, int]  # of queries, and of keys
+    head_dim: int
 
 
 def fuse_target(target: TracedGraph, rows: int) -> ir.Model | None:
@@ -110,9 +111,10 @@ def _layer(attention: ir.Node) -> _Layer:
     assert cache is not None
     assert cache.shape is not None
     head_dim = cache.shape[3]
-    _require(isinstance(head_dim, int) and head_dim % _HEAD_DIMS == 0)
+    assert isinstance(head_dim, int)
+    _require(head_dim % _HEAD_DIMS == 0)
     heads = counts[0], counts[1]
-    return _Layer(projections, norms, (cos, sin), scatters, attention, joined.outputs[0], heads)
+    return _Layer(projections, norms, (cos, sin), scatters, attention, joined.outputs[0], heads, head_dim)
 
 
 def _norms(
@@ -255,12 +257,7 @@ def _fuse_attention(graph: ir.Graph, layer: _Layer, lengths: list[ir.Value], tab
 
 def _normed(graph: ir.Graph, layer: _Layer, norms: tuple[ir.Node, ir.Node]) -> list[ir.Value]:
     """Queries, keys and values, each ``[batch, rows, heads * head_dim]``, the first two normed by heads."""
-    cache = layer.scatters[0].inputs[0]
-    assert cache is not None
-    assert cache.shape is not None
-    queries, keys = layer.heads
-    size = cache.shape[3]
-    assert isinstance(size, int)
+    (queries, keys), size = layer.heads, layer.head_dim
     counts, flat = int64_constant([queries * size, keys * size, keys * size]), int64_constant([0, 0, -1])
     split = ir.node("Split", [layer.projections, counts.outputs[0]], {"axis": -1}, num_outputs=3)
     nodes, rows = [counts, flat, split], []

@@ -29,9 +29,8 @@ class BackendSpec:
     @classmethod
     def parse(cls, text: str) -> BackendSpec:
         """Read one. Raises BackendUnavailableError for a name that isn't registered."""
-        name = text.removesuffix(NO_GRAPH)
-        graph, name = name == text, name.removesuffix(FUSED)
-        spec = cls(name, graph, text.startswith(name + FUSED))
+        rest = text.removesuffix(NO_GRAPH)
+        name = rest.removesuffix(FUSED)
         if name not in BACKEND_NAMES:
             raise BackendUnavailableError(
                 "unknown backend",
@@ -39,7 +38,7 @@ class BackendSpec:
                 expected=f"one of {', '.join(BACKEND_NAMES)}, with or without {FUSED} and then {NO_GRAPH}",
                 todo="check the spelling",
             )
-        return spec
+        return cls(name, graph=rest == text, fused=name != rest)
 
     def __str__(self) -> str:
         return self.name + (FUSED if self.fused else "") + ("" if self.graph else NO_GRAPH)

@@ -22,7 +22,7 @@ from dflash_rt.backends.base import Backend, IntArray, StepOutput
 from dflash_rt.device.base import Device
 from dflash_rt.device.plan import Copy, Operation, Run
 
-__all__ = ["Clocked", "drafting_ends", "measure_draft_share"]
+__all__ = ["Clocked", "drafting_ends", "measure_draft_share", "prefill"]
 
 _ROUNDS = 8
 
@@ -111,10 +111,7 @@ def measure_draft_share(
     if not isinstance(backend, DeviceBackend):
         return None
     runner, now = backend._runner, _clock(backend)
-    ids = np.array([prompt], np.int64)
-    for at in range(0, len(prompt), prefill_chunk):
-        chunk = ids[:, at : at + prefill_chunk]
-        anchors = backend.prefill(chunk, np.array([at], np.int64), inject=True)
+    anchors = prefill(backend, prompt, prefill_chunk)
     start = np.array([len(prompt)], np.int64)
     backend.launch(width, anchors, start)  # where the device stands is the device's from here on
     backend.collect()
@@ -133,6 +130,15 @@ def measure_draft_share(
     backend._device.wait(backend._device.mark())
     backend.clear()  # it stands where its host doesn't know
     return median(marks[0].until(marks[end]) / marks[0].until(marks[-1]) for marks in moments[1:])
+
+
+def prefill(backend: Backend, prompt: Sequence[int], prefill_chunk: int) -> IntArray:
+    """Feed a prompt in chunks; the tokens chosen after its last row, int64 ``[batch]``."""
+    ids = np.array([prompt], np.int64)
+    for at in range(0, len(prompt), prefill_chunk):
+        chunk = ids[:, at : at + prefill_chunk]
+        anchors = backend.prefill(chunk, np.array([at], np.int64), inject=True)
+    return anchors
 
 
 def drafting_ends(operations: Sequence[Operation]) -> int:

@@ -128,7 +128,8 @@ def continue_all(
 ) -> list[list[int]]:
     """What follows each prompt, a stop token included. ``choose``: logits ``[batch, vocab]`` to tokens."""
     sizes = [len(prompt) for prompt in prompts]
-    begins, end = min(sizes), max(sizes) + max_new_tokens
+    begins, longest = min(sizes), max(sizes)
+    end = longest + max_new_tokens
     padded = torch.zeros(len(prompts), end, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = torch.tensor(list(prompt))
@@ -141,7 +142,7 @@ def continue_all(
     for place in range(begins, end):
         logits = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         token = choose(logits)
-        if place < max(sizes):
+        if place < longest:
             token = token.where(place >= lengths, whole[rows, place])
         whole[rows, place] = token
         answered = place + 1 - lengths
