@@ -65,7 +65,7 @@ def _training(training: dict[str, Any]) -> str:
         f"exp(-(k-1)/{training['gamma']:g})."
     )
     rows = [(p["step"], p["loss"], p["tokens_per_step"]) for p in outcome["curve"]]
-    table = _table(("step", "validation loss", "tokens a step, anchors drawn evenly"), rows)
+    table = _table(("step", "validation loss", "tokens a step, as decoding takes them"), rows)
     return _paragraphs("## Training", facts, table)
 
 

@@ -6,6 +6,7 @@ exactly as if it hadn't been.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -65,14 +66,8 @@ class Sequences:
         be in the decoding loop. ``fixed_shape`` pads to a length and a number of blocks that are the same for
         all batches.
         """
-        starts = torch.cumsum(self.lengths, 0) - self.lengths
-        lengths = self.lengths[chosen].long()
-        rows = int((self.lengths if fixed_shape else lengths).max())
-        if fixed_shape:
-            rows = -(-rows // _PAD_TO) * _PAD_TO
-        ids = torch.zeros(len(chosen), rows, dtype=torch.long)
-        for row, (start, length) in enumerate(zip(starts[chosen].tolist(), lengths.tolist(), strict=True)):
-            ids[row, :length] = self.ids[start : start + length]
+        ids, lengths = self._padded(chosen, fixed_shape)
+        rows = ids.shape[1]
         place = torch.arange(rows)
         allowed = (place >= self.prompt_lengths[chosen][:, None]) & (place < lengths[:, None] - 1)
         scores = torch.rand(allowed.shape, generator=draw).where(allowed, -1.0)
@@ -81,6 +76,32 @@ class Sequences:
         positions, order = positions[:, :blocks].where(best[:, :blocks] >= 0, rows).sort(dim=1)
         real = best[:, :blocks].gather(1, order) >= 0
         return Batch(ids, lengths, positions.where(real, 0), real)
+
+    def all_anchors(self, chosen: torch.Tensor, at_once: int, *, fixed_shape: bool) -> Iterator[Batch]:
+        """The sequences ``chosen`` with every anchor that they can have, ``at_once`` of them after another.
+
+        Side by side, the batches' blocks are the anchors in order, without gaps.
+        """
+        ids, lengths = self._padded(chosen, fixed_shape)
+        first = self.prompt_lengths[chosen].long()
+        most = int((lengths - 1 - first).max())
+        for start in range(0, most, at_once):
+            end = start + at_once if fixed_shape else min(start + at_once, most)
+            anchors = first[:, None] + torch.arange(start, end)
+            real = anchors < lengths[:, None] - 1
+            yield Batch(ids, lengths, anchors.where(real, 0), real)
+
+    def _padded(self, chosen: torch.Tensor, fixed_shape: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids ``[batch, rows]`` and lengths ``[batch]``, both int64."""
+        starts = torch.cumsum(self.lengths, 0) - self.lengths
+        lengths = self.lengths[chosen].long()
+        rows = int((self.lengths if fixed_shape else lengths).max())
+        if fixed_shape:
+            rows = -(-rows // _PAD_TO) * _PAD_TO
+        ids = torch.zeros(len(chosen), rows, dtype=torch.long)
+        for row, (start, length) in enumerate(zip(starts[chosen].tolist(), lengths.tolist(), strict=True)):
+            ids[row, :length] = self.ids[start : start + length]
+        return ids, lengths
 
     def shuffled(self, step: int, batch: int, seed: int, *, skip: int) -> torch.Tensor:
         """Indices for one step: ``batch`` of those from ``skip`` on, each once in every pass over them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,7 @@ from .dataset import Batch, Sequences, generator
 from .drafter import Drafter
 from .target import features_of
 
-__all__ = ["Outcome", "TrainOptions", "Trainer", "default_gamma"]
-
-_VALIDATION_SEED = 1
+__all__ = ["Outcome", "TrainOptions", "Trainer", "default_gamma", "steps_through"]
 
 
 @dataclass(frozen=True)
@@ -76,12 +74,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Pass:
-    """A forward pass: mean loss and its weights' sum, tokens of all steps (with the bonus), and steps."""
+    """A forward pass: mean loss, its weights' sum, and the tokens of each block with the bonus.
+
+    ``tokens`` int64 ``[batch, blocks]``: what a decoding step from the anchor decides; 0 where there is none.
+    """
 
     loss: torch.Tensor
     weight: torch.Tensor
     tokens: torch.Tensor
-    blocks: torch.Tensor
 
 
 def default_gamma(block_size: int) -> float:
@@ -180,17 +180,20 @@ class Trainer:
         draw = generator(seed + 1, step)
         batch = self._sequences.batch(chosen, options.anchors, draw, fixed_shape=self._compiled)
         self.outcome.blocks += int(batch.real.sum())
-        passed = self._forward(batch.to(self._device))
+        batch = batch.to(self._device)
+        passed = self._forward(batch, self._features(batch))
         self._optimizer.zero_grad(set_to_none=True)
         passed.loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.drafter.model.parameters(), options.clip)
         self._optimizer.step()
-        return passed.loss.detach(), passed.tokens / passed.blocks.clamp(min=1), rate
+        return passed.loss.detach(), passed.tokens.sum() / batch.real.sum().clamp(min=1), rate
 
-    def _forward(self, batch: Batch) -> _Pass:
+    def _features(self, batch: Batch) -> torch.Tensor:
+        return features_of(self._target, batch.ids, self._config.feature_layers)
+
+    def _forward(self, batch: Batch, features: torch.Tensor) -> _Pass:
         model, config = self.drafter.model, self._config
         size, rows = config.block_size, batch.ids.shape[1]
-        features = features_of(self._target, batch.ids, config.feature_layers)
         labels, counts = block_labels(batch.ids, batch.lengths, batch.anchors, batch.real, size)
         first = batch.ids.gather(1, batch.anchors)[:, :, None]
         masks = torch.full_like(labels, config.mask_token_id)
@@ -211,7 +214,7 @@ class Trainer:
             )
         right = (drafted.view_as(labels) == labels) & counts
         accepted = right.cumprod(dim=-1).sum(-1) + 1
-        return _Pass(loss, weights.sum(), (accepted * batch.real).sum(), batch.real.sum())
+        return _Pass(loss, weights.sum(), accepted * batch.real)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._dtype == torch.float32:
@@ -220,20 +223,29 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Loss and tokens a step on the sequences that aren't trained on, at anchors that stay the same.
+        """Loss at every anchor of the sequences that aren't trained on, and the tokens of decoding's steps.
 
-        Once a step: a checkpoint may be a call's last step too.
+        An answer is the target's greedy one and every place of it has been an anchor, so decoding's steps can
+        be read off: each begins where the one before ended. Once a step: a checkpoint may be a call's last
+        step too.
         """
         count, curve = self.options.validation, self.outcome.curve
         if count == 0 or (curve and curve[-1]["step"] == self.outcome.step):
             return
-        sums = torch.zeros(4)
+        sums = torch.zeros(2)
+        tokens = steps = 0
         for start in range(0, count, min(self.options.batch, count)):
-            passed = self._forward(self._validation_batch(start).to(self._device))
-            share = torch.stack([passed.loss * passed.weight, passed.weight, passed.tokens, passed.blocks])
-            sums += share.float().cpu()
-        loss, weight, tokens, blocks = sums.tolist()
-        values = {"loss": loss / weight, "tokens_per_step": tokens / blocks}
+            features, blocks = None, []
+            for batch in map(self._on_device, self._validation_batches(start)):
+                features = self._features(batch) if features is None else features
+                passed = self._forward(batch, features)
+                sums += torch.stack([passed.loss * passed.weight, passed.weight]).float().cpu()
+                blocks.append(passed.tokens)
+            for row in torch.cat(blocks, dim=1).tolist():
+                decided = [number for number in row if number]
+                tokens, steps = tokens + len(decided), steps + steps_through(decided)
+        loss, weight = sums.tolist()
+        values = {"loss": loss / weight, "tokens_per_step": tokens / steps}
         self._require_finite(values["loss"])
         point = {"step": self.outcome.step, "seconds": round(self.outcome.seconds, 1)}
         self.outcome.curve.append(point | {key: round(value, 4) for key, value in values.items()})
@@ -242,17 +254,19 @@ class Trainer:
             f"tokens a step {values['tokens_per_step']:.3f}"
         )
 
-    def _validation_batch(self, start: int) -> Batch:
+    def _on_device(self, batch: Batch) -> Batch:
+        return batch.to(self._device)
+
+    def _validation_batches(self, start: int) -> Iterator[Batch]:
         """Sequences from ``start`` on. The last batch is filled up with blocks that don't count.
 
         So all have one shape, which is what compiled code is made for.
         """
         count = self.options.validation
         places = torch.arange(start, start + min(self.options.batch, count))
-        draw = generator(_VALIDATION_SEED, start)
         chosen = places.clamp(max=count - 1)
-        batch = self._sequences.batch(chosen, self.options.anchors, draw, fixed_shape=self._compiled)
-        return replace(batch, real=batch.real & (places < count)[:, None])
+        for batch in self._sequences.all_anchors(chosen, self.options.anchors, fixed_shape=self._compiled):
+            yield replace(batch, real=batch.real & (places < count)[:, None])
 
     def _report(self, loss: float, accepted: float, rate: float) -> None:
         outcome = self.outcome
@@ -291,6 +305,14 @@ class Trainer:
     def _identity(self) -> str:
         data = {"sequences": len(self._sequences), "tokens": int(self._sequences.lengths.sum())}
         return json.dumps({**asdict(self.options), **data, "config": dict(self.drafter.raw)}, sort_keys=True)
+
+
+def steps_through(tokens: Sequence[int]) -> int:
+    """Decoding steps of an answer. From its i-th place as an anchor a step decides ``tokens[i]`` >= 1."""
+    place = steps = 0
+    while place < len(tokens):
+        place, steps = place + tokens[place], steps + 1
+    return steps
 
 
 def schedule(progress: float, warmup: float) -> float:

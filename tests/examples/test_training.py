@@ -29,7 +29,7 @@ from examples.train_drafter.drafter import (
 from examples.train_drafter.evaluation import evaluate
 from examples.train_drafter.generation import make_data
 from examples.train_drafter.target import Target
-from examples.train_drafter.training import Trainer, TrainOptions, default_gamma, schedule
+from examples.train_drafter.training import Trainer, TrainOptions, default_gamma, schedule, steps_through
 
 from .tiny_pair import MASK, as_target, make_chain_target, prompts
 
@@ -229,10 +229,12 @@ def test_a_step_is_validated_once(target: Target, sequences: Sequences, tmp_path
     assert [point["step"] for point in outcome.curve] == list(range(9))
 
 
-@pytest.mark.parametrize("batch", [1, 3, 5, 16])
-def test_validation_takes_every_sequence_once(target: Target, sequences: Sequences, batch: int) -> None:
-    """With an anchor at every place nothing is drawn: the batches can't show, but for rounding."""
-    options = TrainOptions(steps=1, batch=batch, anchors=64, validation=7)
+@pytest.mark.parametrize(("batch", "anchors"), [(1, 31), (3, 64), (5, 10), (16, 7), (2, 1)])
+def test_validation_takes_every_sequence_once(
+    target: Target, sequences: Sequences, batch: int, anchors: int
+) -> None:
+    """Every place is an anchor once and nothing is drawn: the batches can't show, but for rounding."""
+    options = TrainOptions(steps=1, batch=batch, anchors=anchors, validation=7)
     run = trainer(target, sequences, options)
     run.validate()
     found = run.outcome.curve[-1]
@@ -242,6 +244,33 @@ def test_validation_takes_every_sequence_once(target: Target, sequences: Sequenc
     fewer = trainer(target, sequences, TrainOptions(steps=1, batch=7, anchors=64, validation=6))
     fewer.validate()
     assert abs(fewer.outcome.curve[-1]["loss"] - found["loss"]) > 1e-3, "one sequence less shows"
+
+
+def test_validation_counts_the_steps_that_decoding_takes(
+    target: Target, sequences: Sequences, tmp_path: Path
+) -> None:
+    """Beside the reference's own loop on the same prompts, up to its narrower last blocks."""
+    run = trainer(target, sequences, TrainOptions(steps=60, batch=16, learning_rate=5e-3, validation=12))
+    run.run(tmp_path / "state", call=Budget(None))
+    write_drafter(tmp_path / "drafter", run.drafter)
+    found = run.outcome.curve[-1]["tokens_per_step"]
+    sizes, prompt_sizes = sequences.lengths[:12].tolist(), sequences.prompt_lengths[:12].tolist()
+    asked = [
+        ids[:size].tolist()
+        for ids, size in zip(torch.split(sequences.ids[: sum(sizes)], sizes), prompt_sizes, strict=True)
+    ]
+    options: dict[str, Any] = {"widths": [4], "max_new_tokens": 32, "log": lambda _: None}
+    (score,) = evaluate(tmp_path / "drafter", target, asked, **options)
+    assert (score.tokens, score.prompts) == (31 * 12, 12)
+    assert 1.5 < found < 3.9
+    assert abs(score.tokens / found - score.steps) < 2
+
+
+def test_steps_through_an_answer() -> None:
+    assert steps_through([1, 1, 1]) == 3
+    assert steps_through([2, 9, 1, 3]) == 3
+    assert steps_through([4, 1, 1]) == 1
+    assert steps_through([]) == 0
 
 
 def test_options_that_cannot_work_are_refused(target: Target, sequences: Sequences) -> None:
