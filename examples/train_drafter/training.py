@@ -129,11 +129,19 @@ class Trainer:
     # --- The loop ---
 
     def run(
-        self, state: Path, *, call: Budget, checkpoint_minutes: float = 5.0, log_every: int = 20
+        self,
+        state: Path,
+        *,
+        call: Budget,
+        checkpoint_minutes: float = 5.0,
+        validation_share: float = 0.1,
+        log_every: int = 20,
     ) -> Outcome:
         """Train to the end of the run or of the call's budget, from ``state`` if that file exists.
 
         Writes ``state`` at the end and every ``checkpoint_minutes``; a run that has ended is left as it is.
+        Checkpoints are validated while that takes no more than ``validation_share`` of the time, the first
+        weights and the last ones always.
         Raises NumericalError when the loss or what is to be written isn't finite; the last checkpoint is kept
         then.
         """
@@ -143,9 +151,11 @@ class Trainer:
             self._log(f"train: going on from step {self.outcome.step}, {self.outcome.seconds:.0f} s")
         if self.outcome.finished:
             return self.outcome
+        begun = call.seconds
         if self.outcome.step == 0:
             self.validate()
         earlier, saved, before = self.outcome.seconds, call.seconds, None
+        validated, cost = saved, saved - begun
         while (progress := self._progress()) < 1 and call.allows_another(before):
             before = call.seconds
             loss, accepted, rate = self._step(progress)
@@ -154,7 +164,11 @@ class Trainer:
             if outcome.step % log_every == 0:
                 self._report(float(loss), float(accepted), rate)
             if call.seconds - saved > 60 * checkpoint_minutes:
-                self.validate()
+                start = call.seconds
+                if cost <= validation_share * (start - validated):
+                    self.validate()
+                    validated = call.seconds
+                    cost = validated - start
                 self._save(state)
                 saved = call.seconds
         self.outcome.finished = self._progress() >= 1

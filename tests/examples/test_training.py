@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,10 +224,45 @@ def test_a_step_is_validated_once(target: Target, sequences: Sequences, tmp_path
     clock = itertools.count(step=10.0)
     for _ in range(8):
         outcome = trainer(target, sequences).run(
-            tmp_path / "state", call=Budget(2.0, lambda: next(clock)), checkpoint_minutes=0
+            tmp_path / "state",
+            call=Budget(2.0, lambda: next(clock)),
+            checkpoint_minutes=0,
+            validation_share=math.inf,
         )
     assert outcome.finished
     assert [point["step"] for point in outcome.curve] == list(range(9))
+
+
+def test_validation_takes_no_more_than_its_share(
+    target: Target, sequences: Sequences, tmp_path: Path
+) -> None:
+    """Each step is a checkpoint and takes 10 s, a validation 100: a fifth of the time is one in 50 steps."""
+    seconds = [0.0]
+
+    class Slow(Trainer):
+        def validate(self) -> None:
+            before = len(self.outcome.curve)
+            super().validate()
+            seconds[0] += 100.0 * (len(self.outcome.curve) - before)
+
+        def _step(self, progress: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+            seconds[0] += 10.0
+            return super()._step(progress)
+
+    def steps_validated(share: float) -> list[float]:
+        options = replace(OPTIONS, steps=120)
+        settings: dict[str, Any] = {"dtype": torch.float32, "compiled": False, "log": lambda _: None}
+        run = Slow(fresh(target), target.model, sequences, options, **settings)
+        outcome = run.run(
+            tmp_path / str(share),
+            call=Budget(None, lambda: seconds[0]),
+            checkpoint_minutes=0,
+            validation_share=share,
+        )
+        return [point["step"] for point in outcome.curve]
+
+    assert steps_validated(math.inf) == list(range(121))
+    assert steps_validated(0.2) == [0, 50, 100, 120]
 
 
 @pytest.mark.parametrize(("batch", "anchors"), [(1, 31), (3, 64), (5, 10), (16, 7), (2, 1)])
