@@ -67,6 +67,11 @@ _DATA = [
         help="Besides, this many that the target writes itself.",
     ),
     click.option(
+        "--beginnings",
+        type=click.Path(path_type=Path),
+        help="First words for every second of --self-prompts, one a line [beginnings.txt here].",
+    ),
+    click.option(
         "--max-new-tokens", type=_COUNT, default=192, show_default=True, help="Of each answer, at most."
     ),
     click.option(

@@ -1,31 +1,35 @@
 """Prompts that the target writes itself: after the words that open a user's turn it goes on as a user would.
 
-A chat model was trained on conversations, so what it samples there looks like what it is asked, in all its
-variety; templates only vary their words. The idea is Magpie's (arXiv 2406.08464). Temperature 1, with
-min-p.
+A chat model was trained on conversations, so what it samples there looks like what it is asked. The idea is
+Magpie's (arXiv 2406.08464). Left alone, a model has its favourites (SmolLM2 asks for plans and recipes, and
+hardly ever why something is so), so every second prompt is given its first words. Temperature 1, with min-p.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dflash_rt.errors import OutputError, RecipeError
+from dflash_rt.errors import OutputError, RecipeError, SourceError
 
 from .generation import continue_all, write_settings
 from .prompts import normalised
 from .target import Target
 
-__all__ = ["opening", "self_prompts", "write_prompts"]
+__all__ = ["BEGINNINGS", "opening", "read_beginnings", "self_prompts", "write_prompts"]
+
+BEGINNINGS = Path(__file__).with_name("beginnings.txt")
 
 _LONGEST = 64  # tokens of a prompt; longer ones are mostly rambling
 _MIN_P = 0.05
-_FEWEST = 0.02  # of a batch: with fewer new prompts in one, the target has no more to say
+_FEWEST = 0.02  # of what is tried: with fewer new prompts in as many tries, the target has no more to say
+_TRIES = 64
 # Different in their first and last letters, so that what all chats begin with is the template's alone.
 _PROBES = ("Why is it so?", "an old house", "5 by 7", "(none)")
 
@@ -46,46 +50,71 @@ def opening(target: Target) -> list[int]:
     return chats[0][:shared]
 
 
+def read_beginnings(path: Path) -> list[str]:
+    """First words for prompts, one a line; an empty file has none. Raises SourceError if it can't be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(
+            f"the beginnings in {path} can't be read",
+            found=error,
+            expected="a text file in UTF-8 with the first words of a prompt on each line",
+            todo="check the path given with --beginnings",
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
+
+
 def self_prompts(
     target: Target,
     count: int,
     *,
+    beginnings: Sequence[str],
     batch: int,
     seed: int,
     held_out: Collection[str],
     log: Callable[[str], None],
 ) -> list[str]:
-    """``count`` distinct prompts, none of them held out.
+    """``count`` distinct prompts, none of them held out. Half of what is tried begins with a beginning.
 
     Raises RecipeError when the target has too few to write.
     """
     start = opening(target)
+    free: list[int] = []
+    # In turn: free, the first beginning, free, the second one, …
+    firsts = itertools.cycle([ids for text in beginnings for ids in (free, target.tokens(text))] or [free])
     draw = torch.Generator(device=target.model.device).manual_seed(seed)
     seen = {normalised(prompt) for prompt in held_out}
     prompts: list[str] = []
+    tried, before = 0, 0
     while len(prompts) < count:
-        before = len(prompts)
+        rows = list(itertools.islice(firsts, batch))
         turns = continue_all(
             target.model,
-            [start] * batch,
+            [start + first for first in rows],
             max_new_tokens=_LONGEST,
             stop_token_ids=target.stop_token_ids,
             choose=lambda logits: _sample(logits, draw),
         )
-        for turn in turns:
-            text = target.decode(turn).strip()
+        for first, turn in zip(rows, turns, strict=True):
+            *written, last = turn
+            text = target.decode(first + written).strip()
             key = normalised(text)
-            if turn[-1] in target.stop_token_ids and len(key.split()) > 1 and key not in seen:
+            whole = last in target.stop_token_ids and target.decode(written).strip()
+            if whole and len(key.split()) > 1 and key not in seen:
                 seen.add(key)
                 prompts.append(text)
         log(f"prompts: {len(prompts)} of {count}")
-        if len(prompts) - before < _FEWEST * batch:
+        tried += batch
+        if tried < _TRIES:
+            continue
+        if len(prompts) - before < _FEWEST * tried:
             raise RecipeError(
                 "the target writes too few prompts of its own",
-                found=f"{len(prompts) - before} new ones in the last {batch}, {len(prompts)} in all",
+                found=f"{len(prompts) - before} new ones in the last {tried}, {len(prompts)} in all",
                 expected=f"{count} distinct ones that end within {_LONGEST} tokens",
                 todo="lower --self-prompts, and add --prompts or a --prompt-file",
             )
+        tried, before = 0, len(prompts)
     return prompts[:count]
 
 

@@ -21,7 +21,7 @@ from .drafter import Drafter, check_written, continued_drafter, new_drafter, wri
 from .evaluation import evaluate as score
 from .generation import make_data
 from .prompts import own_prompts, training_prompts
-from .self_prompts import self_prompts, write_prompts
+from .self_prompts import BEGINNINGS, read_beginnings, self_prompts, write_prompts
 from .target import Target, open_target
 from .training import Outcome, Trainer, TrainOptions
 
@@ -97,6 +97,13 @@ def data(run: Run, given: Mapping[str, Any]) -> bool:
 def _prompts(run: Run, given: Mapping[str, Any], batch: int) -> tuple[list[str], list[str]]:
     """Training prompts, and where they are from in words."""
     own, wanted, written = given["prompt_file"], given["prompt_count"], given["self_prompts"]
+    if given["beginnings"] is not None and not written:
+        raise RecipeError(
+            "--beginnings has nothing to begin",
+            found="no --self-prompts",
+            expected="both or neither: they are the first words of prompts that the target writes",
+            todo="give --self-prompts, or leave out --beginnings",
+        )
     if wanted is None:  # unless only the target is asked for prompts
         wanted = 0 if written and own is None else 20_000
     prompts: list[str] = []
@@ -108,12 +115,19 @@ def _prompts(run: Run, given: Mapping[str, Any], batch: int) -> tuple[list[str],
         prompts += training_prompts(wanted, seed=given["seed"], held_out=run.held_out)
         sources.append("templates and word lists")
     if written:
+        beginnings = read_beginnings(given["beginnings"] or BEGINNINGS)
         prompts += write_prompts(
             run.output / "data" / "prompts.json",
             lambda: self_prompts(
-                run.target, written, batch=batch, seed=given["seed"], held_out=run.held_out, log=log
+                run.target,
+                written,
+                beginnings=beginnings,
+                batch=batch,
+                seed=given["seed"],
+                held_out=run.held_out,
+                log=log,
             ),
-            {"self_prompts": written, "seed": given["seed"]},
+            {"self_prompts": written, "seed": given["seed"], "beginnings": beginnings},
         )
         sources.append(f"{written:,} that the target wrote itself")
     if not prompts:

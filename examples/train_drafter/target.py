@@ -36,11 +36,18 @@ class Target:
         """Token ids of each prompt as the only user message of a chat, up to where the answer begins."""
         return [list(self.encoder.encode(chat, None)) for chat in as_chats(prompts)]
 
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a bare text."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
-        tokenizer = self.encoder.tokenizer
-        assert tokenizer is not None  # checked by open_target
-        return tokenizer.decode(token_ids)
+        return self._tokenizer.decode(token_ids)
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        assert self.encoder.tokenizer is not None  # checked by open_target
+        return self.encoder.tokenizer
 
 
 def find_target(spec: str) -> Source:

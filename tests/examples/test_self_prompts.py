@@ -10,12 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 
-from dflash_rt.errors import OutputError, RecipeError
+from dflash_rt.errors import OutputError, RecipeError, SourceError
 from dflash_rt.prompts import PromptEncoder
 from dflash_rt.tokenizer import Tokenizer
+from examples.train_drafter.__main__ import main
 from examples.train_drafter.prompts import normalised
-from examples.train_drafter.self_prompts import _sample, opening, self_prompts, write_prompts
+from examples.train_drafter.self_prompts import (
+    BEGINNINGS,
+    _sample,
+    opening,
+    read_beginnings,
+    self_prompts,
+    write_prompts,
+)
 from examples.train_drafter.target import Target
 from tests.export._pairs import TargetSpec, make_target
 from tests.export.pair_maker import byte_tokenizer
@@ -27,8 +36,12 @@ STOPS = (*range(0, 30, 2), 200, 210, 220)
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder = tmp_path_factory.mktemp("target")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("target")
+
+
+@pytest.fixture(scope="module")
+def target(folder: Path) -> Target:
     model = make_target(folder, TargetSpec("qwen3", tied=False, vocab=250), spread=0.3)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     encoder = PromptEncoder(Tokenizer(folder / "tokenizer.json"), TURNS, None, None, {})
@@ -37,6 +50,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 def write(target: Target, count: int, **changes: Any) -> list[str]:
     options: dict[str, Any] = {"batch": 64, "seed": 3, "held_out": (), "log": lambda line: None}
+    options["beginnings"] = ()
     return self_prompts(target, count, **options | changes)
 
 
@@ -72,9 +86,67 @@ def test_prompts_are_distinct_whole_and_not_held_out(target: Target) -> None:
     assert others[:38] == [prompt for prompt in prompts if prompt not in (prompts[3], prompts[17])]
 
 
+@pytest.mark.parametrize("batch", [1, 64])
+def test_every_second_prompt_is_given_its_first_words(target: Target, batch: int) -> None:
+    """One beginning after the other."""
+    prompts = write(target, 30, beginnings=["How do", "Tell me"], batch=batch)
+    begun = Counter(prompt.split()[0] for prompt in prompts if prompt.startswith(("How do", "Tell me")))
+    assert 5 <= begun["How"] <= 10
+    assert 5 <= begun["Tell"] <= 10
+    assert sum(begun.values()) < 20
+
+
+def test_first_words_alone_are_no_prompt(target: Target) -> None:
+    brief = replace(target, stop_token_ids=tuple(range(0, 250, 2)))
+    prompts = write(brief, 12, beginnings=["How do", "Tell me"])
+    assert any(prompt.startswith("How do") for prompt in prompts)
+    assert not {"How do", "Tell me"} & set(prompts)
+
+
+def test_beginnings_are_lines_of_a_file(tmp_path: Path) -> None:
+    shipped = read_beginnings(BEGINNINGS)
+    assert len(shipped) == len(set(shipped)) > 50
+    path = tmp_path / "own.txt"
+    path.write_text(" Wie \n\nWarum\n", encoding="utf-8")
+    assert read_beginnings(path) == ["Wie", "Warum"]
+    path.write_bytes(b"\xff")
+    for wrong in (path, tmp_path / "none.txt"):
+        with pytest.raises(SourceError, match="can't be read"):
+            read_beginnings(wrong)
+
+
 def test_a_target_with_nothing_to_say_is_refused(target: Target) -> None:
     with pytest.raises(RecipeError, match="too few prompts of its own"):
         write(replace(target, stop_token_ids=()), 5)
+
+
+def test_the_command_asks_the_target(target: Target, folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TURNS}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": STOPS}))
+    (tmp_path / "own.txt").write_text("Wo ist\n")
+
+    def data(*options: str) -> Result:
+        common = [
+            "data",
+            "--target",
+            str(target.source.path),
+            "-o",
+            str(tmp_path / "run"),
+            "--data-batch",
+            "8",
+        ]
+        return CliRunner().invoke(main, [*common, "--max-new-tokens", "3", *options])
+
+    begun = ["--self-prompts", "9", "--beginnings", str(tmp_path / "own.txt")]
+    assert data(*begun).exit_code == 0
+    prompts = json.loads((tmp_path / "run" / "data" / "prompts.json").read_text())
+    assert 2 <= sum(prompt.startswith("Wo ist") for prompt in prompts) <= 7
+    settings = json.loads((tmp_path / "run" / "data" / "data.json").read_text())
+    assert (settings["prompts"], settings["prompt_source"]) == (9, "9 that the target wrote itself")
+    refused = data("--self-prompts", "9")
+    assert (refused.exit_code, "made with other settings" in refused.stderr) == (1, True)
+    refused = data("--prompts", "9", *begun[2:])
+    assert (refused.exit_code, "--beginnings has nothing to begin" in refused.stderr) == (1, True)
 
 
 def fail() -> list[str]:
