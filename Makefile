@@ -1,5 +1,5 @@
 # make setup   virtual environment in .venv (all other targets do this first, when needed)
-# make demo    export the demo pair, answer a question, prove parity, measure the gain
+# make demo    export the demo pair, answer two questions (drafts suit the first), prove parity, measure the gain
 # make test    lint, then all tests
 # make bench   the full comparison on the demo pair, with a plot
 # make lint    ruff and mypy
@@ -44,6 +44,8 @@ $(BUNDLE)/manifest.json: $(BUNDLE).yaml $(wildcard examples/smollm2-135m-instruc
 	$(BIN)/dflash-export build --recipe $(BUNDLE).yaml --output $(BUNDLE) --force
 
 demo: $(BUNDLE)/manifest.json
+	$(BIN)/dflash-rt generate $(BUNDLE) --chat --prompt "Write a Python function that reverses a string." \
+		--max-new-tokens 96 --stats
 	$(BIN)/dflash-rt generate $(BUNDLE) --chat --prompt "Why is the sky blue?" --max-new-tokens 96 --stats
 	$(BIN)/dflash-export verify $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) --limit 4 \
 		--max-new-tokens 64
