@@ -22,6 +22,7 @@ from dflash_rt.errors import RecipeError
 __all__ = [
     "HELD_OUT",
     "Template",
+    "lines_of",
     "normalised",
     "own_prompts",
     "read_templates",
@@ -66,7 +67,7 @@ def normalised(prompt: str) -> str:
 def read_words(path: Path) -> dict[str, tuple[str, ...]]:
     """The word lists by slot. Raises RecipeError for a malformed line or a repeated list or word."""
     words: dict[str, tuple[str, ...]] = {}
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         slot, colon, rest = line.partition(":")
         found = tuple(word.strip() for word in rest.split("|"))
         if not colon or slot in words or not all(found) or len(set(found)) < len(found):
@@ -83,7 +84,7 @@ def read_words(path: Path) -> dict[str, tuple[str, ...]]:
 def read_templates(words: Mapping[str, Sequence[str]], path: Path) -> list[Template]:
     """All templates. Raises RecipeError for a slot without a word list."""
     templates = []
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         text = line.replace(r"\n", "\n")
         places = [
             (match[1], match[0] if match[2] else str(at)) for at, match in enumerate(_SLOT.finditer(text))
@@ -156,6 +157,7 @@ def _new_prompt(
     return None
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
+def lines_of(path: Path) -> list[tuple[int, str]]:
+    """Lines with their numbers, without empty ones and comments (``#``). Raises PromptError."""
     lines = enumerate(read_text(path).splitlines(), 1)
     return [(number, line) for number, line in lines if line.strip() and not line.startswith("#")]

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from dflash_rt.errors import OutputError, RecipeError, SourceError
+from dflash_rt.errors import OutputError, RecipeError
 
 from .generation import continue_all, write_settings
-from .prompts import normalised
+from .prompts import lines_of, normalised
 from .target import Target
 
 __all__ = ["BEGINNINGS", "opening", "read_beginnings", "self_prompts", "write_prompts"]
@@ -51,17 +51,8 @@ def opening(target: Target) -> list[int]:
 
 
 def read_beginnings(path: Path) -> list[str]:
-    """First words for prompts, one a line; an empty file has none. Raises SourceError if it can't be read."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(
-            f"the beginnings in {path} can't be read",
-            found=error,
-            expected="a text file in UTF-8 with the first words of a prompt on each line",
-            todo="check the path given with --beginnings",
-        ) from error
-    return [line.strip() for line in lines if line.strip()]
+    """First words for prompts, one a line; an empty file has none. Raises PromptError if it can't be read."""
+    return [line.strip() for _, line in lines_of(path)]
 
 
 def self_prompts(

@@ -250,7 +250,7 @@ class Trainer:
         tokens = steps = 0
         for start in range(0, count, min(self.options.batch, count)):
             features, blocks = None, []
-            for batch in map(self._on_device, self._validation_batches(start)):
+            for batch in self._validation_batches(start):
                 features = self._features(batch) if features is None else features
                 passed = self._forward(batch, features)
                 sums += torch.stack([passed.loss * passed.weight, passed.weight]).float().cpu()
@@ -268,9 +268,6 @@ class Trainer:
             f"tokens a step {values['tokens_per_step']:.3f}"
         )
 
-    def _on_device(self, batch: Batch) -> Batch:
-        return batch.to(self._device)
-
     def _validation_batches(self, start: int) -> Iterator[Batch]:
         """Sequences from ``start`` on. The last batch is filled up with blocks that don't count.
 
@@ -280,7 +277,7 @@ class Trainer:
         places = torch.arange(start, start + min(self.options.batch, count))
         chosen = places.clamp(max=count - 1)
         for batch in self._sequences.all_anchors(chosen, self.options.anchors, fixed_shape=self._compiled):
-            yield replace(batch, real=batch.real & (places < count)[:, None])
+            yield replace(batch, real=batch.real & (places < count)[:, None]).to(self._device)
 
     def _report(self, loss: float, accepted: float, rate: float) -> None:
         outcome = self.outcome

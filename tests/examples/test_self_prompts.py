@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from dflash_rt.errors import OutputError, RecipeError, SourceError
+from dflash_rt.errors import OutputError, PromptError, RecipeError
 from dflash_rt.prompts import PromptEncoder
 from dflash_rt.tokenizer import Tokenizer
 from examples.train_drafter.__main__ import main
@@ -111,7 +111,7 @@ def test_beginnings_are_lines_of_a_file(tmp_path: Path) -> None:
     assert read_beginnings(path) == ["Wie", "Warum"]
     path.write_bytes(b"\xff")
     for wrong in (path, tmp_path / "none.txt"):
-        with pytest.raises(SourceError, match="can't be read"):
+        with pytest.raises(PromptError, match="can't be read"):
             read_beginnings(wrong)
 
 
