@@ -8,17 +8,16 @@ from pathlib import Path
 
 import torch
 
+from dflash_export._calibration_text import CALIBRATION_PROMPTS, CalibrationText, encode_prompts, write_text
+from dflash_export._modelopt import calibrate, load_modelopt
+from dflash_export._quantize_plan import QuantizePlan
+from dflash_export.calibration import Calibration
+from dflash_export.progress import Progress
+from dflash_export.quantization import WeightFormat
+from dflash_export.sources import Source
+from dflash_export.torch_reference import load_target
 from dflash_rt.console import read_prompts
 from dflash_rt.prompts import PromptEncoder
-
-from ._calibration_text import CALIBRATION_PROMPTS, CalibrationText, encode_prompts, write_text
-from ._modelopt import calibrate, load_modelopt
-from ._quantize_plan import QuantizePlan
-from .calibration import Calibration
-from .progress import Progress
-from .quantization import WeightFormat
-from .sources import Source
-from .torch_reference import load_target
 
 __all__ = ["Calibrated", "calibrate_target", "check_calibration"]
 

@@ -17,9 +17,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from dflash_export.calibration import JOINED, Calibration, LayerCalibration
 from dflash_rt.errors import RecipeError
-
-from .calibration import JOINED, Calibration, LayerCalibration
 
 __all__ = ["Method", "calibrate", "load_modelopt"]
 

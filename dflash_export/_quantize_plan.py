@@ -6,14 +6,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from dflash_export._calibration_text import CalibrationText
+from dflash_export.calibration import Calibration, Folding, folding
+from dflash_export.graph_passes import TracedGraph
+from dflash_export.quantization import CodeType, WeightFormat
+from dflash_export.quantize_pass import InputTreatment, quantize_graph
 from dflash_rt.errors import RecipeError
 from dflash_rt.manifest import CalibrationInfo, QuantizationInfo
-
-from ._calibration_text import CalibrationText
-from .calibration import Calibration, Folding, folding
-from .graph_passes import TracedGraph
-from .quantization import CodeType, WeightFormat
-from .quantize_pass import InputTreatment, quantize_graph
 
 __all__ = ["HEAD_TYPES", "SCHEMES", "QuantizePlan", "Scheme", "make_plan"]
 

@@ -15,6 +15,30 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from dflash_export._calibrate import calibrate_target, check_calibration
+from dflash_export._config_reader import Findings, raise_together
+from dflash_export._options import check_options
+from dflash_export._quantize_plan import make_plan
+from dflash_export.calibration import CALIBRATION_FILE, Folding
+from dflash_export.drafter_config import DrafterConfig, read_drafter_config
+from dflash_export.fused_target import fuse_target
+from dflash_export.graph_passes import TracedGraph
+from dflash_export.graphs import PRECISIONS, step_graphs, trace_drafter, trace_target
+from dflash_export.pairing import require_pair
+from dflash_export.progress import SILENT, Progress
+from dflash_export.publish import check_output, new_folder
+from dflash_export.quantization_cost import QUALITY_TOKENS, measure_cost, quality_prompts
+from dflash_export.sources import Source, resolve_drafter, resolve_target
+from dflash_export.target_config import (
+    TargetFacts,
+    load_target_config,
+    sampling_defaults,
+    stop_token_ids,
+    target_facts,
+)
+from dflash_export.tokenizer_files import TokenizerFiles, export_tokenizer
+from dflash_export.weight_files import write_weights
+from dflash_export.weights import Weights, open_weights
 from dflash_rt import Bundle
 from dflash_rt._version import __version__
 from dflash_rt.bundle import hash_file
@@ -37,25 +61,6 @@ from dflash_rt.manifest import (
 )
 from dflash_rt.prompts import PromptEncoder
 from dflash_rt.tokenizer import Tokenizer
-
-from ._calibrate import calibrate_target, check_calibration
-from ._config_reader import Findings, raise_together
-from ._options import check_options
-from ._quantize_plan import make_plan
-from .calibration import CALIBRATION_FILE, Folding
-from .drafter_config import DrafterConfig, read_drafter_config
-from .fused_target import fuse_target
-from .graph_passes import TracedGraph
-from .graphs import PRECISIONS, step_graphs, trace_drafter, trace_target
-from .pairing import require_pair
-from .progress import SILENT, Progress
-from .publish import check_output, new_folder
-from .quantization_cost import QUALITY_TOKENS, measure_cost, quality_prompts
-from .sources import Source, resolve_drafter, resolve_target
-from .target_config import TargetFacts, load_target_config, sampling_defaults, stop_token_ids, target_facts
-from .tokenizer_files import TokenizerFiles, export_tokenizer
-from .weight_files import write_weights
-from .weights import Weights, open_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

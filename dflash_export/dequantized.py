@@ -15,12 +15,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from dflash_export.calibration import CALIBRATION_FILE, Calibration, folding
+from dflash_export.quantization import CodeType, WeightFormat, dequantize, quantize, round_activations
+from dflash_export.quantize_pass import CODES, DIVISOR, SCALES
 from dflash_rt.errors import VerifyError
 from dflash_rt.manifest import QuantizationInfo
-
-from .calibration import CALIBRATION_FILE, Calibration, folding
-from .quantization import CodeType, WeightFormat, dequantize, quantize, round_activations
-from .quantize_pass import CODES, DIVISOR, SCALES
 
 __all__ = ["put_dequantized"]
 

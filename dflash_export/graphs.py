@@ -11,11 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dflash_rt.manifest import cache_names, output_name
-
-from .drafter_modules import DraftLmHead, Select
-from .graph_passes import GraphOutput, TracedGraph, finish_graph
-from .modules import (
+from dflash_export.drafter_modules import DraftLmHead, Select
+from dflash_export.graph_passes import GraphOutput, TracedGraph, finish_graph
+from dflash_export.modules import (
     Draft,
     DrafterLayers,
     DraftLogits,
@@ -26,14 +24,15 @@ from .modules import (
     WindowedDraft,
     WindowedInject,
 )
-from .step_graphs import accept_graph, draft_check_graph
-from .target_config import target_facts
-from .tracing import ATTENTION, GraphInput, emit_operators, fake_mode, trace
+from dflash_export.step_graphs import accept_graph, draft_check_graph
+from dflash_export.target_config import target_facts
+from dflash_export.tracing import ATTENTION, GraphInput, emit_operators, fake_mode, trace
+from dflash_rt.manifest import cache_names, output_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from .drafter_config import DrafterConfig
+    from dflash_export.drafter_config import DrafterConfig
 
 __all__ = ["PRECISIONS", "step_graphs", "trace_drafter", "trace_target"]
 

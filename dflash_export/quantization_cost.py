@@ -11,14 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dflash_rt.errors import VerifyError
-from dflash_rt.manifest import QuantizationCost, QuantizationInfo
-from dflash_rt.prompts import Prompt, PromptEncoder
-
-from .dequantized import put_dequantized
-from .progress import Progress
-from .sources import Source
-from .torch_reference import (
+from dflash_export.dequantized import put_dequantized
+from dflash_export.progress import Progress
+from dflash_export.sources import Source
+from dflash_export.torch_reference import (
     generate_greedy,
     generate_reference,
     load_drafter,
@@ -26,6 +22,9 @@ from .torch_reference import (
     reference_version,
     teacher_forced,
 )
+from dflash_rt.errors import VerifyError
+from dflash_rt.manifest import QuantizationCost, QuantizationInfo
+from dflash_rt.prompts import Prompt, PromptEncoder
 
 __all__ = ["QUALITY_TOKENS", "measure_cost", "quality_prompts"]
 

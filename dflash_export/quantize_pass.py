@@ -10,10 +10,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from dflash_export.graph_passes import StoredWeight, TracedGraph, add_placeholder
+from dflash_export.quantization import BLOCK_SIZES, WeightFormat
 from dflash_rt.errors import UnsupportedModelError
-
-from .graph_passes import StoredWeight, TracedGraph, add_placeholder
-from .quantization import BLOCK_SIZES, WeightFormat
 
 __all__ = ["CODES", "DIVISOR", "SCALES", "InputTreatment", "quantize_graph"]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ._draft_vocabulary import target_ids
-from .calibration import Calibration, Folding
-from .drafter_config import DrafterConfig
-from .external_data import DataFile, LoadParameter
-from .graph_passes import TracedGraph
-from .progress import Progress
-from .target_config import TargetFacts
-from .weights import Weights
+from dflash_export._draft_vocabulary import target_ids
+from dflash_export.calibration import Calibration, Folding
+from dflash_export.drafter_config import DrafterConfig
+from dflash_export.external_data import DataFile, LoadParameter
+from dflash_export.graph_passes import TracedGraph
+from dflash_export.progress import Progress
+from dflash_export.target_config import TargetFacts
+from dflash_export.weights import Weights
 
 __all__ = ["write_weights"]
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.budget import Budget, SkippedError
+from benchmarks.gpu.checkpoint import checkpoint_bytes, write_pair
+from benchmarks.gpu.shapes import PairShape
 from dflash_export import build, compile_engines
 from dflash_export.engine_builder.vendor import BACKENDS as ENGINE_BACKENDS
 from dflash_export.progress import Progress
 from dflash_rt import Bundle
-
-from .budget import Budget, SkippedError
-from .checkpoint import checkpoint_bytes, write_pair
-from .shapes import PairShape
 
 __all__ = ["DTYPES", "PRECISIONS", "Made", "compile_for", "is_made", "make_bundle", "seconds_to_make"]
 

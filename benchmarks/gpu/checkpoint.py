@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .shapes import PairShape, drafter_tensors, target_tensors
+from benchmarks.gpu.shapes import PairShape, drafter_tensors, target_tensors
 
 __all__ = ["checkpoint_bytes", "write_pair"]
 

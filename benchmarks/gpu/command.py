@@ -14,16 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.backend_spec import FUSED, NO_GRAPH, BackendSpec
+from benchmarks.gpu.budget import Budget
+from benchmarks.gpu.bundles import PRECISIONS
+from benchmarks.gpu.machine import gpu_name
+from benchmarks.gpu.report import DRY_RUN_WARNING, default_name, write_report
+from benchmarks.gpu.shapes import PAIRS, PARITY, TINY
+from benchmarks.gpu.suite import Plan, run_suite
 from dflash_export.progress import LineProgress
 from dflash_rt.errors import BackendUnavailableError
-
-from .backend_spec import FUSED, NO_GRAPH, BackendSpec
-from .budget import Budget
-from .bundles import PRECISIONS
-from .machine import gpu_name
-from .report import DRY_RUN_WARNING, default_name, write_report
-from .shapes import PAIRS, PARITY, TINY
-from .suite import Plan, run_suite
 
 __all__ = ["main", "make_plan", "mark_cut_off"]
 

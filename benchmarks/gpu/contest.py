@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TypeAlias
 
-from .budget import Budget, SkippedError
-from .rows import Sample
+from benchmarks.gpu.budget import Budget, SkippedError
+from benchmarks.gpu.rows import Sample
 
 __all__ = ["Contender", "run_contest"]
 

@@ -11,23 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
+from benchmarks.gpu.backend_spec import BackendSpec
+from benchmarks.gpu.budget import Budget, SkippedError
+from benchmarks.gpu.bundles import DTYPES, Made, compile_for, is_made, make_bundle, seconds_to_make
+from benchmarks.gpu.contest import Contender, run_contest
+from benchmarks.gpu.device_clock import measure_draft_share
+from benchmarks.gpu.floor import step_bytes
+from benchmarks.gpu.machine import free_bytes, release_memory
+from benchmarks.gpu.rows import DRAFTED, HF, PLAIN, REFERENCE, Sample, make_row
+from benchmarks.gpu.shapes import PairShape
+from benchmarks.gpu.timing import time_steps
+from benchmarks.gpu.torch_side import (
+    HuggingFace,
+    Reference,
+    load_random_drafter,
+    load_random_target,
+    needed_bytes,
+)
 from dflash_rt import Bundle
 from dflash_rt.backends.base import Backend
 
-from .backend_spec import BackendSpec
-from .budget import Budget, SkippedError
-from .bundles import DTYPES, Made, compile_for, is_made, make_bundle, seconds_to_make
-from .contest import Contender, run_contest
-from .device_clock import measure_draft_share
-from .floor import step_bytes
-from .machine import free_bytes, release_memory
-from .rows import DRAFTED, HF, PLAIN, REFERENCE, Sample, make_row
-from .shapes import PairShape
-from .timing import time_steps
-from .torch_side import HuggingFace, Reference, load_random_drafter, load_random_target, needed_bytes
-
 if TYPE_CHECKING:
-    from .suite import Plan
+    from benchmarks.gpu.suite import Plan
 
 __all__ = ["Measured", "measure_row", "seconds_to_measure"]
 

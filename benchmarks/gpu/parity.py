@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.gpu.backend_spec import BackendSpec
+from benchmarks.gpu.bundles import DTYPES, Made
 from dflash_export.meters import ErrorMeter
 from dflash_export.parity import classify, compare_steps, first_difference, shortfalls
 from dflash_export.sources import resolve_drafter, resolve_target
@@ -23,9 +25,6 @@ from dflash_export.torch_reference import (
     teacher_forced,
 )
 from dflash_rt import Generator, SamplingParams
-
-from .backend_spec import BackendSpec
-from .bundles import DTYPES, Made
 
 __all__ = ["ParityResult", "Run", "judge_run", "run_parity"]
 

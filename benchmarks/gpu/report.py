@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .shapes import PUBLISHED_SOURCE
+from benchmarks.gpu.shapes import PUBLISHED_SOURCE
 
 __all__ = ["DRY_RUN_WARNING", "FORMAT", "default_name", "to_markdown", "write_report"]
 

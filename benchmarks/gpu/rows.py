@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-from .floor import StepBytes
+from benchmarks.gpu.floor import StepBytes
 
 __all__ = ["DRAFTED", "HF", "PLAIN", "REFERENCE", "Sample", "make_row", "pair_ratio"]
 

@@ -11,19 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu.backend_spec import BackendSpec
+from benchmarks.gpu.budget import Budget, Parts
+from benchmarks.gpu.bundles import Made, compile_for, make_bundle
+from benchmarks.gpu.goals import GOAL_CONTEXT, GOAL_PAIR, GOAL_PRECISION, judge_goals
+from benchmarks.gpu.machine import copy_bandwidth, environment, release_memory
+from benchmarks.gpu.measure import Measured, measure_row, seconds_to_measure
+from benchmarks.gpu.parity import run_parity
+from benchmarks.gpu.report import FORMAT, write_report
+from benchmarks.gpu.shapes import PairShape
+from benchmarks.gpu.timing import rows_needed
 from dflash_export.progress import SILENT, Progress
 from dflash_rt.errors import DFlashError
-
-from .backend_spec import BackendSpec
-from .budget import Budget, Parts
-from .bundles import Made, compile_for, make_bundle
-from .goals import GOAL_CONTEXT, GOAL_PAIR, GOAL_PRECISION, judge_goals
-from .machine import copy_bandwidth, environment, release_memory
-from .measure import Measured, measure_row, seconds_to_measure
-from .parity import run_parity
-from .report import FORMAT, write_report
-from .shapes import PairShape
-from .timing import rows_needed
 
 __all__ = ["Plan", "run_suite"]
 

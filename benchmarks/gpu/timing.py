@@ -9,13 +9,12 @@ from typing import cast
 
 import numpy as np
 
+from benchmarks.gpu.device_clock import Clocked
+from benchmarks.gpu.rows import Sample
 from dflash_rt.backends._device import DeviceBackend
 from dflash_rt.backends.base import Backend
 from dflash_rt.loop import decode
 from dflash_rt.sequence import Sequence as Tokens
-
-from .device_clock import Clocked
-from .rows import Sample
 
 __all__ = ["WARM_STEPS", "rows_needed", "time_steps"]
 

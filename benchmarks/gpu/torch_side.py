@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.gpu.checkpoint import checkpoint_bytes
+from benchmarks.gpu.machine import synchronise
+from benchmarks.gpu.shapes import PairShape
 from dflash_export.torch_reference import generate_reference, reference_version
-
-from .checkpoint import checkpoint_bytes
-from .machine import synchronise
-from .shapes import PairShape
 
 __all__ = ["HuggingFace", "Reference", "load_random_drafter", "load_random_target", "needed_bytes"]
 

@@ -6,18 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dflash_export.engine_builder.devices import Gpu
+from dflash_export.engine_builder.header import GraphHeader
+from dflash_export.engine_builder.monitor import BuildMonitor, make_logger, make_monitor
+from dflash_export.engine_builder.network import Network, parse
+from dflash_export.engine_builder.refusals import check_network, check_parsed_whole
+from dflash_export.engine_builder.timing import use_timings
+from dflash_export.engine_builder.vendor import Vendor
 from dflash_export.progress import Progress
 from dflash_rt.engines import BuildKey, ProfileSpec
 from dflash_rt.errors import EngineBuildError
 from dflash_rt.manifest import GraphSpec
-
-from .devices import Gpu
-from .header import GraphHeader
-from .monitor import BuildMonitor, make_logger, make_monitor
-from .network import Network, parse
-from .refusals import check_network, check_parsed_whole
-from .timing import use_timings
-from .vendor import Vendor
 
 __all__ = ["EngineJob", "build_engine", "prepare"]
 

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dflash_export.engine_builder.builder import EngineJob, build_engine
+from dflash_export.engine_builder.devices import FP8_SINCE, Gpu, check_device, check_fp8, present_gpu
+from dflash_export.engine_builder.header import data_files, load_header, read_header
+from dflash_export.engine_builder.profiles import graph_profiles
+from dflash_export.engine_builder.vendor import Vendor, load_vendor
 from dflash_export.progress import SILENT, Progress
 from dflash_export.publish import new_folder
 from dflash_rt import Bundle
@@ -31,12 +36,6 @@ from dflash_rt.engines import (
 )
 from dflash_rt.errors import EngineBuildError, EngineError, OutputError
 from dflash_rt.manifest import ENGINES_FOLDER
-
-from .builder import EngineJob, build_engine
-from .devices import FP8_SINCE, Gpu, check_device, check_fp8, present_gpu
-from .header import data_files, load_header, read_header
-from .profiles import graph_profiles
-from .vendor import Vendor, load_vendor
 
 __all__ = ["CompiledEngines", "check_options", "compile_engines"]
 

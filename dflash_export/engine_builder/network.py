@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from dflash_export.engine_builder.header import GraphHeader
+from dflash_export.engine_builder.vendor import has_lengths
 from dflash_rt.errors import EngineBuildError
-
-from .header import GraphHeader
-from .vendor import has_lengths
 
 __all__ = ["Network", "parse"]
 

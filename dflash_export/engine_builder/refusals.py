@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from dflash_export.engine_builder.network import Network
+from dflash_export.engine_builder.vendor import has_lengths
 from dflash_rt.errors import EngineBuildError
 from dflash_rt.manifest import GraphSpec, TensorSpec
-
-from .network import Network
-from .vendor import has_lengths
 
 __all__ = ["check_network", "check_parsed_whole"]
 

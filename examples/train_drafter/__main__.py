@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from dflash_rt.console import CommandGroup, JsonPair, echo_json
-
-from .prompts import HELD_OUT
+from examples.train_drafter.prompts import HELD_OUT
 
 __all__ = ["main"]
 
@@ -143,7 +142,7 @@ def main() -> None:
 @options(_COMMON, _DATA)
 def data(**given: Any) -> None:
     """Let the target answer the training prompts; goes on where an earlier call stopped."""
-    from . import stages
+    from examples.train_drafter import stages
 
     stages.data(stages.open_run(given), given)
 
@@ -152,7 +151,7 @@ def data(**given: Any) -> None:
 @options(_COMMON, _TRAIN)
 def train(**given: Any) -> None:
     """Train on the data and write the drafter with its card; goes on from the last checkpoint."""
-    from . import stages
+    from examples.train_drafter import stages
 
     stages.train(stages.open_run(given), given)
 
@@ -161,7 +160,7 @@ def train(**given: Any) -> None:
 @options(_COMMON, _EVALUATE)
 def evaluate(**given: Any) -> None:
     """Measure tokens a step on the held-out prompts, before and after training."""
-    from . import stages
+    from examples.train_drafter import stages
 
     echo_json(stages.evaluate(stages.open_run(given), given))
 
@@ -174,7 +173,7 @@ def run(**given: Any) -> None:
     Each part begins when the one before is done: where --data-minutes or --stop-after ends a call early, the
     same command goes on there.
     """
-    from . import stages
+    from examples.train_drafter import stages
 
     opened = stages.open_run(given)
     if not stages.data(opened, given):

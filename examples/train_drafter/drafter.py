@@ -25,8 +25,7 @@ from dflash_export.target_config import load_target_config, target_facts
 from dflash_export.torch_reference import load_drafter
 from dflash_export.weights import open_weights
 from dflash_rt.errors import OutputError, RecipeError, UnsupportedModelError
-
-from .target import Target
+from examples.train_drafter.target import Target
 
 __all__ = ["Drafter", "check_written", "continued_drafter", "new_drafter", "write_drafter"]
 

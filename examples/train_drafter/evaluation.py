@@ -10,8 +10,7 @@ from typing import Any
 from dflash_export.sources import resolve_drafter
 from dflash_export.torch_reference import generate_reference, load_drafter
 from dflash_rt.errors import VerifyError
-
-from .target import Target
+from examples.train_drafter.target import Target
 
 __all__ = ["Score", "evaluate"]
 

@@ -22,8 +22,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from dflash_rt.errors import OutputError
-
-from .budget import Budget
+from examples.train_drafter.budget import Budget
 
 __all__ = [
     "SETTINGS_FILE",

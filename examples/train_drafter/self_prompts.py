@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from dflash_rt.errors import OutputError, RecipeError
-
-from .generation import continue_all, write_settings
-from .prompts import lines_of, normalised
-from .target import Target
+from examples.train_drafter.generation import continue_all, write_settings
+from examples.train_drafter.prompts import lines_of, normalised
+from examples.train_drafter.target import Target
 
 __all__ = ["BEGINNINGS", "opening", "read_beginnings", "self_prompts", "write_prompts"]
 

@@ -13,17 +13,22 @@ import torch
 
 from dflash_rt.console import read_prompts
 from dflash_rt.errors import RecipeError
-
-from .budget import Budget
-from .card import read_record, write_card
-from .dataset import read_sequences
-from .drafter import Drafter, check_written, continued_drafter, new_drafter, write_drafter
-from .evaluation import evaluate as score
-from .generation import make_data
-from .prompts import own_prompts, training_prompts
-from .self_prompts import BEGINNINGS, read_beginnings, self_prompts, write_prompts
-from .target import Target, open_target
-from .training import Outcome, Trainer, TrainOptions
+from examples.train_drafter.budget import Budget
+from examples.train_drafter.card import read_record, write_card
+from examples.train_drafter.dataset import read_sequences
+from examples.train_drafter.drafter import (
+    Drafter,
+    check_written,
+    continued_drafter,
+    new_drafter,
+    write_drafter,
+)
+from examples.train_drafter.evaluation import evaluate as score
+from examples.train_drafter.generation import make_data
+from examples.train_drafter.prompts import own_prompts, training_prompts
+from examples.train_drafter.self_prompts import BEGINNINGS, read_beginnings, self_prompts, write_prompts
+from examples.train_drafter.target import Target, open_target
+from examples.train_drafter.training import Outcome, Trainer, TrainOptions
 
 __all__ = ["Run", "data", "evaluate", "open_run", "train"]
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from dflash_rt.errors import NumericalError, RecipeError
-
-from .blocks import (
+from examples.train_drafter.blocks import (
     block_hidden,
     block_labels,
     block_loss,
@@ -22,11 +21,11 @@ from .blocks import (
     flex_attention_for,
     position_weights,
 )
-from .budget import Budget
-from .checkpoint import load_state, save_state
-from .dataset import Batch, Sequences, generator
-from .drafter import Drafter
-from .target import features_of
+from examples.train_drafter.budget import Budget
+from examples.train_drafter.checkpoint import load_state, save_state
+from examples.train_drafter.dataset import Batch, Sequences, generator
+from examples.train_drafter.drafter import Drafter
+from examples.train_drafter.target import features_of
 
 __all__ = ["Outcome", "TrainOptions", "Trainer", "default_gamma", "steps_through"]
 

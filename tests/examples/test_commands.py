@@ -10,8 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from examples.train_drafter.__main__ import main
-
-from .tiny_pair import MASK, make_chain_target
+from tests.examples.tiny_pair import MASK, make_chain_target
 
 DATA = ["--prompts", "112", "--max-new-tokens", "20", "--data-batch", "28"]
 SIZES = ["--layers", "2", "--taps", "0,2", "--mask-token-id", str(MASK), "--block-size", "4"]

@@ -15,9 +15,8 @@ from dflash_rt.errors import CheckpointError, OutputError, SourceError
 from examples.train_drafter.budget import Budget
 from examples.train_drafter.dataset import Sequences, generator, read_sequences
 from examples.train_drafter.generation import answer_greedily, make_data, plan_batches
+from tests.examples.tiny_pair import prompts
 from tests.export._pairs import TargetSpec, make_target
-
-from .tiny_pair import prompts
 
 NEW = 40
 STOP = 3

@@ -31,8 +31,7 @@ from examples.train_drafter.evaluation import evaluate
 from examples.train_drafter.generation import make_data
 from examples.train_drafter.target import Target
 from examples.train_drafter.training import Trainer, TrainOptions, default_gamma, schedule, steps_through
-
-from .tiny_pair import MASK, as_target, make_chain_target, prompts
+from tests.examples.tiny_pair import MASK, as_target, make_chain_target, prompts
 
 OPTIONS = TrainOptions(steps=8, batch=4, anchors=6, validation=4, learning_rate=5e-3)
 

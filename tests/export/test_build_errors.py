@@ -31,11 +31,10 @@ from dflash_rt.errors import (
     SourceError,
     UnsupportedModelError,
 )
-
-from ._pairs import TargetSpec, drafter_config, make_drafter, make_target
-from ._pairs import build as build_again
-from ._permissions import as_any_user
-from .pair_maker import byte_tokenizer
+from tests.export._pairs import TargetSpec, drafter_config, make_drafter, make_target
+from tests.export._pairs import build as build_again
+from tests.export._permissions import as_any_user
+from tests.export.pair_maker import byte_tokenizer
 
 SPEC = TargetSpec("qwen3", layers=2, tied=False, vocab=300)
 

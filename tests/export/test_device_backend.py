@@ -36,10 +36,9 @@ from dflash_rt.device.plan import Run as DeviceRun
 from dflash_rt.errors import BackendError, NumericalError
 from dflash_rt.loop import decode
 from dflash_rt.sequence import Sequence
+from tests.export._pairs import Run, TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
+from tests.export._speculators import make_speculators, speculators_config
 from tests.rt.fake_cuda import FakeRuntime
-
-from ._pairs import Run, TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
-from ._speculators import make_speculators, speculators_config
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 CHUNK, LENGTH = 8, 90

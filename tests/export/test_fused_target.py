@@ -20,8 +20,7 @@ from dflash_rt.backends import create_backend
 from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
 from dflash_rt.errors import BackendError, RequestError
-
-from ._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
 FUSED = {
     "smollm2": TargetSpec("smollm2", head_dim=16),

@@ -22,8 +22,7 @@ from dflash_export.weights import open_weights
 from dflash_rt import Bundle
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
 from dflash_rt.errors import BackendError
-
-from ._pairs import (
+from tests.export._pairs import (
     FAMILIES,
     Graphs,
     TargetSpec,

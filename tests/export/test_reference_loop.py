@@ -24,8 +24,7 @@ import pytest
 import torch
 
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
-
-from ._pairs import (
+from tests.export._pairs import (
     LINEAR_ROPE,
     YARN_ROPE,
     Run,

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
-
-from ._pairs import TargetSpec, build, make_target, run_loop
-from ._speculators import SpeculatorsLoop, make_speculators, speculators_config
+from tests.export._pairs import TargetSpec, build, make_target, run_loop
+from tests.export._speculators import SpeculatorsLoop, make_speculators, speculators_config
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LEAST_MARGIN = 1e-5  # as in test_reference_loop.py

@@ -14,8 +14,7 @@ from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
 from dflash_rt.loop import decode
 from dflash_rt.sequence import Sequence
-
-from ._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
 BLOCK, CHUNK = 5, 8
 

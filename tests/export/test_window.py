@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from dflash_rt.backends._window import Window
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
-
-from ._pairs import (
+from tests.export._pairs import (
     TargetSpec,
     build,
     drafter_config,
@@ -24,8 +23,8 @@ from ._pairs import (
     reference_drafter,
     run_loop,
 )
-from ._speculators import SpeculatorsLoop, make_speculators, speculators_config
-from .test_reference_loop import LEAST_MARGIN, SLIDING, Reference, window
+from tests.export._speculators import SpeculatorsLoop, make_speculators, speculators_config
+from tests.export.test_reference_loop import LEAST_MARGIN, SLIDING, Reference, window
 
 
 @pytest.fixture(autouse=True)
