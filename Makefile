@@ -36,7 +36,7 @@ $(STAMP): Makefile setup.cfg pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 # What of the runtime shapes a bundle: its format, and the checks of it.
-FORMAT := dflash_rt/manifest.py dflash_rt/_contract.py dflash_rt/_manifest_checks.py dflash_rt/_strict_json.py
+FORMAT := dflash_rt/bundle/manifest.py dflash_rt/bundle/contract.py dflash_rt/bundle/rules.py dflash_rt/bundle/schema.py
 
 # Exported again when the recipe, the drafter, the exporter or the format is newer than the bundle.
 $(BUNDLE)/manifest.json: $(BUNDLE).yaml $(wildcard examples/smollm2-135m-instruct-dflash/*) \

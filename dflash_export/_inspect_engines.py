@@ -8,8 +8,14 @@ from typing import Any
 
 from dflash_export.progress import SILENT, Progress
 from dflash_rt import Bundle
-from dflash_rt.bundle import hash_file
-from dflash_rt.engines import EngineSet, built_for, bundle_differences, engine_folders, read_engines
+from dflash_rt.bundle.engine_sets import (
+    EngineSet,
+    built_for,
+    bundle_differences,
+    engine_folders,
+    read_engines,
+)
+from dflash_rt.bundle.folder import hash_file
 from dflash_rt.errors import EngineError
 
 __all__ = ["EngineStatus", "inspect_engines"]

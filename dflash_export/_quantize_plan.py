@@ -11,8 +11,8 @@ from dflash_export.calibration import Calibration, Folding, folding
 from dflash_export.graph_passes import TracedGraph
 from dflash_export.quantization import CodeType, WeightFormat
 from dflash_export.quantize_pass import InputTreatment, quantize_graph
+from dflash_rt.bundle.manifest import CalibrationInfo, QuantizationInfo
 from dflash_rt.errors import RecipeError
-from dflash_rt.manifest import CalibrationInfo, QuantizationInfo
 
 __all__ = ["HEAD_TYPES", "SCHEMES", "QuantizePlan", "Scheme", "make_plan"]
 

@@ -7,8 +7,8 @@ import uuid
 from pathlib import Path
 
 from dflash_rt import Bundle
+from dflash_rt.bundle.manifest import REPORTS_FOLDER
 from dflash_rt.errors import OutputError
-from dflash_rt.manifest import REPORTS_FOLDER
 
 __all__ = ["require_writable", "write_report"]
 

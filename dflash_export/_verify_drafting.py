@@ -11,7 +11,7 @@ from dflash_export.progress import Progress
 from dflash_export.sources import Source
 from dflash_export.torch_reference import generate_reference, load_drafter, reference_version
 from dflash_export.verify_report import Drafting, ReferenceDrafting
-from dflash_rt.manifest import Manifest
+from dflash_rt.bundle.manifest import Manifest
 
 __all__ = ["drafting_at", "run_reference"]
 

@@ -41,9 +41,8 @@ from dflash_export.weight_files import write_weights
 from dflash_export.weights import Weights, open_weights
 from dflash_rt import Bundle
 from dflash_rt._version import __version__
-from dflash_rt.bundle import hash_file
-from dflash_rt.errors import ExportError, OutputError, RecipeError
-from dflash_rt.manifest import (
+from dflash_rt.bundle.folder import hash_file
+from dflash_rt.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     DrafterInfo,
@@ -59,6 +58,7 @@ from dflash_rt.manifest import (
     TokenizerSpec,
     output_name,
 )
+from dflash_rt.errors import ExportError, OutputError, RecipeError
 from dflash_rt.prompts import PromptEncoder
 from dflash_rt.tokenizer import Tokenizer
 

@@ -18,8 +18,8 @@ import torch
 from dflash_export.calibration import CALIBRATION_FILE, Calibration, folding
 from dflash_export.quantization import CodeType, WeightFormat, dequantize, quantize, round_activations
 from dflash_export.quantize_pass import CODES, DIVISOR, SCALES
+from dflash_rt.bundle.manifest import QuantizationInfo
 from dflash_rt.errors import VerifyError
-from dflash_rt.manifest import QuantizationInfo
 
 __all__ = ["put_dequantized"]
 

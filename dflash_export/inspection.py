@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 from dflash_export._inspect_engines import EngineStatus, inspect_engines
 from dflash_export.progress import SILENT, Progress
 from dflash_rt import Bundle, SamplingParams
-from dflash_rt.bundle import hash_file
-from dflash_rt.manifest import (
+from dflash_rt.bundle.folder import hash_file
+from dflash_rt.bundle.manifest import (
     ENGINES_FOLDER,
     GraphSpec,
     QuantizationInfo,

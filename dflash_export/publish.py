@@ -16,8 +16,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from dflash_rt.bundle.manifest import MANIFEST_NAME
 from dflash_rt.errors import OutputError
-from dflash_rt.manifest import MANIFEST_NAME
 
 __all__ = ["check_output", "new_folder"]
 

@@ -22,8 +22,8 @@ from dflash_export.torch_reference import (
     reference_version,
     teacher_forced,
 )
+from dflash_rt.bundle.manifest import QuantizationCost, QuantizationInfo
 from dflash_rt.errors import VerifyError
-from dflash_rt.manifest import QuantizationCost, QuantizationInfo
 from dflash_rt.prompts import Prompt, PromptEncoder
 
 __all__ = ["QUALITY_TOKENS", "measure_cost", "quality_prompts"]

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from dflash_rt import Bundle
+from dflash_rt.bundle.manifest import GraphSpec
 from dflash_rt.errors import BackendError
-from dflash_rt.manifest import GraphSpec
 
 __all__ = ["Pass", "Replay"]
 

@@ -20,8 +20,8 @@ from dflash_export._checkpoint_files import (
     safetensors_files,
     sha256_of,
 )
+from dflash_rt.bundle.manifest import FileRecord
 from dflash_rt.errors import CheckpointError, SourceError
-from dflash_rt.manifest import FileRecord
 
 __all__ = ["Source", "resolve_drafter", "resolve_target"]
 

@@ -21,8 +21,8 @@ from dflash_export._target_checks import (
     sliding_windows,
 )
 from dflash_export.sources import Source
+from dflash_rt.bundle.manifest import SamplingDefaults
 from dflash_rt.errors import CheckpointError, Problem, SamplingError, UnsupportedModelError
-from dflash_rt.manifest import SamplingDefaults
 from dflash_rt.sampling import SamplingParams
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from dflash_export.drafter_config import load_drafter_config
 from dflash_export.sources import Source, resolve_drafter, resolve_target
+from dflash_rt.bundle.manifest import SourceInfo
 from dflash_rt.errors import VerifyError
-from dflash_rt.manifest import SourceInfo
 
 __all__ = [
     "Greedy",

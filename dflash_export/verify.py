@@ -26,8 +26,8 @@ from dflash_export.torch_reference import find_source, load_target, reference_ve
 from dflash_export.verify_report import ReferenceDrafting, VerifyReport
 from dflash_rt import Bundle, Generator, SamplingParams
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.bundle.manifest import Manifest
 from dflash_rt.errors import SourceError
-from dflash_rt.manifest import Manifest
 from dflash_rt.prompts import Prompt
 from dflash_rt.request import check_count
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from dflash_rt._version import __version__
 
 if TYPE_CHECKING:
-    from dflash_rt.bundle import Bundle
+    from dflash_rt.bundle.folder import Bundle
     from dflash_rt.errors import (
         BackendError,
         BackendUnavailableError,

@@ -29,7 +29,7 @@ from dflash_rt.bench_floor import StepFloor, measure_read_bandwidth, step_floor
 from dflash_rt.bench_machine import cpu_name, load_average, package_versions, physical_cores
 from dflash_rt.bench_prompts import default_prompts
 from dflash_rt.bench_report import BESIDE, PLAIN, BenchReport, Conditions
-from dflash_rt.bundle import Bundle
+from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import PromptError, RequestError
 from dflash_rt.generator import Generator
 from dflash_rt.prompts import Prompt

@@ -24,7 +24,7 @@ from dflash_rt.sampling import SamplingParams
 from dflash_rt.stream import GenerationResult, TokenStream
 
 if TYPE_CHECKING:
-    from dflash_rt.bundle import Bundle
+    from dflash_rt.bundle.folder import Bundle
 
 __all__ = [
     "ALL",

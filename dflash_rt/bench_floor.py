@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dflash_rt._onnx_file import weight_bytes
+from dflash_rt.bundle.onnx_scan import weight_bytes
 
 if TYPE_CHECKING:
-    from dflash_rt.bundle import Bundle
+    from dflash_rt.bundle.folder import Bundle
 
 __all__ = ["StepFloor", "measure_read_bandwidth", "step_floor", "weight_bytes"]
 

@@ -10,7 +10,7 @@ import numpy as np
 from dflash_rt.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from dflash_rt.bundle import Bundle
+    from dflash_rt.bundle.folder import Bundle
     from dflash_rt.prompts import Prompt
 
 __all__ = ["BenchPrompt", "default_prompts", "mixed_prompts"]

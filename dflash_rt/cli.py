@@ -268,7 +268,7 @@ def bench(
     run: Callable[..., BenchReport | WidthsReport] = run_widths if widths else run_bench
     texts = None if prompts is None else read_prompts(prompts, limit)
     if verify_files:
-        from dflash_rt.bundle import Bundle
+        from dflash_rt.bundle.folder import Bundle
 
         for folder in (bundle, options.get("beside")):
             if folder is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dflash_rt.backends import create_backend
 from dflash_rt.backends.base import Backend
-from dflash_rt.bundle import Bundle
+from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import BackendError, BundleError, RequestError
 from dflash_rt.prompts import Prompt, PromptEncoder
 from dflash_rt.request import DraftWidth, ModelLimits, Request, check_count, check_ids
@@ -39,7 +39,7 @@ class Generator:
         ...     print(generator.generate("Why is the sky blue?", max_new_tokens=64).text)
 
     Args:
-        bundle: a bundle's folder, or an open :class:`~dflash_rt.bundle.Bundle`.
+        bundle: a bundle's folder, or an open :class:`~dflash_rt.bundle.folder.Bundle`.
         backend: a name of :data:`dflash_rt.backends.BACKEND_NAMES`, or a backend object, which the generator
             then owns and closes.
         threads: CPU threads of the backend; ``None`` leaves it to the backend.

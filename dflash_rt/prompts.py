@@ -14,7 +14,7 @@ from dflash_rt.errors import PromptError, RequestError
 from dflash_rt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from dflash_rt.bundle import Bundle
+    from dflash_rt.bundle.folder import Bundle
 
 __all__ = ["Prompt", "PromptEncoder", "TokenIds"]
 

@@ -18,12 +18,12 @@ from click.testing import CliRunner, Result
 
 from dflash_export.cli import main as export_main
 from dflash_rt import Bundle
+from dflash_rt.bundle.engine_sets import EngineFile
 from dflash_rt.cli import main as rt_main
 from dflash_rt.console import CommandGroup, read_prompts
-from dflash_rt.engines import EngineFile
 from dflash_rt.errors import PromptError
+from tests.rt.bundle.test_engine_sets import TRT, engine_set, store
 from tests.rt.bundle_maker import manifest_document, write_bundle
-from tests.rt.test_engines import TRT, engine_set, store
 
 ROOT = Path(__file__).parents[1]
 

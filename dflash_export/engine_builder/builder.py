@@ -14,9 +14,9 @@ from dflash_export.engine_builder.refusals import check_network, check_parsed_wh
 from dflash_export.engine_builder.timing import use_timings
 from dflash_export.engine_builder.vendor import Vendor
 from dflash_export.progress import Progress
-from dflash_rt.engines import BuildKey, ProfileSpec
+from dflash_rt.bundle.engine_sets import BuildKey, ProfileSpec
+from dflash_rt.bundle.manifest import GraphSpec
 from dflash_rt.errors import EngineBuildError
-from dflash_rt.manifest import GraphSpec
 
 __all__ = ["EngineJob", "build_engine", "prepare"]
 

@@ -21,8 +21,7 @@ from dflash_export.progress import SILENT, Progress
 from dflash_export.publish import new_folder
 from dflash_rt import Bundle
 from dflash_rt._version import __version__
-from dflash_rt.bundle import hash_file
-from dflash_rt.engines import (
+from dflash_rt.bundle.engine_sets import (
     ENGINES_NAME,
     FORMAT_VERSION,
     BuildKey,
@@ -34,8 +33,9 @@ from dflash_rt.engines import (
     folder_name,
     read_engines,
 )
+from dflash_rt.bundle.folder import hash_file
+from dflash_rt.bundle.manifest import ENGINES_FOLDER
 from dflash_rt.errors import EngineBuildError, EngineError, OutputError
-from dflash_rt.manifest import ENGINES_FOLDER
 
 __all__ = ["CompiledEngines", "check_options", "compile_engines"]
 

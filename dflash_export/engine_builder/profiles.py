@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dflash_rt.engines import AxisRange, EngineLimits, ProfileSpec
-from dflash_rt.manifest import Manifest
+from dflash_rt.bundle.engine_sets import AxisRange, EngineLimits, ProfileSpec
+from dflash_rt.bundle.manifest import Manifest
 
 __all__ = ["graph_profiles"]
 

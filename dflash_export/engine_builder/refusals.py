@@ -6,8 +6,8 @@ from typing import Any
 
 from dflash_export.engine_builder.network import Network
 from dflash_export.engine_builder.vendor import has_lengths
+from dflash_rt.bundle.manifest import GraphSpec, TensorSpec
 from dflash_rt.errors import EngineBuildError
-from dflash_rt.manifest import GraphSpec, TensorSpec
 
 __all__ = ["check_network", "check_parsed_whole"]
 

@@ -12,7 +12,7 @@ from dflash_rt.errors import BackendUnavailableError, RequestError
 if TYPE_CHECKING:
     from dflash_rt.backends._device import DeviceOptions
     from dflash_rt.backends.base import Backend
-    from dflash_rt.bundle import Bundle
+    from dflash_rt.bundle.folder import Bundle
 
 __all__ = ["BACKEND_NAMES", "create_backend", "takes_threads"]
 

@@ -26,7 +26,7 @@ from dflash_rt.device.runner import Runner
 from dflash_rt.errors import BackendError, NumericalError
 
 if TYPE_CHECKING:
-    from dflash_rt.bundle import Bundle
+    from dflash_rt.bundle.folder import Bundle
 
 __all__ = ["DeviceBackend", "DeviceOptions"]
 

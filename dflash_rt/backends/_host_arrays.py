@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dflash_rt.bundle.manifest import TensorSpec
 from dflash_rt.errors import BackendError
-from dflash_rt.manifest import TensorSpec
 
 __all__ = ["STORAGE", "HostBuffer", "zeros"]
 

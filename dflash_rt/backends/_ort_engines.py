@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dflash_rt._onnx_file import weight_bytes
+from dflash_rt.bundle.onnx_scan import weight_bytes
 from dflash_rt.device.base import Device, Work
 from dflash_rt.device.plan import Run
 from dflash_rt.errors import BackendError
 
 if TYPE_CHECKING:
-    from dflash_rt.bundle import Bundle
+    from dflash_rt.bundle.folder import Bundle
 
 __all__ = ["OnnxRuntimeEngines"]
 

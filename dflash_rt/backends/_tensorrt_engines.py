@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from dflash_rt.backends._cuda_device import CudaDevice
 from dflash_rt.backends._kernel_cache import KernelCache
+from dflash_rt.bundle.engine_sets import EngineSet, Machine, compile_command, find_engines
 from dflash_rt.device.base import Device, Work
 from dflash_rt.device.plan import Binding, Run
-from dflash_rt.engines import EngineSet, Machine, compile_command, find_engines
 from dflash_rt.errors import BackendError, BackendUnavailableError
 
 if TYPE_CHECKING:
-    from dflash_rt.bundle import Bundle
+    from dflash_rt.bundle.folder import Bundle
 
 __all__ = ["TensorRTEngines"]
 

@@ -31,11 +31,11 @@ import onnxruntime as ort
 from dflash_rt.backends._host_arrays import STORAGE, HostBuffer, zeros
 from dflash_rt.backends._window import Window
 from dflash_rt.backends.base import DraftSampling, FloatArray, Inject, IntArray, Proposal, StepOutput
+from dflash_rt.bundle.manifest import STEP_GRAPHS, GraphSpec, TensorSpec, output_name
 from dflash_rt.errors import BackendError, NumericalError
-from dflash_rt.manifest import STEP_GRAPHS, GraphSpec, TensorSpec, output_name
 
 if TYPE_CHECKING:
-    from dflash_rt.bundle import Bundle
+    from dflash_rt.bundle.folder import Bundle
 
 __all__ = ["OnnxRuntimeBackend"]
 

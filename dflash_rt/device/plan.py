@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from dflash_rt.manifest import TensorSpec
+from dflash_rt.bundle.manifest import TensorSpec
 
 __all__ = ["Binding", "Buffer", "Copy", "Layout", "Operation", "Run", "item_size"]
 

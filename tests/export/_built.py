@@ -10,7 +10,7 @@ from unittest import mock
 
 from dflash_export.engine_builder.network import Network
 from dflash_rt import Bundle
-from dflash_rt.manifest import TensorSpec
+from dflash_rt.bundle.manifest import TensorSpec
 
 _NAMES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
 

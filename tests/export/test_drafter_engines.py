@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dflash_export import compile_engines
-from dflash_rt.engines import read_engines
+from dflash_rt.bundle.engine_sets import read_engines
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 from tests.export._speculators import make_speculators, speculators_config
 

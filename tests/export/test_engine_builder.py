@@ -21,7 +21,7 @@ from dflash_export.engine_builder.profiles import graph_profiles
 from dflash_export.engine_builder.timing import default_timing_folder, timing_path, use_timings
 from dflash_export.engine_builder.vendor import BACKENDS, Vendor, load_vendor
 from dflash_rt import Bundle
-from dflash_rt.engines import AxisRange, EngineLimits
+from dflash_rt.bundle.engine_sets import AxisRange, EngineLimits
 from dflash_rt.errors import BackendUnavailableError, EngineBuildError
 from tests.rt.bundle_maker import write_bundle
 

@@ -26,9 +26,9 @@ from dflash_export.engine_builder.vendor import Vendor, load_vendor
 from dflash_export.progress import SILENT
 from dflash_export.recipe import Recipe
 from dflash_rt import Bundle
-from dflash_rt.engines import AxisRange, ProfileSpec
+from dflash_rt.bundle.engine_sets import AxisRange, ProfileSpec
+from dflash_rt.bundle.manifest import GraphSpec
 from dflash_rt.errors import EngineBuildError
-from dflash_rt.manifest import GraphSpec
 from tests.export._built import Handed, watch_builds
 from tests.export._pairs import TRACES, TargetSpec, build, drafter_config, make_drafter, make_target
 from tests.export.test_engine_refusals import Case

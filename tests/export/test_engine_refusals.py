@@ -17,9 +17,9 @@ from dflash_export.engine_builder.monitor import BuildMonitor
 from dflash_export.engine_builder.network import Network
 from dflash_export.engine_builder.vendor import Vendor, load_vendor
 from dflash_export.progress import SILENT
-from dflash_rt.engines import AxisRange, BuildKey, ProfileSpec
+from dflash_rt.bundle.engine_sets import AxisRange, BuildKey, ProfileSpec
+from dflash_rt.bundle.manifest import GraphSpec, TensorSpec
 from dflash_rt.errors import EngineBuildError
-from dflash_rt.manifest import GraphSpec, TensorSpec
 
 pytest.importorskip("tensorrt_rtx", reason="engines are built: pip install 'dflash-export[tensorrt-rtx]'")
 

@@ -16,8 +16,8 @@ from dflash_export.engine_builder import compiler
 from dflash_export.engine_builder.builder import EngineJob
 from dflash_export.engine_builder.vendor import load_vendor
 from dflash_rt import Bundle
-from dflash_rt.bundle import hash_file
-from dflash_rt.engines import EngineSet, Machine, find_engines, read_engines
+from dflash_rt.bundle.engine_sets import EngineSet, Machine, find_engines, read_engines
+from dflash_rt.bundle.folder import hash_file
 from dflash_rt.errors import EngineBuildError, IntegrityError, OutputError
 from tests.export._built import check_handed, watch_builds
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target

@@ -16,8 +16,8 @@ import pytest
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends._host_arrays import zeros
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.bundle.manifest import STEP_GRAPHS
 from dflash_rt.errors import BackendError, NumericalError
-from dflash_rt.manifest import STEP_GRAPHS
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 
 LIMIT, BLOCK, CHUNK, BUCKET = 1000, 4, 32, 128

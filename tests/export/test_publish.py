@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from dflash_export import build, publish
 from dflash_export.publish import check_output, new_folder
 from dflash_rt import Bundle
+from dflash_rt.bundle.manifest import MANIFEST_NAME
 from dflash_rt.errors import OutputError
-from dflash_rt.manifest import MANIFEST_NAME
 from tests.export._pairs import TargetSpec, drafter_config, make_drafter, make_target
 from tests.export.pair_maker import byte_tokenizer
 

@@ -30,6 +30,7 @@ from dflash_rt import Bundle, Generator
 from dflash_rt.backends import create_backend
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
 from dflash_rt.bench import run_bench
+from dflash_rt.bundle.manifest import MANIFEST_NAME
 from dflash_rt.errors import (
     BackendError,
     RecipeError,
@@ -37,7 +38,6 @@ from dflash_rt.errors import (
     UnsupportedModelError,
     VerifyError,
 )
-from dflash_rt.manifest import MANIFEST_NAME
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
 ROOT = Path(__file__).parents[2]

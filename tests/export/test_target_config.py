@@ -25,8 +25,8 @@ from dflash_export.target_config import (
     target_facts,
 )
 from dflash_export.tokenizer_files import export_tokenizer
+from dflash_rt.bundle.manifest import SamplingDefaults
 from dflash_rt.errors import CheckpointError, DFlashError, SourceError, UnsupportedModelError
-from dflash_rt.manifest import SamplingDefaults
 from tests.export.pair_maker import (
     FAMILIES,
     SMOLLM2,

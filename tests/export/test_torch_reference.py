@@ -21,8 +21,8 @@ from dflash_export.torch_reference import (
     reference_version,
     teacher_forced,
 )
+from dflash_rt.bundle.manifest import FileRecord, SourceInfo
 from dflash_rt.errors import UnsupportedModelError, VerifyError
-from dflash_rt.manifest import FileRecord, SourceInfo
 from tests.export._pairs import TargetSpec, drafter_config, make_drafter, make_target
 
 SPEC = TargetSpec("qwen2", tied=False, vocab=12)

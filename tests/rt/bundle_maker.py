@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dflash_rt.bundle import hash_file
+from dflash_rt.bundle.folder import hash_file
 
 HIDDEN, VOCAB, HEADS, HEAD_DIM, BLOCK = 16, 32, 2, 4, 4
 FEATURE_LAYERS = [0, 2]

@@ -17,7 +17,7 @@ from dflash_rt.bench_widths import _some_widths, run_widths
 from dflash_rt.bench_widths_plot import draw_widths
 from dflash_rt.bench_widths_report import ADAPTIVE, WidthsReport
 from dflash_rt.bench_widths_table import shares_text
-from dflash_rt.bundle import Bundle
+from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import OutputError, PromptError, RequestError
 from dflash_rt.sampling import SamplingParams
 from dflash_rt.width import StepCosts

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_rt.backends.scripted import ScriptedBackend, follow
-from dflash_rt.bundle import Bundle, hash_file
+from dflash_rt.bundle.folder import Bundle, hash_file
 from dflash_rt.errors import (
     BackendError,
     BackendUnavailableError,

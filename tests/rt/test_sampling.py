@@ -19,10 +19,10 @@ from transformers.generation import logits_process
 
 from dflash_rt.backends.base import FloatArray
 from dflash_rt.backends.scripted import ScriptedBackend
+from dflash_rt.bundle.manifest import SamplingDefaults
 from dflash_rt.distribution import GROUP, Distribution, distribution, penalised, token_logprob
 from dflash_rt.errors import BackendError, SamplingError
 from dflash_rt.generator import Generator
-from dflash_rt.manifest import SamplingDefaults
 from dflash_rt.random_numbers import Noise, Uniforms
 from dflash_rt.request import ModelLimits
 from dflash_rt.sampler import Sampler

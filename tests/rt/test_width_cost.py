@@ -15,7 +15,7 @@ import pytest
 import dflash_rt.width_cost
 from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
 from dflash_rt.backends.scripted import ScriptedBackend, follow
-from dflash_rt.bundle import Bundle
+from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import BackendError, RequestError
 from dflash_rt.generator import Generator
 from dflash_rt.request import ModelLimits

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dflash_rt import Bundle
-from dflash_rt.engines import (
+from dflash_rt.bundle.engine_sets import (
     ENGINES_NAME,
     AxisRange,
     BuildKey,

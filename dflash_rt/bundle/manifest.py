@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
-from dflash_rt._contract import (
+from dflash_rt.bundle.contract import (
     GRAPH_NAMES,
     REQUIRED_GRAPHS,
     STEP_GRAPHS,
@@ -19,7 +19,7 @@ from dflash_rt._contract import (
     output_name,
     value_name,
 )
-from dflash_rt._strict_json import (
+from dflash_rt.bundle.schema import (
     Bounds,
     OneOf,
     Pattern,
@@ -333,7 +333,7 @@ class Manifest:
         problems = Problems()
         manifest = cast(Manifest, read(cls, document, "", problems))
         problems.raise_if_any()
-        from dflash_rt._manifest_checks import check_manifest
+        from dflash_rt.bundle.rules import check_manifest
 
         check_manifest(manifest, problems)
         problems.raise_if_any()

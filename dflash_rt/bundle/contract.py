@@ -36,7 +36,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dflash_rt.manifest import Manifest
+    from dflash_rt.bundle.manifest import Manifest
 
 __all__ = [
     "DRAFTER_GRAPHS",

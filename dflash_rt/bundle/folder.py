@@ -9,9 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dflash_rt._onnx_file import external_locations
-from dflash_rt.errors import BundleError, IntegrityError, ManifestError
-from dflash_rt.manifest import (
+from dflash_rt.bundle.manifest import (
     ENGINES_FOLDER,
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -20,6 +18,8 @@ from dflash_rt.manifest import (
     Manifest,
     is_file_path,
 )
+from dflash_rt.bundle.onnx_scan import external_locations
+from dflash_rt.errors import BundleError, IntegrityError, ManifestError
 
 __all__ = ["Bundle", "Progress", "hash_file"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Iterator, Sequence
 
-from dflash_rt._contract import (
+from dflash_rt.bundle.contract import (
     DRAFTER_GRAPHS,
     LINKS,
     REQUIRED_GRAPHS,
@@ -14,8 +14,7 @@ from dflash_rt._contract import (
     expected_tensors,
     output_name,
 )
-from dflash_rt._strict_json import Problems, child, shown
-from dflash_rt.manifest import (
+from dflash_rt.bundle.manifest import (
     ENGINES_FOLDER,
     MANIFEST_NAME,
     REPORTS_FOLDER,
@@ -23,6 +22,7 @@ from dflash_rt.manifest import (
     Manifest,
     TensorSpec,
 )
+from dflash_rt.bundle.schema import Problems, child, shown
 
 __all__ = ["check_manifest"]
 

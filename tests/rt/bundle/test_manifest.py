@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from dflash_rt import manifest as manifest_module
+from dflash_rt.bundle.folder import manifest as manifest_module
+from dflash_rt.bundle.manifest import REQUIRED_GRAPHS, FileRecord, Manifest, cache_names
 from dflash_rt.errors import ManifestError
-from dflash_rt.manifest import REQUIRED_GRAPHS, FileRecord, Manifest, cache_names
 from tests.rt.bundle_maker import (
     OWN_VOCAB,
     dflash2_document,

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from dflash_rt._onnx_file import CHILDREN, external_locations
+from dflash_rt.bundle.onnx_scan import CHILDREN, external_locations
 from dflash_rt.errors import IntegrityError
 
 

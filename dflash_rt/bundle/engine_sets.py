@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
-from dflash_rt._strict_json import Bounds, Pattern, Problems, dump_json, parse_json, plain, read, shown
-from dflash_rt.bundle import Bundle
-from dflash_rt.errors import EngineError
-from dflash_rt.manifest import (
+from dflash_rt.bundle.folder import Bundle
+from dflash_rt.bundle.manifest import (
     ENGINES_FOLDER,
     Bytes,
     Count,
@@ -30,6 +28,8 @@ from dflash_rt.manifest import (
     Text,
     UtcTime,
 )
+from dflash_rt.bundle.schema import Bounds, Pattern, Problems, dump_json, parse_json, plain, read, shown
+from dflash_rt.errors import EngineError
 
 __all__ = [
     "ENGINES_NAME",

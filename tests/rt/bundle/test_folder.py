@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dflash_rt.bundle import Bundle, hash_file
+from dflash_rt.bundle.folder import Bundle, hash_file
+from dflash_rt.bundle.manifest import FileRecord
 from dflash_rt.errors import BundleError, IntegrityError, ManifestError
-from dflash_rt.manifest import FileRecord
 from tests.rt.bundle_maker import content, manifest_document, write_bundle
 
 Damage = Callable[[Path], None]

@@ -1,0 +1,1 @@
+"""What lies on disk: the manifest, the graph contract, and the folder that holds them."""
