@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dflash_rt.prompts import Prompt, PromptEncoder
+from dflash_rt.text.prompts import Prompt, PromptEncoder
 
 __all__ = ["CALIBRATION_PROMPTS", "CalibrationText", "encode_prompts", "write_text"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from dflash_rt import Generator
 from dflash_rt.bundle.manifest import Manifest
 from dflash_rt.errors import VerifyError
-from dflash_rt.prompts import Prompt
+from dflash_rt.text.prompts import Prompt
 
 __all__ = ["PromptInput", "default_prompts", "encode_prompts"]
 

@@ -59,8 +59,8 @@ from dflash_rt.bundle.manifest import (
     output_name,
 )
 from dflash_rt.errors import ExportError, OutputError, RecipeError
-from dflash_rt.prompts import PromptEncoder
-from dflash_rt.tokenizer import Tokenizer
+from dflash_rt.text.prompts import PromptEncoder
+from dflash_rt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -24,7 +24,7 @@ from dflash_export.torch_reference import (
 )
 from dflash_rt.bundle.manifest import QuantizationCost, QuantizationInfo
 from dflash_rt.errors import VerifyError
-from dflash_rt.prompts import Prompt, PromptEncoder
+from dflash_rt.text.prompts import Prompt, PromptEncoder
 
 __all__ = ["QUALITY_TOKENS", "measure_cost", "quality_prompts"]
 

@@ -28,8 +28,8 @@ from dflash_rt import Bundle, Generator, SamplingParams
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
 from dflash_rt.bundle.manifest import Manifest
 from dflash_rt.errors import SourceError
-from dflash_rt.prompts import Prompt
 from dflash_rt.request import check_count
+from dflash_rt.text.prompts import Prompt
 
 __all__ = ["REPORT_NAME", "verify"]
 

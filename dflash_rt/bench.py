@@ -32,8 +32,8 @@ from dflash_rt.bench_report import BESIDE, PLAIN, BenchReport, Conditions
 from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import PromptError, RequestError
 from dflash_rt.generator import Generator
-from dflash_rt.prompts import Prompt
 from dflash_rt.request import check_count
+from dflash_rt.text.prompts import Prompt
 
 __all__ = [
     "Decoder",

@@ -11,7 +11,7 @@ from dflash_rt.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from dflash_rt.bundle.folder import Bundle
-    from dflash_rt.prompts import Prompt
+    from dflash_rt.text.prompts import Prompt
 
 __all__ = ["BenchPrompt", "default_prompts", "mixed_prompts"]
 

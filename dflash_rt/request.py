@@ -15,7 +15,7 @@ from dflash_rt.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from dflash_rt.bundle.manifest import Manifest
-    from dflash_rt.prompts import TokenIds
+    from dflash_rt.text.prompts import TokenIds
 
 __all__ = ["DraftWidth", "ModelLimits", "Request", "check_count", "check_ids"]
 

@@ -17,7 +17,7 @@ from dflash_rt.sampler import Sampler
 from dflash_rt.sampling import TokenLogprob
 from dflash_rt.sequence import Sequence
 from dflash_rt.stats import GenerationStats
-from dflash_rt.stopping import TextAssembler
+from dflash_rt.text.stop_strings import TextAssembler
 from dflash_rt.turns import Turns
 from dflash_rt.width import FixedWidth, WidthPolicy
 

@@ -17,8 +17,8 @@ from dflash_export.tokenizer_files import export_tokenizer
 from dflash_export.torch_reference import load_target
 from dflash_rt.console import as_chats
 from dflash_rt.errors import RecipeError
-from dflash_rt.prompts import PromptEncoder
-from dflash_rt.tokenizer import Tokenizer
+from dflash_rt.text.prompts import PromptEncoder
+from dflash_rt.text.tokenizer import Tokenizer
 
 __all__ = ["Target", "features_of", "find_target", "freeze", "open_target"]
 

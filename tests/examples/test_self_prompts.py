@@ -13,8 +13,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from dflash_rt.errors import OutputError, PromptError, RecipeError
-from dflash_rt.prompts import PromptEncoder
-from dflash_rt.tokenizer import Tokenizer
+from dflash_rt.text.prompts import PromptEncoder
+from dflash_rt.text.tokenizer import Tokenizer
 from examples.train_drafter.__main__ import main
 from examples.train_drafter.prompts import normalised
 from examples.train_drafter.self_prompts import (

@@ -13,9 +13,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from dflash_rt.backends.scripted import Drafter, ScriptedBackend, follow
 from dflash_rt.generator import Generator
-from dflash_rt.prompts import PromptEncoder
 from dflash_rt.request import ModelLimits
-from dflash_rt.tokenizer import Tokenizer
+from dflash_rt.text.prompts import PromptEncoder
+from dflash_rt.text.tokenizer import Tokenizer
 
 END = 256  # "</s>", special: no text
 BEGIN = 257  # "<s>", special; goes before every text prompt

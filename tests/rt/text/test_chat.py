@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dflash_rt.chat import render
 from dflash_rt.errors import ChatTemplateError, PromptError
+from dflash_rt.text.chat import render
 
 Messages = list[dict[str, Any]]
 HELLO: Messages = [{"role": "user", "content": "Hello"}]

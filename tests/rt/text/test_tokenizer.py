@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from dflash_rt._incremental import Vocabulary, incremental_decoder
 from dflash_rt.errors import IntegrityError, PromptError
-from dflash_rt.tokenizer import Tokenizer
+from dflash_rt.text.detokenizer import Vocabulary, incremental_decoder
+from dflash_rt.text.tokenizer import Tokenizer
 
 CORPUS = [
     "the cat and the dog — naïve café",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dflash_rt.errors import GeneratorStateError, PromptError, RequestError
-from dflash_rt.tokenizer import Tokenizer
+from dflash_rt.text.tokenizer import Tokenizer
 
 __all__ = ["Assembled", "StopStrings", "TextAssembler"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from dflash_rt._incremental import IncrementalDecoder, Vocabulary, bad_id, incremental_decoder, no_panic
 from dflash_rt.errors import IntegrityError, PromptError
+from dflash_rt.text.detokenizer import IncrementalDecoder, Vocabulary, bad_id, incremental_decoder, no_panic
 
 __all__ = ["IncrementalDecoder", "Tokenizer"]
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 
-from dflash_rt.chat import render
 from dflash_rt.errors import PromptError, RequestError
-from dflash_rt.tokenizer import Tokenizer
+from dflash_rt.text.chat import render
+from dflash_rt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from dflash_rt.bundle.folder import Bundle

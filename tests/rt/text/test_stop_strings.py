@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from dflash_rt.errors import GeneratorStateError, PromptError, RequestError
-from dflash_rt.stopping import StopStrings, TextAssembler
-from dflash_rt.tokenizer import Tokenizer
+from dflash_rt.text.stop_strings import StopStrings, TextAssembler
+from dflash_rt.text.tokenizer import Tokenizer
 
 small_text = st.text(alphabet="ab", max_size=30)
 stop_lists = st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=4)

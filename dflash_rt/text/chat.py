@@ -170,6 +170,6 @@ def _bounded(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=8)
 def _compile(source: str) -> jinja2.Template:
-    from dflash_rt._sandbox import ChatEnvironment
+    from dflash_rt.text.chat_environment import ChatEnvironment
 
     return ChatEnvironment().from_string(source)

@@ -1,0 +1,1 @@
+"""Text in, token ids; token ids in, text: tokenizer, chat templates, prompts, stop strings."""
