@@ -11,7 +11,7 @@ from torch import nn
 
 __all__ = ["DraftLmHead", "GroupedCausalConv", "Select"]
 
-_STEEPEST = 1e38  # 1 / temperature, kept finite in float32, as dflash_rt/distribution.py keeps it
+_STEEPEST = 1e38  # 1 / temperature, kept finite in float32, as dflash_rt/sampling/distribution.py keeps it
 
 
 class DraftLmHead(nn.Module):

@@ -1,11 +1,11 @@
-"""Accept-and-sample as an ONNX graph: what ``dflash_rt.sampler`` does for a step, for all rows at once.
+"""Accept-and-sample as an ONNX graph: what ``dflash_rt.sampling.sampler`` does for a step, for all rows at once.
 
 For a step that stays on a device, as inside a captured CUDA graph: the host sends random numbers and gets
 token ids. Opset 24, default operator domain only. There is no sort, so no limit on the vocabulary either
 (TensorRT's TopK ends at 3840): a threshold is found by bisection, which only counts and sums.
 
 Names and shapes; b is ``batch``, r is ``rows``, V is ``vocab``, m and g are ``members`` and ``groups``: the
-vocabulary is cut into g groups of m tokens, the last one maybe shorter (``dflash_rt.distribution.GROUP``):
+vocabulary is cut into g groups of m tokens, the last one maybe shorter (``dflash_rt.sampling.distribution.GROUP``):
 
 =====================  =====================  ===================================================
 input                  type                   meaning
@@ -28,7 +28,7 @@ Outputs: ``accepted`` int64 ``[b]``; ``token_ids`` int64 ``[b, r]``, of which th
 count; ``counts.out`` float32 ``[b, V]``, ``counts`` with those added.
 
 It works in float32 throughout, as TensorRT has no float64. So a token may differ from that of
-``dflash_rt.sampler`` where two are within rounding of one another in its race.
+``dflash_rt.sampling.sampler`` where two are within rounding of one another in its race.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _picked(graph: _Nodes, scores: str, weights: str) -> str:
 
 
 def _winner(graph: _Nodes, weights: str, noise: str, *, keep: bool) -> str:
-    """``dflash_rt.distribution.race`` on axis 2, ``[b, r, 1]`` or ``[b, r]``."""
+    """``dflash_rt.sampling.distribution.race`` on axis 2, ``[b, r, 1]`` or ``[b, r]``."""
     runs = graph.op("Greater", weights, graph.constant(0))
     arrivals = graph.op("Where", runs, graph.op("Div", noise, weights), graph.constant(np.inf))
     return graph.op("ArgMin", arrivals, axis=2, keepdims=int(keep))

@@ -11,7 +11,7 @@ input           type                   meaning
 ``start``       int64 ``[b]``          position of the anchor
 ==============  =====================  ==========================================================
 
-Outputs, each int64 ``[b]``: ``accepted`` drafts, as :func:`dflash_rt.accept.accept_greedy` counts them;
+Outputs, each int64 ``[b]``: ``accepted`` drafts, as :func:`dflash_rt.sampling.greedy.accept_greedy` counts them;
 ``anchors`` and ``start.out`` of the next step; ``finite``, 1 if every logit is finite and 0 if not.
 
 ``draft_check`` has input ``logits`` ``[b, r, Vd]`` of the head that drafts, and ``finite`` alone as output: a

@@ -23,7 +23,7 @@ from dflash_export._target_checks import (
 from dflash_export.sources import Source
 from dflash_rt.bundle.manifest import SamplingDefaults
 from dflash_rt.errors import CheckpointError, Problem, SamplingError, UnsupportedModelError
-from dflash_rt.sampling import SamplingParams
+from dflash_rt.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         SamplingError,
     )
     from dflash_rt.generator import Generator
-    from dflash_rt.sampling import SamplingParams, TokenLogprob
+    from dflash_rt.sampling.params import SamplingParams, TokenLogprob
     from dflash_rt.stats import GenerationStats
     from dflash_rt.stream import Chunk, GenerationResult, TokenStream
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from dflash_rt.errors import BackendUnavailableError, DFlashError, RequestError
 from dflash_rt.generator import Generator
-from dflash_rt.sampling import SamplingParams
+from dflash_rt.sampling.params import SamplingParams
 from dflash_rt.stream import GenerationResult, TokenStream
 
 if TYPE_CHECKING:

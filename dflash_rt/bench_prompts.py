@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dflash_rt.sampling import SamplingParams
+from dflash_rt.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from dflash_rt.bundle.folder import Bundle

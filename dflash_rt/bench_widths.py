@@ -28,7 +28,7 @@ from dflash_rt.bench_prompts import mixed_prompts
 from dflash_rt.bench_widths_report import WidthsReport
 from dflash_rt.bundle.folder import Bundle
 from dflash_rt.request import check_count
-from dflash_rt.sampling import SamplingParams
+from dflash_rt.sampling.params import SamplingParams
 from dflash_rt.text.prompts import Prompt
 
 __all__ = ["run_widths"]

@@ -14,7 +14,7 @@ from dflash_rt.backends.base import Backend
 from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import BackendError, BundleError, RequestError
 from dflash_rt.request import DraftWidth, ModelLimits, Request, check_count, check_ids
-from dflash_rt.sampling import SamplingParams
+from dflash_rt.sampling.params import SamplingParams
 from dflash_rt.stream import GenerationResult, TokenStream
 from dflash_rt.text.prompts import Prompt, PromptEncoder
 from dflash_rt.text.stop_strings import TextAssembler

@@ -11,7 +11,7 @@ import numpy as np
 
 from dflash_rt.backends.base import IntArray
 from dflash_rt.errors import ContextLengthError, PromptError, RequestError, SamplingError
-from dflash_rt.sampling import SamplingParams
+from dflash_rt.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from dflash_rt.bundle.manifest import Manifest

@@ -19,7 +19,7 @@ from dflash_rt import Generator, SamplingParams
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 from tests.export.test_reference_loop import CHUNK, FULL, LEAST_MARGIN, SLIDING, Reference, window
-from tests.rt.test_sampling_distribution import p_value
+from tests.rt.sampling.test_distribution import p_value
 
 
 @dataclass(frozen=True)

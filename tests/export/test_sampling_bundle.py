@@ -17,7 +17,7 @@ from dflash_rt import Bundle, Generator, SamplingParams
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
 from dflash_rt.bundle.manifest import SamplingDefaults
 from dflash_rt.loop import decode
-from dflash_rt.sampler import Sampler
+from dflash_rt.sampling.sampler import Sampler
 from dflash_rt.sequence import Sequence
 from tests.export.pair_maker import edit_json, save_drafter, save_target
 

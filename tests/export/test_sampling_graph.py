@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from dflash_export.engine_builder.monitor import make_logger
 from dflash_export.sampling_graph import OPSET, sampling_graph
-from dflash_rt.distribution import GROUP, Distribution, distribution, noise_size, penalised
-from dflash_rt.sampler import Sampler
-from dflash_rt.sampling import SamplingParams
+from dflash_rt.sampling.distribution import GROUP, Distribution, distribution, noise_size, penalised
+from dflash_rt.sampling.params import SamplingParams
+from dflash_rt.sampling.sampler import Sampler
 
 Array = npt.NDArray[Any]
 EDGE = 1e-5  # float32 sums are off by less, in parts of themselves
@@ -67,7 +67,7 @@ class Slot:
         return between if between.shape[1] else np.ones((len(between), 1))
 
     def at(self, position: int, vocab_size: int) -> Array:
-        """As :meth:`dflash_rt.random_numbers.Noise.at`: a slot's rows are its positions."""
+        """As :meth:`dflash_rt.sampling.random_numbers.Noise.at`: a slot's rows are its positions."""
         assert vocab_size == self.logits.shape[1]
         return self.noise[position]
 

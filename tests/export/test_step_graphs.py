@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_export.step_graphs import accept_graph, draft_check_graph
-from dflash_rt.accept import accept_greedy
+from dflash_rt.sampling.greedy import accept_greedy
 
 Array = npt.NDArray[Any]
 VOCAB = 5

@@ -30,7 +30,7 @@ from dflash_rt.errors import (
     SamplingError,
 )
 from dflash_rt.generator import Generator
-from dflash_rt.sampling import SamplingParams
+from dflash_rt.sampling.params import SamplingParams
 from dflash_rt.stream import Chunk, GenerationResult, TokenStream
 from tests.rt.bundle_maker import manifest_document, write_bundle
 from tests.rt.talker import (

@@ -13,8 +13,8 @@ from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
 from dflash_rt.backends.scripted import Drafter, ScriptedBackend, Target, follow
 from dflash_rt.errors import BackendError, NumericalError
 from dflash_rt.loop import Decoded, decode
-from dflash_rt.sampler import Sampler
-from dflash_rt.sampling import SamplingParams
+from dflash_rt.sampling.params import SamplingParams
+from dflash_rt.sampling.sampler import Sampler
 from dflash_rt.sequence import Sequence
 from dflash_rt.width import WidthPolicy
 

@@ -16,7 +16,7 @@ from dflash_rt.backends.scripted import Drafter, ScriptedBackend, follow
 from dflash_rt.errors import RequestError
 from dflash_rt.generator import Generator
 from dflash_rt.request import ModelLimits
-from dflash_rt.sampling import SamplingParams
+from dflash_rt.sampling.params import SamplingParams
 from dflash_rt.stream import GenerationResult
 from dflash_rt.width import (
     _ALLOWANCE,

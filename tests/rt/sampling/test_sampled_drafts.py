@@ -20,13 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_rt.backends.base import DraftSampling, Inject, IntArray, Proposal, StepOutput
-from dflash_rt.distribution import Distribution
 from dflash_rt.errors import NumericalError
-from dflash_rt.random_numbers import Uniforms
-from dflash_rt.rejection import residual, verify_sampled
-from dflash_rt.sampler import Sampler
-from dflash_rt.sampling import SamplingParams
-from tests.rt.test_sampling_distribution import (
+from dflash_rt.sampling.distribution import Distribution
+from dflash_rt.sampling.params import SamplingParams
+from dflash_rt.sampling.random_numbers import Uniforms
+from dflash_rt.sampling.rejection import residual, verify_sampled
+from dflash_rt.sampling.sampler import Sampler
+from tests.rt.sampling.test_distribution import (
     LENGTH,
     LEVEL,
     PROMPT,
@@ -278,7 +278,7 @@ def second_chance(
 def test_a_wrong_rule_at_forced_widths_fails(
     pattern: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dflash_rt.sampler.verify_sampled", second_chance)
+    monkeypatch.setattr("dflash_rt.sampling.sampler.verify_sampled", second_chance)
     assert forced(pattern, name) < LEVEL
 
 

@@ -24,12 +24,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dflash_rt.accept import accept_in_order
 from dflash_rt.backends.base import DraftSampling, FloatArray, IntArray, Proposal
-from dflash_rt.distribution import Distribution, distribution, penalised, token_logprob
-from dflash_rt.random_numbers import Noise, Uniforms
-from dflash_rt.rejection import verify_sampled
-from dflash_rt.sampling import SamplingParams, TokenLogprob
+from dflash_rt.sampling.distribution import Distribution, distribution, penalised, token_logprob
+from dflash_rt.sampling.greedy import accept_in_order
+from dflash_rt.sampling.params import SamplingParams, TokenLogprob
+from dflash_rt.sampling.random_numbers import Noise, Uniforms
+from dflash_rt.sampling.rejection import verify_sampled
 
 __all__ = ["Sampler"]
 

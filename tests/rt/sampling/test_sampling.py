@@ -20,13 +20,13 @@ from transformers.generation import logits_process
 from dflash_rt.backends.base import FloatArray
 from dflash_rt.backends.scripted import ScriptedBackend
 from dflash_rt.bundle.manifest import SamplingDefaults
-from dflash_rt.distribution import GROUP, Distribution, distribution, penalised, token_logprob
 from dflash_rt.errors import BackendError, SamplingError
 from dflash_rt.generator import Generator
-from dflash_rt.random_numbers import Noise, Uniforms
 from dflash_rt.request import ModelLimits
-from dflash_rt.sampler import Sampler
-from dflash_rt.sampling import RANGES, SamplingParams
+from dflash_rt.sampling.distribution import GROUP, Distribution, distribution, penalised, token_logprob
+from dflash_rt.sampling.params import RANGES, SamplingParams
+from dflash_rt.sampling.random_numbers import Noise, Uniforms
+from dflash_rt.sampling.sampler import Sampler
 from tests.rt.talker import END, limits, prompts
 
 HOT = SamplingParams(temperature=1.0)

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dflash_rt.backends.base import FloatArray, IntArray
-from dflash_rt.distribution import Distribution
 from dflash_rt.errors import NumericalError
+from dflash_rt.sampling.distribution import Distribution
 
 __all__ = ["residual", "verify_sampled"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dflash_rt.backends.base import FloatArray, IntArray
-from dflash_rt.sampling import SamplingParams, TokenLogprob
+from dflash_rt.sampling.params import SamplingParams, TokenLogprob
 
 __all__ = ["GROUP", "Distribution", "distribution", "noise_size", "penalised", "race", "token_logprob"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dflash_rt.distribution import noise_size
+from dflash_rt.sampling.distribution import noise_size
 
 __all__ = ["Noise", "Uniforms"]
 
@@ -49,7 +49,7 @@ class Noise:
         self._seed = seed
 
     def at(self, position: int, vocab_size: int) -> npt.NDArray[np.float64]:
-        """float64 ``[noise]`` for :meth:`dflash_rt.distribution.Distribution.pick`."""
+        """float64 ``[noise]`` for :meth:`dflash_rt.sampling.distribution.Distribution.pick`."""
         size = noise_size(vocab_size)
         values = -(-size // _WORDS)
         bits = np.random.Philox(key=self._seed, counter=position * values)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_rt.accept import accept_greedy
+from dflash_rt.sampling.greedy import accept_greedy
 
 
 @pytest.mark.parametrize(
