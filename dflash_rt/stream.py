@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import Literal, TypeAlias
 
 from dflash_rt.backends.base import Backend
+from dflash_rt.decoding.loop import Decoded, decode
+from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.errors import GeneratorStateError
-from dflash_rt.loop import Decoded, decode
 from dflash_rt.request import Request
 from dflash_rt.sampling.params import TokenLogprob
 from dflash_rt.sampling.sampler import Sampler
-from dflash_rt.sequence import Sequence
 from dflash_rt.stats import GenerationStats
 from dflash_rt.text.stop_strings import TextAssembler
 from dflash_rt.turns import Turns

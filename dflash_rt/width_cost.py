@@ -11,9 +11,9 @@ from statistics import median
 import numpy as np
 
 from dflash_rt.backends.base import Backend
-from dflash_rt.loop import Decoded, decode
+from dflash_rt.decoding.loop import Decoded, decode
+from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.request import ModelLimits
-from dflash_rt.sequence import Sequence
 from dflash_rt.width import StepCosts
 
 __all__ = ["measure_step_costs"]

@@ -13,8 +13,8 @@ from benchmarks.gpu.device_clock import Clocked
 from benchmarks.gpu.rows import Sample
 from dflash_rt.backends._device import DeviceBackend
 from dflash_rt.backends.base import Backend
-from dflash_rt.loop import decode
-from dflash_rt.sequence import Sequence as Tokens
+from dflash_rt.decoding.loop import decode
+from dflash_rt.decoding.sequence import Sequence as Tokens
 
 __all__ = ["WARM_STEPS", "rows_needed", "time_steps"]
 

@@ -1,7 +1,7 @@
 """The protocol between the decoding loop and whatever runs the graphs.
 
 A backend owns buffers and nothing else: which tokens a sequence has, where it stands and what
-has been accepted belongs to :class:`dflash_rt.sequence.Sequence`. Every array has the batch axis
+has been accepted belongs to :class:`dflash_rt.decoding.sequence.Sequence`. Every array has the batch axis
 first, one row per slot, so that several sequences can share a call later: a slot that takes no
 part writes at its own ``start``, and those rows are overwritten before anything reads them.
 """

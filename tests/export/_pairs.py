@@ -27,8 +27,8 @@ from dflash_export.graph_passes import TracedGraph
 from dflash_export.graphs import trace_drafter, trace_target
 from dflash_rt import Bundle
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
-from dflash_rt.loop import decode
-from dflash_rt.sequence import Sequence as Tokens
+from dflash_rt.decoding.loop import decode
+from dflash_rt.decoding.sequence import Sequence as Tokens
 
 Array = npt.NDArray[Any]
 

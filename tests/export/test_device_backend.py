@@ -30,12 +30,12 @@ from dflash_rt.backends._device import DeviceBackend, DeviceOptions
 from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
 from dflash_rt.cli import main
+from dflash_rt.decoding.loop import decode
+from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.device.base import Captured, Work
 from dflash_rt.device.host import HostDevice, Recorded
 from dflash_rt.device.plan import Run as DeviceRun
 from dflash_rt.errors import BackendError, NumericalError
-from dflash_rt.loop import decode
-from dflash_rt.sequence import Sequence
 from tests.export._pairs import Run, TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 from tests.export._speculators import make_speculators, speculators_config
 from tests.rt.fake_cuda import FakeRuntime

@@ -16,9 +16,9 @@ from dflash_export import build
 from dflash_rt import Bundle, Generator, SamplingParams
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
 from dflash_rt.bundle.manifest import SamplingDefaults
-from dflash_rt.loop import decode
+from dflash_rt.decoding.loop import decode
+from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.sampling.sampler import Sampler
-from dflash_rt.sequence import Sequence
 from tests.export.pair_maker import edit_json, save_drafter, save_target
 
 PROMPT = [5, 17, 200, 3, 3, 90, 41, 8, 12, 5]

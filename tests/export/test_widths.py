@@ -12,8 +12,8 @@ import pytest
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
-from dflash_rt.loop import decode
-from dflash_rt.sequence import Sequence
+from dflash_rt.decoding.loop import decode
+from dflash_rt.decoding.sequence import Sequence
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
 BLOCK, CHUNK = 5, 8

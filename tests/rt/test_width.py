@@ -260,7 +260,7 @@ class Paced(ScriptedBackend):
 def generator(drafter: Drafter, patch: pytest.MonkeyPatch, **changes: Any) -> Generator:
     limits = ModelLimits(**{**LIMITS, "draft_width": 5, "adaptive": True, **changes})
     backend = Paced(follow(TEXT), drafter, block_size=5, prefill_chunk=8, max_rows=120)
-    patch.setattr("dflash_rt.loop.time", backend)
+    patch.setattr("dflash_rt.decoding.loop.time", backend)
     costs = StepCosts(COSTS.seconds[: limits.draft_width]) if limits.adaptive else None
     return Generator.from_parts(limits, backend, step_costs=costs)
 

@@ -27,14 +27,14 @@ from transformers.generation import logits_process
 
 from dflash_rt.backends.base import Backend, DraftSampling, Inject, IntArray, StepOutput
 from dflash_rt.backends.scripted import ScriptedBackend
+from dflash_rt.decoding.loop import decode
+from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.generator import Generator
-from dflash_rt.loop import decode
 from dflash_rt.request import ModelLimits
 from dflash_rt.sampling.distribution import Distribution, distribution, penalised, race
 from dflash_rt.sampling.params import SamplingParams
 from dflash_rt.sampling.random_numbers import Noise
 from dflash_rt.sampling.sampler import Sampler
-from dflash_rt.sequence import Sequence
 from dflash_rt.width import WidthPolicy
 
 LEVEL = 1e-6

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
 from dflash_rt.backends.scripted import Drafter, ScriptedBackend, Target, follow
+from dflash_rt.decoding.loop import Decoded, decode
+from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.errors import BackendError, NumericalError
-from dflash_rt.loop import Decoded, decode
 from dflash_rt.sampling.params import SamplingParams
 from dflash_rt.sampling.sampler import Sampler
-from dflash_rt.sequence import Sequence
 from dflash_rt.width import WidthPolicy
 
 PROMPT = [100, 101, 102]
@@ -495,7 +495,7 @@ def test_a_policy_is_told_how_long_each_step_took_without_the_caller(monkeypatch
             self.told.append((width, accepted, seconds))
 
     backend, policy = Clock(follow(TEXT)), Noting([])
-    monkeypatch.setattr("dflash_rt.loop.time", backend)
+    monkeypatch.setattr("dflash_rt.decoding.loop.time", backend)
     for _ in decode(backend, sequence(), max_new_tokens=8, width=policy, prefill_chunk=8):
         backend.now += 100  # the caller takes its time
     assert policy.told == [(1, 0, 1.0), (2, 1, 2.0), (3, 2, 3.0), (1, 0, 1.0)]
