@@ -27,8 +27,8 @@ from dflash_rt.backends.base import Inject
 from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
 from dflash_rt.bench_prompts import mixed_prompts
 from dflash_rt.sampling.greedy import accept_greedy
-from dflash_rt.width import AcceptanceHistory, AdaptiveWidth, FixedWidth, StepCosts, WidthPolicy
-from dflash_rt.width_correction import RunningCosts
+from dflash_rt.speculation.width import AcceptanceHistory, AdaptiveWidth, FixedWidth, StepCosts, WidthPolicy
+from dflash_rt.speculation.width_correction import RunningCosts
 
 NEW_TOKENS = 128
 RUNS = 20

@@ -11,7 +11,7 @@ from typing import Any
 
 from dflash_rt.bench_report import PLAIN, Conditions
 from dflash_rt.bench_stats import Agreement, Outcomes, Ratio, Summary, agreement, ratio, summarise
-from dflash_rt.width import StepCosts
+from dflash_rt.speculation.width import StepCosts
 
 __all__ = ["ADAPTIVE", "WidthsReport"]
 

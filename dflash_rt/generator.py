@@ -15,14 +15,14 @@ from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import BackendError, BundleError, RequestError
 from dflash_rt.request import DraftWidth, ModelLimits, Request, check_count, check_ids
 from dflash_rt.sampling.params import SamplingParams
+from dflash_rt.speculation.width import AcceptanceHistory, AdaptiveWidth, FixedWidth, StepCosts, WidthPolicy
+from dflash_rt.speculation.width_cache import CostKey, cost_key, load_step_costs, save_step_costs
+from dflash_rt.speculation.width_correction import RunningCosts
+from dflash_rt.speculation.width_cost import measure_step_costs
 from dflash_rt.stream import GenerationResult, TokenStream
 from dflash_rt.text.prompts import Prompt, PromptEncoder
 from dflash_rt.text.stop_strings import TextAssembler
 from dflash_rt.turns import Turns
-from dflash_rt.width import AcceptanceHistory, AdaptiveWidth, FixedWidth, StepCosts, WidthPolicy
-from dflash_rt.width_cache import CostKey, cost_key, load_step_costs, save_step_costs
-from dflash_rt.width_correction import RunningCosts
-from dflash_rt.width_cost import measure_step_costs
 
 __all__ = ["Generator"]
 

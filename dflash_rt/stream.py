@@ -16,10 +16,10 @@ from dflash_rt.errors import GeneratorStateError
 from dflash_rt.request import Request
 from dflash_rt.sampling.params import TokenLogprob
 from dflash_rt.sampling.sampler import Sampler
+from dflash_rt.speculation.width import FixedWidth, WidthPolicy
 from dflash_rt.stats import GenerationStats
 from dflash_rt.text.stop_strings import TextAssembler
 from dflash_rt.turns import Turns
-from dflash_rt.width import FixedWidth, WidthPolicy
 
 __all__ = ["Chunk", "FinishReason", "GenerationResult", "TokenStream"]
 

@@ -39,7 +39,7 @@ from dflash_rt.backends.base import Backend, Inject, as_ahead
 from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.sampling.greedy import accept_greedy
 from dflash_rt.sampling.sampler import Sampler
-from dflash_rt.width import FixedWidth, WidthPolicy
+from dflash_rt.speculation.width import FixedWidth, WidthPolicy
 
 __all__ = ["Decoded", "decode"]
 

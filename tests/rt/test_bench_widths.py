@@ -20,7 +20,7 @@ from dflash_rt.bench_widths_table import shares_text
 from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import OutputError, PromptError, RequestError
 from dflash_rt.sampling.params import SamplingParams
-from dflash_rt.width import StepCosts
+from dflash_rt.speculation.width import StepCosts
 from tests.rt.bundle_maker import manifest_document, write_bundle
 
 PNG = b"\x89PNG\r\n\x1a\n"

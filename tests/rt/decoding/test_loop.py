@@ -16,7 +16,7 @@ from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.errors import BackendError, NumericalError
 from dflash_rt.sampling.params import SamplingParams
 from dflash_rt.sampling.sampler import Sampler
-from dflash_rt.width import WidthPolicy
+from dflash_rt.speculation.width import WidthPolicy
 
 PROMPT = [100, 101, 102]
 TEXT = [*PROMPT, *range(103, 160)]  # what the target says, the prompt included

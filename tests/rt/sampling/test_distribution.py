@@ -35,7 +35,7 @@ from dflash_rt.sampling.distribution import Distribution, distribution, penalise
 from dflash_rt.sampling.params import SamplingParams
 from dflash_rt.sampling.random_numbers import Noise
 from dflash_rt.sampling.sampler import Sampler
-from dflash_rt.width import WidthPolicy
+from dflash_rt.speculation.width import WidthPolicy
 
 LEVEL = 1e-6
 RUNS = 200_000

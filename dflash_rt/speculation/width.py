@@ -50,7 +50,7 @@ from typing import TYPE_CHECKING, Protocol
 from dflash_rt.errors import RequestError
 
 if TYPE_CHECKING:
-    from dflash_rt.width_correction import RunningCosts
+    from dflash_rt.speculation.width_correction import RunningCosts
 
 __all__ = ["AcceptanceHistory", "AdaptiveWidth", "FixedWidth", "StepCosts", "WidthPolicy"]
 
@@ -114,7 +114,7 @@ class StepCosts:
                 "the costs of steps are wrong",
                 found=self.seconds,
                 expected="a positive number of seconds for each width from 1 on",
-                todo="measure them with dflash_rt.width_cost.measure_step_costs",
+                todo="measure them with dflash_rt.speculation.width_cost.measure_step_costs",
             )
 
     @property

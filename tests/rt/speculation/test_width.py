@@ -17,8 +17,7 @@ from dflash_rt.errors import RequestError
 from dflash_rt.generator import Generator
 from dflash_rt.request import ModelLimits
 from dflash_rt.sampling.params import SamplingParams
-from dflash_rt.stream import GenerationResult
-from dflash_rt.width import (
+from dflash_rt.speculation.width import (
     _ALLOWANCE,
     _ALLOWANCE_RATE,
     _CURIOSITY,
@@ -29,7 +28,8 @@ from dflash_rt.width import (
     StepCosts,
     WidthPolicy,
 )
-from dflash_rt.width_correction import RunningCosts
+from dflash_rt.speculation.width_correction import RunningCosts
+from dflash_rt.stream import GenerationResult
 
 COSTS = StepCosts((0.010, 0.014, 0.015, 0.016, 0.017))
 

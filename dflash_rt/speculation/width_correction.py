@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from itertools import accumulate
 
-from dflash_rt.width import StepCosts
+from dflash_rt.speculation.width import StepCosts
 
 __all__ = ["RunningCosts"]
 

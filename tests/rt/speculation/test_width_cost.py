@@ -12,16 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-import dflash_rt.width_cost
+import dflash_rt.speculation.width_cost
 from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
 from dflash_rt.backends.scripted import ScriptedBackend, follow
 from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import BackendError, RequestError
 from dflash_rt.generator import Generator
 from dflash_rt.request import ModelLimits
-from dflash_rt.width import StepCosts
-from dflash_rt.width_cache import STEP_COSTS_NAME, CostKey, cost_key, load_step_costs, save_step_costs
-from dflash_rt.width_cost import _order, measure_step_costs
+from dflash_rt.speculation.width import StepCosts
+from dflash_rt.speculation.width_cache import (
+    STEP_COSTS_NAME,
+    CostKey,
+    cost_key,
+    load_step_costs,
+    save_step_costs,
+)
+from dflash_rt.speculation.width_cost import _order, measure_step_costs
 from tests.rt.bundle_maker import manifest_document, write_bundle
 
 COSTS = StepCosts((0.010, 0.014, 0.015, 0.016))
@@ -70,7 +76,7 @@ class Timed(ScriptedBackend):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(dflash_rt.width_cost.time, "perf_counter", clock)
+    monkeypatch.setattr(dflash_rt.speculation.width_cost.time, "perf_counter", clock)
     return clock
 
 

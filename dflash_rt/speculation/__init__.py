@@ -1,0 +1,1 @@
+"""How many rows the next step verifies, and what steps cost."""
