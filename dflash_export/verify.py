@@ -25,7 +25,7 @@ from dflash_export.sources import Source
 from dflash_export.torch_reference import find_source, load_target, reference_version
 from dflash_export.verify_report import ReferenceDrafting, VerifyReport
 from dflash_rt import Bundle, Generator, SamplingParams
-from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.bundle.manifest import Manifest
 from dflash_rt.errors import SourceError
 from dflash_rt.request import check_count

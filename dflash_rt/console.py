@@ -130,7 +130,7 @@ class _Notes(logging.Handler):
 @contextmanager
 def _notes() -> Iterator[None]:
     """Show what a device's memory is wanted for while a command runs; as a library the runtime is silent."""
-    logger, handler = logging.getLogger("dflash_rt.device"), _Notes()
+    logger, handler = logging.getLogger("dflash_rt.backends.device"), _Notes()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -3,7 +3,7 @@
 The host doesn't see when a device works. On a GPU events in the backend's own stream do; on the host's
 stand-in for a device, which works off a queue, an entry of the queue that looks at the clock.
 
-This file reaches into :class:`dflash_rt.backends._device.DeviceBackend`: what it needs is of use to nobody
+This file reaches into :class:`dflash_rt.backends.device.backend.DeviceBackend`: what it needs is of use to nobody
 else.
 """
 
@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dflash_rt.backends._device import DeviceBackend
 from dflash_rt.backends.base import Backend, IntArray, StepOutput
-from dflash_rt.device.base import Device
-from dflash_rt.device.plan import Copy, Operation, Run
+from dflash_rt.backends.device.backend import DeviceBackend
+from dflash_rt.backends.device.plan import Copy, Operation, Run
+from dflash_rt.backends.device.protocols import Device
 
 __all__ = ["Clocked", "drafting_ends", "measure_draft_share", "prefill"]
 

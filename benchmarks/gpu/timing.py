@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.gpu.device_clock import Clocked
 from benchmarks.gpu.rows import Sample
-from dflash_rt.backends._device import DeviceBackend
 from dflash_rt.backends.base import Backend
+from dflash_rt.backends.device.backend import DeviceBackend
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence as Tokens
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dflash_rt.errors import BackendUnavailableError, RequestError
 
 if TYPE_CHECKING:
-    from dflash_rt.backends._device import DeviceOptions
     from dflash_rt.backends.base import Backend
+    from dflash_rt.backends.device.backend import DeviceOptions
     from dflash_rt.bundle.folder import Bundle
 
 __all__ = ["BACKEND_NAMES", "create_backend", "takes_threads"]
@@ -23,32 +23,32 @@ def _onnxruntime(bundle: Bundle, threads: int | None, options: Mapping[str, Any]
         if type(value) is not bool:
             raise _wrong_option(option, value, "true or false")
     with _importing("onnxruntime", "onnxruntime"):
-        from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+        from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
     return OnnxRuntimeBackend(bundle, threads=threads, **options)
 
 
 def _onnxruntime_device(bundle: Bundle, threads: int | None, options: Mapping[str, Any]) -> Backend:
-    from dflash_rt.backends._device import DeviceBackend
-    from dflash_rt.device.host import HostDevice
+    from dflash_rt.backends.device.backend import DeviceBackend
+    from dflash_rt.backends.device.host import HostDevice
 
     checked = _device_options("onnxruntime-device", options)
     with _importing("onnxruntime", "onnxruntime-device"):
         import onnxruntime  # noqa: F401
 
-        from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
+        from dflash_rt.backends.device.onnxruntime import OnnxRuntimeEngines
     engines = OnnxRuntimeEngines(bundle, cuda=False, threads=threads, fused=checked.fused)
     return DeviceBackend(bundle, HostDevice(), engines, name="onnxruntime-device", options=checked)
 
 
 def _onnxruntime_cuda(bundle: Bundle, threads: int | None, options: Mapping[str, Any]) -> Backend:
-    from dflash_rt.backends._cuda_device import CudaDevice
-    from dflash_rt.backends._device import DeviceBackend
+    from dflash_rt.backends.device.backend import DeviceBackend
+    from dflash_rt.backends.device.cuda import CudaDevice
 
     checked = _device_options("onnxruntime-cuda", options)
     with _importing("onnxruntime-gpu", "onnxruntime-cuda"):
         import onnxruntime  # noqa: F401
 
-        from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
+        from dflash_rt.backends.device.onnxruntime import OnnxRuntimeEngines
     engines = OnnxRuntimeEngines(bundle, cuda=True, threads=threads, fused=checked.fused)
     device = CudaDevice("onnxruntime-cuda")
     return DeviceBackend(bundle, device, engines, name="onnxruntime-cuda", options=checked)
@@ -56,9 +56,9 @@ def _onnxruntime_cuda(bundle: Bundle, threads: int | None, options: Mapping[str,
 
 def _tensorrt(name: str) -> Callable[[Bundle, int | None, Mapping[str, Any]], Backend]:
     def factory(bundle: Bundle, _: int | None, options: Mapping[str, Any]) -> Backend:
-        from dflash_rt.backends._cuda_device import CudaDevice
-        from dflash_rt.backends._device import DeviceBackend
-        from dflash_rt.backends._tensorrt_engines import TensorRTEngines
+        from dflash_rt.backends.device.backend import DeviceBackend
+        from dflash_rt.backends.device.cuda import CudaDevice
+        from dflash_rt.backends.device.tensorrt import TensorRTEngines
 
         checked = _device_options(name, options)
         engines = TensorRTEngines(bundle, name)
@@ -99,7 +99,7 @@ def create_backend(
     """Make the backend called ``name`` for a bundle.
 
     ``threads`` is the number of CPU threads a backend may use; ``None`` leaves it to the backend. ``options``
-    are the backend's own: fields of :class:`dflash_rt.backends._device.DeviceOptions` for those on a device
+    are the backend's own: fields of :class:`dflash_rt.backends.device.backend.DeviceOptions` for those on a device
     (docs/gpu.md), ``integer_activations`` and ``fast_plain`` for ``onnxruntime`` (docs/quantize.md).
 
     Raises:
@@ -127,7 +127,7 @@ def create_backend(
 
 
 def _device_options(name: str, options: Mapping[str, Any]) -> DeviceOptions:
-    from dflash_rt.backends._device import DeviceOptions
+    from dflash_rt.backends.device.backend import DeviceOptions
 
     known = (field.name for field in fields(DeviceOptions))
     # Engines are made of the plain graphs.

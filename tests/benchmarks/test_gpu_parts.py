@@ -21,7 +21,7 @@ from benchmarks.gpu.parity import Run, judge_run
 from benchmarks.gpu.report import DRY_RUN_WARNING, default_name, to_markdown, write_report
 from benchmarks.gpu.rows import DRAFTED, HF, PLAIN, REFERENCE, Sample, make_row, pair_ratio
 from benchmarks.gpu.shapes import PAIRS, TINY, drafter_tensors, target_tensors
-from dflash_rt.device.plan import Run as GraphRun
+from dflash_rt.backends.device.plan import Run as GraphRun
 from dflash_rt.errors import BackendError, BackendUnavailableError
 
 

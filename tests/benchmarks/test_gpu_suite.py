@@ -192,7 +192,7 @@ def test_no_two_random_tensors_are_alike(tmp_path: Path) -> None:
 
 
 def test_warm_steps_cover_capture_and_comparison() -> None:
-    from dflash_rt.device.runner import _MOST_COMPARED
+    from dflash_rt.backends.device.runner import _MOST_COMPARED
 
     # The first step has nothing to inject and is a kind of its own; the next one runs by operations.
     assert WARM_STEPS >= 2 + _MOST_COMPARED

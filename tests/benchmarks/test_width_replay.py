@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.width_replay import Answer, record, replay, replay_adaptive, steps, table
-from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.speculation.width import FixedWidth, StepCosts
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 

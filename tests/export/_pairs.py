@@ -26,7 +26,7 @@ from dflash_export.drafter_config import DrafterConfig, parse_drafter_config
 from dflash_export.graph_passes import TracedGraph
 from dflash_export.graphs import trace_drafter, trace_target
 from dflash_rt import Bundle
-from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence as Tokens
 

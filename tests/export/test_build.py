@@ -22,7 +22,7 @@ from dflash_export.recipe import locate_package_file
 from dflash_export.sources import resolve_target
 from dflash_export.weights import open_weights
 from dflash_rt import Bundle
-from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.errors import OutputError
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 from tests.export.pair_maker import byte_tokenizer

@@ -25,16 +25,16 @@ from hypothesis import strategies as st
 
 from dflash_rt import Bundle, Generator, SamplingParams
 from dflash_rt.backends import create_backend
-from dflash_rt.backends._cuda_device import CudaDevice
-from dflash_rt.backends._device import DeviceBackend, DeviceOptions
-from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
-from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
+from dflash_rt.backends.device.backend import DeviceBackend, DeviceOptions
+from dflash_rt.backends.device.cuda import CudaDevice
+from dflash_rt.backends.device.host import HostDevice, Recorded
+from dflash_rt.backends.device.onnxruntime import OnnxRuntimeEngines
+from dflash_rt.backends.device.plan import Run as DeviceRun
+from dflash_rt.backends.device.protocols import Captured, Work
 from dflash_rt.cli import main
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence
-from dflash_rt.device.base import Captured, Work
-from dflash_rt.device.host import HostDevice, Recorded
-from dflash_rt.device.plan import Run as DeviceRun
 from dflash_rt.errors import BackendError, NumericalError
 from tests.export._pairs import Run, TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 from tests.export._speculators import make_speculators, speculators_config
@@ -588,7 +588,7 @@ def test_memory_is_counted_before_it_is_taken(bundle: Bundle, caplog: pytest.Log
     with caplog.at_level("INFO", "dflash_rt"):
         backend = on_device(bundle)
     budget = backend.budget
-    assert [record.name for record in caplog.records] == ["dflash_rt.device"] * 2
+    assert [record.name for record in caplog.records] == ["dflash_rt.backends.device"] * 2
     assert str(budget) in caplog.text
     rows = LENGTH + 4
     assert budget.caches == 4 * 2 * 2 * 8 * rows * (2 + 1)  # bytes, heads, keys and values, head_dim, layers
@@ -616,7 +616,10 @@ class Stranger:
 def test_what_a_device_is_to_hold_is_told_before_anything_is_loaded(
     bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO", "dflash_rt.device"), pytest.raises(BackendError, match="can't be loaded"):
+    with (
+        caplog.at_level("INFO", "dflash_rt.backends.device"),
+        pytest.raises(BackendError, match="can't be loaded"),
+    ):
         DeviceBackend(bundle, HostDevice(), Stranger(), name="test", options=DeviceOptions())  # type: ignore[arg-type]
     assert "test on host needs weights 0.0 MB, caches" in caplog.text
 
@@ -631,7 +634,7 @@ def test_commands_tell_what_memory_is_wanted(bundle: Bundle) -> None:
     again = CliRunner().invoke(main, [*command, "--max-new-tokens", "2"])
     assert again.stderr.count("onnxruntime-device on host") == 2
     assert told not in again.stdout
-    assert not logging.getLogger("dflash_rt.device").handlers
+    assert not logging.getLogger("dflash_rt.backends.device").handlers
 
 
 def test_a_bundle_without_the_graphs(bundle: Bundle, tmp_path: Path) -> None:

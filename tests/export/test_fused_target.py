@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends import create_backend
-from dflash_rt.backends._ort_engines import OnnxRuntimeEngines
-from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
+from dflash_rt.backends.device.onnxruntime import OnnxRuntimeEngines
 from dflash_rt.errors import BackendError, RequestError
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 

@@ -14,8 +14,8 @@ import onnxruntime as ort
 import pytest
 
 from dflash_rt import Bundle, Generator
-from dflash_rt.backends._host_arrays import zeros
-from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
+from dflash_rt.backends.host_arrays import zeros
 from dflash_rt.bundle.manifest import STEP_GRAPHS
 from dflash_rt.errors import BackendError, NumericalError
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop

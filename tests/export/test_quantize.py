@@ -28,7 +28,7 @@ from dflash_export.replay import Replay
 from dflash_export.torch_reference import teacher_forced
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends import create_backend
-from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.bench import run_bench
 from dflash_rt.bundle.manifest import MANIFEST_NAME
 from dflash_rt.errors import (

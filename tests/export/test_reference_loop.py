@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from tests.export._pairs import (
     LINEAR_ROPE,
     YARN_ROPE,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dflash_export import build
 from dflash_rt import Bundle, Generator, SamplingParams
-from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.bundle.manifest import SamplingDefaults
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from tests.export._pairs import TargetSpec, build, make_target, run_loop
 from tests.export._speculators import SpeculatorsLoop, make_speculators, speculators_config
 

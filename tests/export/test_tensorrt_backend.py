@@ -14,10 +14,10 @@ import pytest
 from dflash_export import compile_engines
 from dflash_export.engine_builder.devices import present_gpu
 from dflash_rt import Bundle, Generator
-from dflash_rt.backends._kernel_cache import KernelCache
-from dflash_rt.backends._tensorrt_engines import TensorRTEngines
-from dflash_rt.device.plan import Run
-from dflash_rt.device.planner import Planner
+from dflash_rt.backends.device.kernel_cache import KernelCache
+from dflash_rt.backends.device.plan import Run
+from dflash_rt.backends.device.planner import Planner
+from dflash_rt.backends.device.tensorrt import TensorRTEngines
 from dflash_rt.errors import BackendError, BackendUnavailableError, EngineError
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 from tests.rt.fake_cuda import FakeRuntime

@@ -11,7 +11,7 @@ import pytest
 
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
-from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_rt.backends._window import Window
-from dflash_rt.backends.onnxruntime import OnnxRuntimeBackend
+from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
+from dflash_rt.backends.state.window import Window
 from tests.export._pairs import (
     TargetSpec,
     build,

@@ -14,7 +14,7 @@ from dflash_export import compile_engines
 from dflash_export.engine_builder.devices import present_gpu
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends import create_backend
-from dflash_rt.backends._cuda_device import CudaDevice
+from dflash_rt.backends.device.cuda import CudaDevice
 from dflash_rt.errors import NumericalError
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from dflash_rt.backends.device.plan import (
+    Binding,
+    Buffer,
+    BufferKind,
+    Copy,
+    Layout,
+    Operation,
+    Run,
+    item_size,
+    sized,
+)
 from dflash_rt.bundle.manifest import STEP_GRAPHS, Manifest, TensorSpec
-from dflash_rt.device.plan import Binding, Buffer, BufferKind, Copy, Layout, Operation, Run, item_size, sized
 from dflash_rt.errors import BackendError
 
 __all__ = ["STATE", "Planner"]

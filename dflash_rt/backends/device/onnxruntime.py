@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from dflash_rt.backends.device.plan import Run
+from dflash_rt.backends.device.protocols import Device, Work
 from dflash_rt.bundle.onnx_scan import weight_bytes
-from dflash_rt.device.base import Device, Work
-from dflash_rt.device.plan import Run
 from dflash_rt.errors import BackendError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 
 
 class OnnxRuntimeEngines:
-    """See :class:`dflash_rt.device.base.Engines`. ``cuda``: on the GPU's stream; otherwise on the host.
+    """See :class:`dflash_rt.backends.device.protocols.Engines`. ``cuda``: on the GPU's stream; otherwise on the host.
 
     Every tensor is bound to its address, so that a run copies nothing. With CUDA a run only enqueues work on
     the device's own stream, and doesn't wait for it. ``fused`` takes that form of the target.

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dflash_rt.backends.base import FloatArray
-from dflash_rt.device.base import Captured, Device, Engines, Work
-from dflash_rt.device.memory import Memory, Report
-from dflash_rt.device.plan import Copy, Operation, Run
-from dflash_rt.device.planner import STATE, Planner
+from dflash_rt.backends.device.memory import Memory, Report
+from dflash_rt.backends.device.plan import Copy, Operation, Run
+from dflash_rt.backends.device.planner import STATE, Planner
+from dflash_rt.backends.device.protocols import Captured, Device, Engines, Work
 from dflash_rt.errors import BackendError
 
 __all__ = ["Runner"]

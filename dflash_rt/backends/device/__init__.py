@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from dflash_rt.device.base import Device, Engines
+from dflash_rt.backends.device.protocols import Device, Engines
 
 __all__ = ["Device", "Engines"]

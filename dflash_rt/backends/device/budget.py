@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dflash_rt.device.plan import Layout
+from dflash_rt.backends.device.plan import Layout
 from dflash_rt.errors import BackendError
 
 __all__ = ["Budget"]

@@ -8,7 +8,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dflash_rt.device.plan import Run
+from dflash_rt.backends.device.plan import Run
 
 __all__ = ["Bytes", "Captured", "Device", "Engines", "Mark", "Work"]
 

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dflash_rt.backends.base import DraftSampling, FloatArray, Inject, IntArray, Proposal, StepOutput
-from dflash_rt.device.base import Bytes, Device, Engines, Mark
-from dflash_rt.device.budget import Budget
-from dflash_rt.device.memory import Memory, Report
-from dflash_rt.device.planner import Planner
-from dflash_rt.device.runner import Runner
+from dflash_rt.backends.device.budget import Budget
+from dflash_rt.backends.device.memory import Memory, Report
+from dflash_rt.backends.device.planner import Planner
+from dflash_rt.backends.device.protocols import Bytes, Device, Engines, Mark
+from dflash_rt.backends.device.runner import Runner
 from dflash_rt.errors import BackendError, NumericalError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceBackend", "DeviceOptions"]
 
-_LOG = logging.getLogger("dflash_rt.device")
+_LOG = logging.getLogger("dflash_rt.backends.device")
 _DEPTH = 2  # steps that are launched and not read, at most
 
 

@@ -14,14 +14,14 @@ import pytest
 
 from dflash_rt import Bundle
 from dflash_rt.backends import create_backend, takes_threads
-from dflash_rt.backends._cuda_device import CudaDevice
-from dflash_rt.device import runner
-from dflash_rt.device.base import Device
-from dflash_rt.device.budget import Budget
-from dflash_rt.device.host import HostDevice
-from dflash_rt.device.memory import Memory
-from dflash_rt.device.plan import ALIGNMENT, Buffer, Copy, Layout
-from dflash_rt.device.planner import Planner, _prefill_rows
+from dflash_rt.backends.device import runner
+from dflash_rt.backends.device.budget import Budget
+from dflash_rt.backends.device.cuda import CudaDevice
+from dflash_rt.backends.device.host import HostDevice
+from dflash_rt.backends.device.memory import Memory
+from dflash_rt.backends.device.plan import ALIGNMENT, Buffer, Copy, Layout
+from dflash_rt.backends.device.planner import Planner, _prefill_rows
+from dflash_rt.backends.device.protocols import Device
 from dflash_rt.errors import BackendError, BackendUnavailableError, DeviceError, EngineError, RequestError
 from tests.rt.bundle_maker import write_bundle
 from tests.rt.fake_cuda import FakeRuntime

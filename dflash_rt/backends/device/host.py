@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dflash_rt.device.base import Bytes, Captured, Mark, Work
-from dflash_rt.device.plan import ALIGNMENT
+from dflash_rt.backends.device.plan import ALIGNMENT
+from dflash_rt.backends.device.protocols import Bytes, Captured, Mark, Work
 from dflash_rt.errors import BackendError
 
 __all__ = ["HostDevice", "Recorded"]
@@ -40,7 +40,7 @@ class Recorded:
 
 
 class HostDevice:
-    """See :class:`dflash_rt.device.base.Device`. ``limit``: bytes that it pretends to have."""
+    """See :class:`dflash_rt.backends.device.protocols.Device`. ``limit``: bytes that it pretends to have."""
 
     name = "host"
     stream = 0

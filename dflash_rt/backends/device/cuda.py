@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dflash_rt.device.base import Bytes, Captured, Mark, Work
+from dflash_rt.backends.device.protocols import Bytes, Captured, Mark, Work
 from dflash_rt.errors import BackendUnavailableError, DeviceError
 
 __all__ = ["CudaDevice"]

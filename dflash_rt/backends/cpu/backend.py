@@ -28,9 +28,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from dflash_rt.backends._host_arrays import STORAGE, HostBuffer, zeros
-from dflash_rt.backends._window import Window
 from dflash_rt.backends.base import DraftSampling, FloatArray, Inject, IntArray, Proposal, StepOutput
+from dflash_rt.backends.host_arrays import STORAGE, HostBuffer, zeros
+from dflash_rt.backends.state.window import Window
 from dflash_rt.bundle.manifest import STEP_GRAPHS, GraphSpec, TensorSpec, output_name
 from dflash_rt.errors import BackendError, NumericalError
 

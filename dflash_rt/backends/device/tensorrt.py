@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dflash_rt.backends._cuda_device import CudaDevice
-from dflash_rt.backends._kernel_cache import KernelCache
+from dflash_rt.backends.device.cuda import CudaDevice
+from dflash_rt.backends.device.kernel_cache import KernelCache
+from dflash_rt.backends.device.plan import Binding, Run
+from dflash_rt.backends.device.protocols import Device, Work
 from dflash_rt.bundle.engine_sets import EngineSet, Machine, compile_command, find_engines
-from dflash_rt.device.base import Device, Work
-from dflash_rt.device.plan import Binding, Run
 from dflash_rt.errors import BackendError, BackendUnavailableError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 class TensorRTEngines:
-    """See :class:`dflash_rt.device.base.Engines`.
+    """See :class:`dflash_rt.backends.device.protocols.Engines`.
 
     One execution context for each graph and shape, since a captured graph belongs to the state of its
     context. They share the engine's weights, and the scratch memory: the stream runs one at a time.

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dflash_rt.backends.base import IntArray
-from dflash_rt.device.base import Bytes, Device, Mark
-from dflash_rt.device.plan import Copy, Layout
+from dflash_rt.backends.device.plan import Copy, Layout
+from dflash_rt.backends.device.protocols import Bytes, Device, Mark
 
 __all__ = ["Memory", "Report"]
 

@@ -1,0 +1,1 @@
+"""What a slot keeps between steps, and how it is rolled back."""
