@@ -14,7 +14,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dflash_rt._version import __version__
+from dflash_rt.version import __version__
 
 if TYPE_CHECKING:
     from dflash_export.build import build

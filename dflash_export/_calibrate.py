@@ -16,7 +16,7 @@ from dflash_export.progress import Progress
 from dflash_export.quantization import WeightFormat
 from dflash_export.sources import Source
 from dflash_export.torch_reference import load_target
-from dflash_rt.console import read_prompts
+from dflash_rt.cli.console import read_prompts
 from dflash_rt.text.prompts import PromptEncoder
 
 __all__ = ["Calibrated", "calibrate_target", "check_calibration"]

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from dflash_rt._version import __version__
+from dflash_rt.version import __version__
 
 __all__ = ["OPSET", "Nodes", "Values"]
 

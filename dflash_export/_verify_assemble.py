@@ -19,8 +19,8 @@ from dflash_export.parity import make_limits
 from dflash_export.sources import Source
 from dflash_export.verify_report import ReferenceDrafting, VerifyReport
 from dflash_rt import Bundle
-from dflash_rt._version import __version__
 from dflash_rt.bundle.manifest import MANIFEST_NAME
+from dflash_rt.version import __version__
 
 __all__ = ["assemble"]
 

@@ -40,7 +40,6 @@ from dflash_export.tokenizer_files import TokenizerFiles, export_tokenizer
 from dflash_export.weight_files import write_weights
 from dflash_export.weights import Weights, open_weights
 from dflash_rt import Bundle
-from dflash_rt._version import __version__
 from dflash_rt.bundle.folder import hash_file
 from dflash_rt.bundle.manifest import (
     FORMAT_VERSION,
@@ -61,6 +60,7 @@ from dflash_rt.bundle.manifest import (
 from dflash_rt.errors import ExportError, OutputError, RecipeError
 from dflash_rt.text.prompts import PromptEncoder
 from dflash_rt.text.tokenizer import Tokenizer
+from dflash_rt.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from dflash_export._engine_options import choose_precision, chosen_options, echo_notes, engine_options
-from dflash_rt._version import __version__
-from dflash_rt.console import CommandGroup, JsonPair, as_chats, echo_json, fail, read_prompts
+from dflash_rt.cli.console import CommandGroup, JsonPair, as_chats, echo_json, fail, read_prompts
+from dflash_rt.version import __version__
 
 __all__ = ["main"]
 

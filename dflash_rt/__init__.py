@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from dflash_rt._version import __version__
+from dflash_rt.version import __version__
 
 if TYPE_CHECKING:
     from dflash_rt.bundle.folder import Bundle

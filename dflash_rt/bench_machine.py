@@ -7,7 +7,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from dflash_rt._version import __version__
+from dflash_rt.version import __version__
 
 __all__ = ["cpu_name", "load_average", "package_versions", "physical_cores"]
 

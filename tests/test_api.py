@@ -15,7 +15,8 @@ import pytest
 
 import dflash_rt
 import dflash_rt.errors
-from dflash_rt import _version, backends
+from dflash_rt import backends
+from dflash_rt import version as _version
 
 PACKAGE = Path(dflash_rt.__file__).parent
 

@@ -19,8 +19,8 @@ from click.testing import CliRunner, Result
 from dflash_export.cli import main as export_main
 from dflash_rt import Bundle
 from dflash_rt.bundle.engine_sets import EngineFile
-from dflash_rt.cli import main as rt_main
-from dflash_rt.console import CommandGroup, read_prompts
+from dflash_rt.cli.console import CommandGroup, read_prompts
+from dflash_rt.cli.main import main as rt_main
 from dflash_rt.errors import PromptError
 from tests.rt.bundle.test_engine_sets import TRT, engine_set, store
 from tests.rt.bundle_maker import manifest_document, write_bundle
@@ -28,7 +28,7 @@ from tests.rt.bundle_maker import manifest_document, write_bundle
 ROOT = Path(__file__).parents[1]
 
 COMMANDS = {"dflash-export": export_main, "dflash-rt": rt_main}
-MODULES = {"dflash-export": "dflash_export.cli", "dflash-rt": "dflash_rt.cli"}
+MODULES = {"dflash-export": "dflash_export.cli", "dflash-rt": "dflash_rt.cli.main"}
 HEAVY = {"jinja2", "numpy", "onnx", "onnxruntime", "rich", "tokenizers", "torch", "transformers", "yaml"}
 HELP = [(program, "") for program in COMMANDS] + [
     (program, name) for program, group in COMMANDS.items() for name in group.commands

@@ -13,7 +13,7 @@ import pytest
 
 from dflash_export.cli import main as export_main
 from dflash_rt import Bundle
-from dflash_rt.cli import main as rt_main
+from dflash_rt.cli.main import main as rt_main
 
 ROOT = Path(__file__).parents[1]
 GROUPS = {"dflash-export": export_main, "dflash-rt": rt_main}

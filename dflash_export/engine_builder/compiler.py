@@ -20,7 +20,6 @@ from dflash_export.engine_builder.vendor import Vendor, load_vendor
 from dflash_export.progress import SILENT, Progress
 from dflash_export.publish import new_folder
 from dflash_rt import Bundle
-from dflash_rt._version import __version__
 from dflash_rt.bundle.engine_sets import (
     ENGINES_NAME,
     FORMAT_VERSION,
@@ -36,6 +35,7 @@ from dflash_rt.bundle.engine_sets import (
 from dflash_rt.bundle.folder import hash_file
 from dflash_rt.bundle.manifest import ENGINES_FOLDER
 from dflash_rt.errors import EngineBuildError, EngineError, OutputError
+from dflash_rt.version import __version__
 
 __all__ = ["CompiledEngines", "check_options", "compile_engines"]
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from dflash_rt.console import CommandGroup, JsonPair, echo_json
+from dflash_rt.cli.console import CommandGroup, JsonPair, echo_json
 from examples.train_drafter.prompts import HELD_OUT
 
 __all__ = ["main"]

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import torch
 
-from dflash_rt.console import read_prompts
+from dflash_rt.cli.console import read_prompts
 from dflash_rt.errors import RecipeError
 from examples.train_drafter.budget import Budget
 from examples.train_drafter.card import read_record, write_card

@@ -15,7 +15,7 @@ from dflash_export.sources import Source, resolve_target
 from dflash_export.target_config import load_target_config, stop_token_ids
 from dflash_export.tokenizer_files import export_tokenizer
 from dflash_export.torch_reference import load_target
-from dflash_rt.console import as_chats
+from dflash_rt.cli.console import as_chats
 from dflash_rt.errors import RecipeError
 from dflash_rt.text.prompts import PromptEncoder
 from dflash_rt.text.tokenizer import Tokenizer

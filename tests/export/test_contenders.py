@@ -22,7 +22,7 @@ from dflash_export.contenders import make_genai, make_genai_int4, make_hf, make_
 from dflash_rt import Bundle
 from dflash_rt.bench import run_bench
 from dflash_rt.bench_contenders import ENTRY_POINT_GROUP, BenchSetup, Contender
-from dflash_rt.cli import main
+from dflash_rt.cli.main import main
 from dflash_rt.errors import BackendUnavailableError, OutputError, VerifyError
 from tests.export.pair_maker import drafter_json, save_drafter, save_target
 

@@ -32,7 +32,7 @@ from dflash_rt.backends.device.host import HostDevice, Recorded
 from dflash_rt.backends.device.onnxruntime import OnnxRuntimeEngines
 from dflash_rt.backends.device.plan import Run as DeviceRun
 from dflash_rt.backends.device.protocols import Captured, Work
-from dflash_rt.cli import main
+from dflash_rt.cli.main import main
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.errors import BackendError, NumericalError

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dflash_rt._version import __version__
 from dflash_rt.backends import BACKEND_NAMES
-from dflash_rt.console import CommandGroup, JsonPair, as_chats, echo_json, read_prompts, read_text
+from dflash_rt.cli.console import CommandGroup, JsonPair, as_chats, echo_json, read_prompts, read_text
 from dflash_rt.errors import RequestError
+from dflash_rt.version import __version__
 
 if TYPE_CHECKING:
     from dflash_rt.bench_report import BenchReport
