@@ -29,7 +29,7 @@ def main() -> int:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from benchmarks.gpu.device_clock import prefill
+    from dflash_bench.gpu.device_clock import prefill
     from dflash_rt import Bundle
     from dflash_rt.backends import create_backend
 

@@ -16,6 +16,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # run as a script, this file's own folder is there instead
-    from benchmarks.gpu.command import main
+    from dflash_bench.gpu.command import main
 
     sys.exit(main(sys.argv[1:]))

@@ -22,10 +22,10 @@ from statistics import fmean
 
 import numpy as np
 
+from dflash_bench.prompts import mixed_prompts
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends.base import Inject
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
-from dflash_rt.bench_prompts import mixed_prompts
 from dflash_rt.sampling.greedy import accept_greedy
 from dflash_rt.speculation.width import AcceptanceHistory, AdaptiveWidth, FixedWidth, StepCosts, WidthPolicy
 from dflash_rt.speculation.width_correction import RunningCosts

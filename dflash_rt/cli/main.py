@@ -16,8 +16,8 @@ from dflash_rt.errors import RequestError
 from dflash_rt.version import __version__
 
 if TYPE_CHECKING:
-    from dflash_rt.bench_report import BenchReport
-    from dflash_rt.bench_widths_report import WidthsReport
+    from dflash_bench.run.report import BenchReport
+    from dflash_bench.widths.report import WidthsReport
     from dflash_rt.stream import GenerationResult
 
 __all__ = ["main"]
@@ -76,7 +76,7 @@ class _Contenders(click.ParamType):  # type: ignore[type-arg]  # generic in newe
         """The names in the order given, each once, or a usage error."""
         if isinstance(value, tuple):  # click may convert a value that is converted already
             return value
-        from dflash_rt.bench_contenders import find_factories
+        from dflash_bench.systems.base import find_factories
 
         names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
         try:
@@ -262,8 +262,8 @@ def bench(
     if given := [f"--{name.replace('_', '-')}" for name, value in others.items() if value]:
         raise click.UsageError(f"--widths compares no others: leave out {', '.join(given)}")
 
-    from dflash_rt.bench import run_bench
-    from dflash_rt.bench_widths import run_widths
+    from dflash_bench.run.measure import run_bench
+    from dflash_bench.widths.measure import run_widths
 
     run: Callable[..., BenchReport | WidthsReport] = run_widths if widths else run_bench
     texts = None if prompts is None else read_prompts(prompts, limit)

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
-from dflash_rt.bench_machine import cpu_name, physical_cores
+from dflash_bench.machine import cpu_name, physical_cores
 from dflash_rt.bundle.manifest import REPORTS_FOLDER
 from dflash_rt.bundle.schema import Bounds, Problems, Range, dump_json, parse_json, plain, read
 from dflash_rt.errors import BundleError, DFlashError

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dflash_bench.run.measure import run_bench
 from dflash_export import build as build_bundle
 from dflash_export import verify
 from dflash_export.cli import main
@@ -29,7 +30,6 @@ from dflash_export.torch_reference import teacher_forced
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends import create_backend
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
-from dflash_rt.bench import run_bench
 from dflash_rt.bundle.manifest import MANIFEST_NAME
 from dflash_rt.errors import (
     BackendError,

@@ -1,0 +1,1 @@
+"""One benchmark harness for CPU and GPU: the command ``dflash-bench``."""

@@ -1,0 +1,191 @@
+"""One row: a pair on a backend at one context, beside PyTorch's two loops."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import Self
+
+from dflash_bench.gpu.backend_spec import BackendSpec
+from dflash_bench.gpu.budget import Budget, SkippedError
+from dflash_bench.gpu.bundles import DTYPES, Made, compile_for, is_made, make_bundle, seconds_to_make
+from dflash_bench.gpu.contest import Contender, run_contest
+from dflash_bench.gpu.device_clock import measure_draft_share
+from dflash_bench.gpu.floor import step_bytes
+from dflash_bench.gpu.machine import free_bytes, release_memory
+from dflash_bench.gpu.rows import DRAFTED, HF, PLAIN, REFERENCE, Sample, make_row
+from dflash_bench.gpu.shapes import PairShape
+from dflash_bench.gpu.timing import time_steps
+from dflash_bench.gpu.torch_side import (
+    HuggingFace,
+    Reference,
+    load_random_drafter,
+    load_random_target,
+    needed_bytes,
+)
+from dflash_rt import Bundle
+from dflash_rt.backends.base import Backend
+
+if TYPE_CHECKING:
+    from dflash_bench.gpu.suite import Plan
+
+__all__ = ["Measured", "measure_row", "seconds_to_measure"]
+
+
+@dataclass
+class Measured:
+    """A bundle on a backend, and PyTorch's models of the same shape. A context manager: it frees both."""
+
+    made: Made
+    backend: Backend
+    name: str
+    shape: PairShape | None
+    torch_models: tuple[Any, Any] | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+
+    @classmethod
+    def make(cls, plan: Plan, budget: Budget, shape: PairShape, precision: str, backend: BackendSpec) -> Self:
+        """Export random weights, build engines, load both sides.
+
+        Raises SkippedError where time, disk or the exporter don't allow it; DFlashError where they fail.
+        """
+        if not plan.dry_run and not is_made(shape, precision, plan.scratch, plan.max_seq_len):
+            budget.require(seconds_to_make(shape, precision, engines=backend.name.startswith("tensorrt")))
+        made = make_bundle(
+            shape, precision, plan.scratch, max_seq_len=plan.max_seq_len, progress=plan.progress
+        )
+        compile_for(backend.name, made.bundle, budget, progress=plan.progress)
+        measured = cls(made, backend.open(made.bundle), str(backend), shape, folder=made.target.parent)
+        measured._load_torch(plan, precision)
+        return measured
+
+    @classmethod
+    def open(
+        cls, plan: Plan, budget: Budget, folder: Path, usable: Mapping[str, Sequence[BackendSpec]]
+    ) -> Self:
+        """A bundle that is there already; PyTorch isn't run beside it."""
+        bundle = Bundle.open(folder)
+        names = usable.get(bundle.manifest.precision, ())
+        if not names:
+            raise SkippedError(f"no backend decodes the small pair in {bundle.manifest.precision}")
+        compile_for(names[0].name, bundle, budget, progress=plan.progress)
+        reason = "only pairs of random weights are compared with PyTorch; for real ones see `dflash-rt bench`"
+        missing = {HF: reason, REFERENCE: reason}
+        made = Made(bundle, folder, folder)
+        return cls(made, names[0].open(bundle), str(names[0]), None, missing=missing)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.backend.close()
+        self.torch_models = None
+        release_memory()
+
+    def remove(self) -> None:
+        """Free the disk. Only what was made here goes."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _load_torch(self, plan: Plan, precision: str) -> None:
+        assert self.shape is not None
+        dtype = DTYPES[self.made.bundle.manifest.precision]
+        free = free_bytes(plan.device)
+        needed = needed_bytes(self.shape, dtype)
+        if free is not None and free < needed:
+            reason = f"{needed / 1e9:.0f} GB of GPU memory needed, {free / 1e9:.0f} GB free beside our own"
+            self.missing |= {HF: reason, REFERENCE: reason}
+            return
+        try:
+            target = load_random_target(self.shape, dtype, plan.device)
+            drafter = None
+            if absent := Reference.missing():
+                self.missing[REFERENCE] = absent
+            else:
+                drafter = load_random_drafter(self.shape, dtype, plan.device)
+        except Exception as error:  # noqa: BLE001  # our own steps are still worth measuring
+            self.missing |= dict.fromkeys((HF, REFERENCE), f"{type(error).__name__}: {error}")
+        else:
+            self.torch_models = (target, drafter)
+
+
+def seconds_to_measure(shape: PairShape, context: int) -> float:
+    """A guess for planning, on the careful side: four contenders prefill and step in every repeat."""
+    return 10 + shape.layers * shape.hidden / 147456 * (15 + context / 400)
+
+
+def measure_row(
+    plan: Plan,
+    budget: Budget,
+    measured: Measured,
+    precision: str,
+    prompt: Sequence[int],
+    bytes_per_second: float,
+) -> dict[str, Any]:
+    """Measure one row. Raises SkippedError if the time isn't enough for one repeat."""
+    manifest = measured.made.bundle.manifest
+    width, context = manifest.drafter.block_size, len(prompt)
+    contenders = _contenders(plan, measured, prompt)
+    samples = run_contest(
+        contenders,
+        repeats=plan.repeats,
+        budget=budget,
+        optional=(HF, REFERENCE),
+        missing=measured.missing,
+    )
+    share = measure_draft_share(
+        measured.backend, prompt, width=width, prefill_chunk=manifest.limits.prefill_chunk
+    )
+    published = measured.shape.published if measured.shape is not None else None
+    # Halfway through the steps that were measured, of which each commits one row with random weights.
+    middle = context + plan.steps // 2
+    return make_row(
+        pair=manifest.name if measured.shape is None else measured.shape.name,
+        precision=precision,
+        backend=measured.name,
+        context=context,
+        width=width,
+        samples=samples,
+        step_bytes=step_bytes(measured.made.bundle, width, middle),
+        plain_bytes=step_bytes(measured.made.bundle, 1, middle),
+        bytes_per_second=bytes_per_second,
+        published=published or {},
+        missing=measured.missing,
+        draft_share=share,
+    )
+
+
+def _contenders(plan: Plan, measured: Measured, prompt: Sequence[int]) -> dict[str, Contender]:
+    manifest = measured.made.bundle.manifest
+
+    def ours(width: int) -> Contender:
+        return lambda: time_steps(
+            measured.backend,
+            prompt,
+            width=width,
+            steps=plan.steps,
+            prefill_chunk=manifest.limits.prefill_chunk,
+        )
+
+    contenders = {DRAFTED: ours(manifest.drafter.block_size), PLAIN: ours(1)}
+    if measured.torch_models is not None:
+        target, drafter = measured.torch_models
+        plain = HuggingFace(target)
+        contenders[HF] = lambda: Sample(plain.median_step_seconds(prompt, plan.steps))
+        if drafter is not None:
+            reference = Reference(drafter, target)
+            # Most of its blocks are whole: the last ones are clipped to the tokens still wanted.
+            tokens = plan.steps + manifest.drafter.block_size
+            contenders[REFERENCE] = lambda: Sample(reference.mean_step_seconds(prompt, tokens))
+    return contenders

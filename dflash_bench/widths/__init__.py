@@ -1,0 +1,1 @@
+"""The width that adapts against fixed ones."""

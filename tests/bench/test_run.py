@@ -1,0 +1,763 @@
+"""The benchmark: how it runs contenders, what it computes from their times, and what it prints and draws."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from dflash_bench.floor import (
+    StepFloor,
+    measure_read_bandwidth,
+    step_floor,
+    weight_bytes,
+)
+from dflash_bench.machine import cpu_name, load_average, package_versions, physical_cores
+from dflash_bench.prompts import default_prompts
+from dflash_bench.run.measure import measure, our_contenders, run_bench
+from dflash_bench.run.plot import check_plot, draw_plot
+from dflash_bench.run.report import BenchReport, Conditions
+from dflash_bench.stats import OUTSIDE, agreement, ratio, summarise
+from dflash_bench.systems.base import (
+    ENTRY_POINT_GROUP,
+    BenchSetup,
+    Contender,
+    OurContender,
+    Outcome,
+    find_factories,
+    make_contenders,
+)
+from dflash_rt import Bundle
+from dflash_rt.backends.scripted import ScriptedBackend
+from dflash_rt.errors import (
+    BackendUnavailableError,
+    ContextLengthError,
+    IntegrityError,
+    OutputError,
+    PromptError,
+    RequestError,
+    VerifyError,
+)
+from tests.rt.bundle_maker import manifest_document, write_bundle
+from tests.rt.talker import saying
+
+ROOT = Path(__file__).parents[2]
+ANSWER = "Blue light is scattered more than red light."
+PROMPT = [1]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def ours(width: int) -> OurContender:
+    return OurContender(saying(ANSWER, prompt=PROMPT, draft_width=width))
+
+
+class Other:
+    """A contender that isn't ours: takes its answer from a list, and keeps a diary."""
+
+    def __init__(
+        self, name: str, answer: Sequence[int], *, width: int | None = None, diary: list[Any] | None = None
+    ) -> None:
+        self.name = name
+        self.width = width
+        self.answer = tuple(answer)
+        self.diary = [] if diary is None else diary
+        self.closed = False
+
+    def decode(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Outcome:
+        self.diary.append((self.name, tuple(prompt_ids), max_new_tokens))
+        tokens = self.answer[:max_new_tokens]
+        return Outcome(tokens, prefill_seconds=0.5, decode_seconds=2.0, steps=len(tokens) - 1)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def conditions(**changes: Any) -> Conditions:
+    values: dict[str, Any] = {
+        "bundle": "tiny",
+        "precision": "fp32",
+        "backend": "scripted",
+        "threads": 2,
+        "prompt_tokens": (1, 1),
+        "max_new_tokens": 30,
+        "repeats": 3,
+        "created": "2026-11-23T12:00:00Z",
+        "cpu": "a processor",
+        "packages": {"numpy": "2.0"},
+        "load_before": 0.25,
+        "load_after": 1.5,
+    }
+    return Conditions(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def report() -> BenchReport:
+    """Two widths of a scripted backend and two others, one of which goes astray."""
+    plain = ours(1)
+    answer = plain.decode(PROMPT, 30).token_ids
+    contenders: list[Contender] = [
+        plain,
+        ours(3),
+        ours(5),
+        Other("hf", answer),
+        Other("reference-3", [*answer[:4], 7, *answer[5:]], width=3),
+    ]
+    outcomes = measure(contenders, [PROMPT, PROMPT], max_new_tokens=30, repeats=3, pause_seconds=0)
+    return BenchReport(
+        conditions=conditions(),
+        outcomes=outcomes,
+        widths={c.name: c.width for c in contenders if c.width is not None},
+        floors={"plain": StepFloor(4 * 10**6, 10**6, 1e9), "drafted-5": StepFloor(5 * 10**6, 10**7, 1e9)},
+        skipped={"genai": "genai can't be compared with (onnxruntime-genai isn't installed)"},
+    )
+
+
+# --- Running ---
+
+
+def test_every_contender_decodes_everything_in_turn() -> None:
+    diary: list[Any] = []
+    contenders = [Other(name, range(9), diary=diary) for name in "abc"]
+    outcomes = measure(contenders, [[1], [2]], max_new_tokens=9, repeats=2, pause_seconds=0)
+    assert {name: set(done) for name, done in outcomes.items()} == {
+        name: {(0, 0), (1, 0), (0, 1), (1, 1)} for name in "abc"
+    }
+    warm_up, rounds = diary[:3], [diary[at : at + 3] for at in range(3, len(diary), 3)]
+    assert warm_up == [(name, (1,), 8) for name in "abc"]
+    assert ["".join(name for name, _, _ in turn) for turn in rounds] == ["abc", "bca", "cab", "abc"]
+    assert [{prompt for _, prompt, _ in turn} for turn in rounds] == [{(1,)}, {(2,)}, {(1,)}, {(2,)}]
+    assert {count for _, _, count in diary[3:]} == {9}
+
+
+class Stepper(Other):
+    """One that can stop between two steps of ``width`` tokens."""
+
+    def __init__(self, name: str, answer: Sequence[int], width: int, diary: list[Any], apart: bool) -> None:
+        super().__init__(name, answer, width=width, diary=diary)
+        self.apart = apart
+
+    def start(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Any:
+        return Steps(self, len(self.answer[:max_new_tokens]))
+
+
+class Steps:
+    def __init__(self, stepper: Stepper, count: int) -> None:
+        self.stepper, self.count, self.tokens = stepper, count, 0
+
+    def advance(self) -> bool:
+        if self.tokens == self.count:
+            return False
+        self.stepper.diary.append((self.stepper.name, self.tokens))
+        self.tokens = min(self.tokens + (self.stepper.width or 1), self.count)
+        return True
+
+    @property
+    def outcome(self) -> Outcome:
+        assert self.tokens == self.count
+        return Outcome(self.stepper.answer[: self.count], 0.5, 2.0, steps=self.count)
+
+
+def test_those_that_are_apart_take_turns_step_by_step() -> None:
+    diary: list[Any] = []
+    contenders: list[Contender] = [
+        Stepper("a", range(4), 1, diary, apart=True),
+        Other("x", range(4), diary=diary),
+        Stepper("b", range(6), 2, diary, apart=True),
+        Stepper("c", range(4), 2, diary, apart=False),
+    ]
+    outcomes = measure(contenders, [PROMPT, PROMPT], max_new_tokens=6, repeats=1, pause_seconds=0)
+    turns = [entry[:2] for entry in diary[4:]]  # after the warm-up
+    # Whoever has the fewest tokens; of equal ones the first.
+    together = [("a", 0), ("b", 0), ("a", 1), ("a", 2), ("b", 2), ("a", 3), ("b", 4)]
+    whole = ("x", tuple(PROMPT)), ("c", tuple(PROMPT))
+    assert turns[:9] == [*together, *whole]
+    # The next prompt begins with the next contender: those that are apart where the first of them was.
+    assert turns[9] == whole[0]
+    assert turns[10:12] == [("b", 0), ("a", 0)]
+    assert [set(done) for done in outcomes.values()] == [{(0, 0), (1, 0)}] * 4
+    assert outcomes["b"][1, 0].token_ids == tuple(range(6))
+
+
+def test_progress_tells_rates() -> None:
+    lines: list[str] = []
+    contenders = [Other("fast", range(9)), Other("mute", [1])]
+    measure(contenders, [[1]], max_new_tokens=9, repeats=2, say=lines.append, pause_seconds=0)
+    assert lines == [f"repeat {n}/2, prompt 1/1: fast 4.0, mute -" for n in (1, 2)]
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_our_contender_reports_the_requests_statistics(width: int) -> None:
+    contender = ours(width)
+    outcome = contender.decode(PROMPT, 20)
+    assert outcome.token_ids == ours(1).decode(PROMPT, 20).token_ids
+    assert len(outcome.token_ids) == 20
+    assert (contender.name, contender.width) == (
+        ("plain", None) if width == 1 else (f"drafted-{width}", width)
+    )
+    assert outcome.accepted_per_step is not None
+    assert outcome.stage_seconds is not None
+    assert outcome.steps == len(outcome.accepted_per_step)
+    assert (outcome.steps == 19) == (width == 1)
+    assert 0 < outcome.stage_seconds["step"] < outcome.decode_seconds
+    contender.close()
+
+
+# --- Numbers ---
+
+seconds = st.floats(1e-4, 1e3)
+
+
+@st.composite
+def outcome_tables(draw: st.DrawFn) -> dict[tuple[int, int], Outcome]:
+    """Outcomes of one of ours over some prompts and repeats; some answers have no step."""
+    table = {}
+    for prompt in range(draw(st.integers(1, 4))):
+        accepted = tuple(draw(st.lists(st.integers(0, 3), max_size=6)))
+        tokens = tuple(range(1 + sum(accepted) + len(accepted)))
+        for repeat in range(draw(st.integers(1, 3))):
+            decode = draw(seconds) if accepted else 0.0
+            share = draw(st.floats(0, 1))
+            stages = {"target": share * decode / 2, "draft": share * decode / 2}
+            table[prompt, repeat] = Outcome(tokens, draw(seconds), decode, len(accepted), accepted, stages)
+    return table
+
+
+def speed(outcome: Outcome) -> float:
+    return outcome.tokens_per_second
+
+
+@settings(deadline=None, max_examples=60)
+@given(outcome_tables(), outcome_tables())
+def test_ratios_are_computed_from_pairs(
+    left: dict[tuple[int, int], Outcome], right: dict[tuple[int, int], Outcome]
+) -> None:
+    pairs = [p for p in left if p in right and left[p].steps and right[p].steps]
+    found = ratio(left, right, speed)
+    if not pairs:
+        assert found is None
+        return
+    assert found is not None
+    values = [
+        (len(left[p].token_ids) - 1) / left[p].decode_seconds
+        / ((len(right[p].token_ids) - 1) / right[p].decode_seconds)
+        for p in pairs
+    ]  # fmt: skip
+    expected = np.percentile(values, [50, 25, 75])
+    assert [found.median, found.lower_quartile, found.upper_quartile] == pytest.approx(list(expected))
+    assert found.pairs == len(pairs)
+
+
+@settings(deadline=None, max_examples=30)
+@given(outcome_tables(), st.lists(st.floats(0.01, 100), min_size=12, max_size=12))
+def test_what_disturbs_a_pair_disturbs_no_ratio(
+    table: dict[tuple[int, int], Outcome], disturbance: list[float]
+) -> None:
+    """Both sides of each pair slowed by the same factor, of each pair by another one."""
+
+    def slowed(factor: float) -> dict[tuple[int, int], Outcome]:
+        return {
+            pair: Outcome(o.token_ids, o.prefill_seconds, factor * f * o.decode_seconds, o.steps)
+            for f, (pair, o) in zip(disturbance, table.items(), strict=False)
+        }
+
+    found = ratio(slowed(1), slowed(3), speed)
+    if found is not None:
+        assert [found.median, found.lower_quartile, found.upper_quartile] == pytest.approx([3, 3, 3])
+
+
+@settings(deadline=None, max_examples=60)
+@given(outcome_tables())
+def test_totals_are_those_of_each_prompts_median_repeat(table: dict[tuple[int, int], Outcome]) -> None:
+    total = summarise(table)
+    prompts = {prompt for prompt, _ in table}
+    repeats = {p: sorted(o.decode_seconds for (q, _), o in table.items() if p == q) for p in prompts}
+    assert total.decode_seconds == pytest.approx(sum(r[(len(r) - 1) // 2] for r in repeats.values()))
+    assert total.steps == sum(table[p, 0].steps for p in prompts)
+    assert total.decoded_tokens == sum(len(table[p, 0].token_ids) - 1 for p in prompts)
+    assert total.prefill_seconds == pytest.approx(np.median([o.prefill_seconds for o in table.values()]))
+    if not total.steps:
+        assert total.ms_per_step is total.stage_ms is total.tokens_per_second is total.outside_share is None
+        return
+    assert total.stage_ms is not None
+    assert total.ms_per_step is not None
+    assert total.tokens_per_second is not None
+    assert list(total.stage_ms)[-1] == OUTSIDE
+    assert sum(total.stage_ms.values()) == pytest.approx(total.ms_per_step)
+    assert total.outside_share == pytest.approx(total.stage_ms[OUTSIDE] / total.ms_per_step, abs=1e-9)
+    assert total.tokens_per_step == pytest.approx(total.tokens_per_second * total.ms_per_step / 1e3)
+    shares = total.accepted_by_position(4)
+    assert shares is not None
+    assert len(shares) == 3
+    assert sorted(shares, reverse=True) == shares
+    assert 1 + sum(shares) == pytest.approx(total.tokens_per_step)
+
+
+def test_stages_are_in_the_order_of_a_step() -> None:
+    stages = {"target": 1.0, "embed": 0.5, "special": 0.25, "draft": 1.0, "unused": 0.0}
+    total = summarise({(0, 0): Outcome((1, 2), 1.0, 3.0, 1, (0,), stages)})
+    assert total.stage_ms is not None
+    assert list(total.stage_ms.items()) == [
+        ("draft", 1000), ("embed", 500), ("target", 1000), ("special", 250), (OUTSIDE, 250)
+    ]  # fmt: skip
+
+
+def answers(*tokens: tuple[int, ...]) -> dict[tuple[int, int], Outcome]:
+    return {(0, i): Outcome(ids, 1.0, 1.0, max(len(ids) - 1, 0)) for i, ids in enumerate(tokens)}
+
+
+def test_agreement_counts_up_to_the_first_difference() -> None:
+    wanted = answers((1, 2, 3, 4), (1, 2, 3, 4), (1, 2), (1, 2))
+    same = agreement(answers((1, 2, 9, 4), (1, 2, 3), (1, 2), (1, 2, 3)), wanted)
+    assert (same.equal_tokens, same.tokens, same.equal_answers, same.answers) == (2 + 3 + 2 + 2, 12, 1, 4)
+    assert not same.exact
+    assert agreement(wanted, wanted).exact
+
+
+def test_answers_without_a_step_have_no_ratio() -> None:
+    assert ratio(answers((1,)), answers((1, 2)), speed) is None
+    assert ratio(answers((1, 2)), answers((1,)), speed) is None
+
+
+# --- The floor ---
+
+
+def write_graph(path: Path) -> int:
+    """An ONNX file with one tensor inside and two outside; returns their bytes."""
+    inside = numpy_helper.from_array(np.arange(10, dtype=np.float32), "inside")
+    outside = []
+    for name, offset, length in (("big", 0, 4096), ("other", 4096, 800)):
+        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[length // 4])
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", "x.data"), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        outside.append(tensor)
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [10])
+    nodes = [helper.make_node("Identity", ["inside"], ["y"])]
+    graph = helper.make_graph(nodes, "g", [], [output], initializer=[*outside, inside])
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+    return 4096 + 800 + 40
+
+
+def test_weight_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "graph.onnx"
+    assert write_graph(path) == weight_bytes(path)
+    assert len(onnx.load(path, load_external_data=False).graph.initializer) == 3
+
+
+def test_weight_bytes_refuses_what_is_not_onnx(tmp_path: Path) -> None:
+    path = tmp_path / "graph.onnx"
+    write_graph(path)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(IntegrityError, match=r"graph.onnx can't be read as an ONNX file"):
+        weight_bytes(path)
+    with pytest.raises(IntegrityError, match="what to do: copy the bundle again"):
+        weight_bytes(tmp_path / "missing.onnx")
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.binary(max_size=60))
+def test_weight_bytes_of_anything_is_a_number_or_our_error(
+    data: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "anything.onnx"
+    path.write_bytes(data)
+    with contextlib.suppress(IntegrityError):
+        assert weight_bytes(path) >= 0
+
+
+def bundle_with_graphs(folder: Path, **target: Any) -> Bundle:
+    """A bundle without a tokenizer whose five graphs have 4,936 bytes of weights each."""
+    document = manifest_document()
+    document["target"] |= target
+    document["tokenizer"] = None
+    write_bundle(folder, document)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for graph in manifest["graphs"].values():
+        write_graph(folder / graph["path"])
+        manifest["files"][graph["path"]]["size"] = (folder / graph["path"]).stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return Bundle.open(folder)
+
+
+def test_step_floor_counts_what_a_step_reads(tmp_path: Path) -> None:
+    bundle = bundle_with_graphs(tmp_path / "b")
+    plain, drafted = step_floor(bundle, 1, 1e6), step_floor(bundle, 4, 1e6)
+    assert plain is not None
+    assert drafted is not None
+    assert plain.weight_bytes == 2 * 4936
+    assert plain.milliseconds == pytest.approx(9.872)
+    assert plain.operations == 2 * 2 * 1234
+    assert drafted.weight_bytes == 5 * 4936
+    assert drafted.operations == 2 * 1234 * (4 + 4 + 4 + 4 + 3)  # the head sees no anchor in the draft
+
+
+def test_a_mixture_of_experts_has_no_floor(tmp_path: Path) -> None:
+    assert step_floor(bundle_with_graphs(tmp_path / "b", model_type="qwen3_moe"), 1, 1e9) is None
+
+
+def test_the_machine_is_measured_and_named() -> None:
+    assert measure_read_bandwidth(2, size=2**20, rounds=2) > 0
+    assert physical_cores() >= 1
+    assert cpu_name()
+    assert (load_average() or 0) >= 0
+    assert package_versions()["numpy"] == np.__version__
+
+
+# --- The report ---
+
+
+def test_table_has_every_row(report: BenchReport) -> None:
+    table = report.table()
+    sections = table.split("\n\n")
+    speeds = next(s for s in sections if "first token" in s).splitlines()
+    assert [line.split()[0] for line in speeds[1:]] == [
+        "plain",
+        "drafted-3",
+        "drafted-5",
+        "hf",
+        "reference-3",
+    ]
+    ratios = next(s for s in sections if s.startswith("tokens/s of")).splitlines()
+    assert ratios[0].split()[4:] == ["plain", "hf", "reference-3"]
+    assert [line.split()[0] for line in ratios[1:4]] == ["plain", "drafted-3", "drafted-5"]
+    assert "2 prompts of 1 to 1 tokens, at most 30 new tokens, 3 repeats; load 0.2 before, 1.5 after" in table
+    assert "genai was skipped: genai can't be compared with" in table
+    assert "reference-3 gave other tokens than plain in 6 of 6 answers" in table
+    assert "hf gave other" not in table
+    for rows in map(str.splitlines, sections):
+        aligned = [
+            row
+            for row in rows
+            if row.startswith(("plain", "drafted", "hf", "reference")) and "gave" not in row
+        ]
+        assert len({len(row) for row in aligned}) <= 1
+
+
+def test_table_without_others_has_no_empty_section() -> None:
+    contenders = [ours(1), ours(5)]
+    outcomes = measure(contenders, [PROMPT], max_new_tokens=20, repeats=1, pause_seconds=0)
+    table = BenchReport(conditions=conditions(), outcomes=outcomes, widths={"drafted-5": 5}).table()
+    assert "tokens/s of" not in table
+    assert "floor" not in table
+    assert "skipped" not in table
+    assert "drafted-5" in table
+
+
+def test_numbers_of_the_report_agree(report: BenchReport) -> None:
+    found = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    hf, drafted = found["contenders"]["hf"], found["contenders"]["drafted-5"]
+    assert (hf["tokens_per_second"], hf["ms_per_step"], hf["first_token_ms"]) == (
+        14.5,
+        pytest.approx(2000 / 29, 1e-5),
+        500,
+    )
+    assert (hf["equal_tokens"], hf["compared_tokens"], hf["equal_answers"], hf["answers"]) == (180, 180, 6, 6)
+    assert found["contenders"]["reference-3"]["equal_tokens"] == 6 * 4
+    assert drafted["equal_answers"] == 6
+    assert drafted["tokens_per_step"] == pytest.approx(drafted["decoded_tokens"] / drafted["steps"], rel=1e-5)
+    assert len(drafted["accepted_by_position"]) == 4
+    gain = found["drafting"]["drafted-5"]
+    assert gain["expected_gain"] == pytest.approx(
+        gain["tokens_per_step"] / gain["step_cost"]["median"], rel=1e-4
+    )
+    assert gain["measured_gain"] == found["ratios"]["drafted-5"]["plain"]
+    assert gain["measured_gain"]["pairs"] == 6
+    floor = found["floor"]["plain"]
+    assert floor["floor_ms"] == 4
+    assert floor["floor_share"] == pytest.approx(4 / found["contenders"]["plain"]["ms_per_step"], rel=1e-4)
+    assert floor["operations_per_second"] == pytest.approx(
+        1e9 / found["contenders"]["plain"]["ms_per_step"], rel=1e-4
+    )
+    assert found["prompts"] == 2
+
+
+def key_paths(value: object, names: set[str]) -> Iterator[str]:
+    """Dotted keys as the documentation writes them: a contender's name is ``*``, a ratio ends the path."""
+    if not isinstance(value, dict) or "median" in value:
+        return
+    for key, item in value.items():
+        inner = list(key_paths(item, names))
+        if key in names:
+            yield from (f"*.{path}" for path in inner)
+        elif key in ("packages", "stage_ms", "skipped", "ratios"):
+            yield key
+        else:
+            yield key
+            yield from (f"{key}.{path}" for path in inner)
+
+
+def test_documentation_has_every_key_and_no_other(report: BenchReport) -> None:
+    text = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    table = text[text.index("## The JSON object") : text.index("## The plot")]
+    first_cells = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
+    documented = {key for cell in first_cells for key in re.findall(r"`([\w.*]+)`", cell)}
+    assert documented == set(key_paths(report.to_dict(), set(report.outcomes)))
+
+
+def test_what_was_not_measured_is_null() -> None:
+    outcomes = {"plain": answers((1,)), "drafted-3": answers((1,)), "hf": answers((1,))}
+    silent = BenchReport(
+        conditions=conditions(load_before=None, load_after=None),
+        outcomes=outcomes,
+        widths={"drafted-3": 3},
+        floors={"plain": StepFloor(1, 1, 1.0)},
+    )
+    found = json.loads(json.dumps(silent.to_dict(), allow_nan=False))
+    row = found["contenders"]["plain"]
+    for key in ("tokens_per_second", "ms_per_step", "tokens_per_step", "outside_share", "stage_ms"):
+        assert row[key] is None
+    assert found["floor"]["plain"]["floor_share"] is None
+    assert "load" not in silent.table()
+    assert re.search(r"^plain +- +- +- +1000 ms +- +all$", silent.table(), re.MULTILINE)
+
+
+# --- The plot ---
+
+
+def test_plot_is_a_png(report: BenchReport, tmp_path: Path) -> None:
+    path = check_plot(tmp_path / "reports" / "bench.png")
+    assert not path.exists()
+    draw_plot(report, path)
+    assert path.read_bytes().startswith(PNG)
+    before = path.read_bytes()
+    assert check_plot(path).read_bytes() == before  # checking leaves an older plot alone
+    draw_plot(report, path)
+
+
+def test_plot_of_a_run_without_steps(tmp_path: Path) -> None:
+    silent = BenchReport(conditions=conditions(), outcomes={"plain": answers((1,))}, widths={})
+    draw_plot(silent, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(PNG)
+
+
+def test_plot_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    with pytest.raises(RequestError, match="a plot needs matplotlib") as caught:
+        check_plot(tmp_path / "x.png")
+    assert "pip install 'dflash-export[bench]'" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["plot.jpg", "plot", "png"])
+def test_plot_has_to_be_called_png(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"a name that ends in \.png"):
+        check_plot(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plot_that_cannot_be_written(tmp_path: Path, report: BenchReport) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="can't be written"):
+        check_plot(tmp_path / "file" / "x.png")
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(OutputError, match="can't be written"):
+        check_plot(tmp_path / "x.png")
+    with pytest.raises(OutputError, match="choose another path"):
+        draw_plot(report, tmp_path / "x.png")
+
+
+# --- Finding contenders ---
+
+MODULE = """
+from dflash_rt.errors import VerifyError
+class Other:
+    width = None
+    closed = []
+    def __init__(self, name): self.name = name
+    def close(self): self.closed.append(self.name)
+def make_one(setup): return [Other("one")]
+def make_each(setup): return [Other(f"each-{width}") for width in setup.draft_widths]
+def make_none(setup): raise VerifyError("there is no checkpoint", found="a\\nb", todo="name one")
+"""
+ENTRIES = f"""[{ENTRY_POINT_GROUP}]
+one = bench_plugin:make_one
+each = bench_plugin:make_each
+none = bench_plugin:make_none
+gone = bench_plugin_that_is_gone:make
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+    """An installed package with four contenders, the only ones there are; returns the names closed so far."""
+    info = tmp_path / "site" / "bench_plugin-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bench-plugin\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(ENTRIES)
+    (tmp_path / "site" / "bench_plugin.py").write_text(MODULE)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    yield lambda: sys.modules["bench_plugin"].Other.closed
+    sys.modules.pop("bench_plugin", None)
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> BenchSetup:
+    return BenchSetup(Bundle.open(write_bundle(tmp_path / "bundle")), threads=1, draft_widths=(2, 3))
+
+
+def test_contenders_come_from_entry_points(plugin: Any, setup: BenchSetup) -> None:
+    made, skipped = make_contenders(["each", "one"], setup)
+    assert [contender.name for contender in made] == ["each-2", "each-3", "one"]
+    assert skipped == {}
+    assert list(find_factories(["all"])) == ["each", "gone", "none", "one"]
+    assert list(find_factories(["one", "all", "one"])) == ["one", "each", "gone", "none"]
+    assert setup.stop_token_ids == (2,)
+
+
+def test_unknown_contenders_are_all_named(plugin: Any) -> None:
+    with pytest.raises(RequestError, match="nothing of that name") as caught:
+        find_factories(["vllm", "one", "sglang"])
+    assert "found: 'vllm', 'sglang'" in str(caught.value)
+    assert "expected: each, gone, none, one, all" in str(caught.value)
+
+
+def test_without_any_package_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(RequestError, match=f"a package with entry points {ENTRY_POINT_GROUP}"):
+        find_factories(["hf"])
+
+
+def test_all_skips_with_a_reason(plugin: Any, setup: BenchSetup) -> None:
+    made, skipped = make_contenders(["all"], setup)
+    assert [contender.name for contender in made] == ["each-2", "each-3", "one"]
+    assert skipped["none"] == "there is no checkpoint (a b)"
+    assert skipped["gone"].startswith("gone can't be imported (No module named")
+
+
+def test_a_contender_asked_for_by_name_has_to_work(
+    plugin: Callable[[], list[str]], setup: BenchSetup
+) -> None:
+    with pytest.raises(VerifyError, match="there is no checkpoint"):
+        make_contenders(["one", "none", "each"], setup)
+    assert plugin() == ["one"]
+    with pytest.raises(BackendUnavailableError, match="gone can't be imported"):
+        make_contenders(["all", "gone"], setup)
+
+
+# --- Arguments ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"repeats": 0}, "repeats is wrong"),
+        ({"max_new_tokens": 1}, "at least 2: the first token is the prefill's"),
+        ({"max_new_tokens": True}, "max_new_tokens is wrong"),
+        ({"draft_widths": (1,)}, "plain decoding, which is width 1, is always measured"),
+        ({"draft_widths": (3, 5)}, "2 to 4, the drafter's block_size"),
+        ({"draft_widths": ("4",)}, "draft_widths is wrong"),
+        ({"threads": 0}, "threads is wrong"),
+        ({"plot": "plot.jpg"}, "a name that ends in .png"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_loaded(
+    arguments: dict[str, Any], part: str, tmp_path: Path
+) -> None:
+    bundle = write_bundle(tmp_path / "bundle")  # its graphs aren't ONNX: loading one would be another error
+    with pytest.raises(RequestError, match=re.escape(part)):
+        run_bench(bundle, **arguments)
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bundle:
+    """A bundle whose backend is a script that counts upwards."""
+    from dflash_bench.run import measure as bench
+    from dflash_rt.backends.scripted import ScriptedBackend
+
+    def count_up(prefix: tuple[int, ...]) -> int:
+        return 3 + (prefix[-1] + 1) % 20
+
+    def make(
+        name: str, bundle: Bundle, *, threads: int | None = None, options: object = None
+    ) -> ScriptedBackend:
+        assert (name, threads) == ("onnxruntime", 1)
+        return ScriptedBackend(count_up, block_size=4, prefill_chunk=8, max_rows=64)
+
+    monkeypatch.setattr(bench, "create_backend", make)
+    monkeypatch.setattr(bench, "measure_read_bandwidth", lambda threads: 1e9 * threads)
+    return bundle_with_graphs(tmp_path / "scripted")
+
+
+def test_a_whole_run(scripted: Bundle, tmp_path: Path) -> None:
+    lines: list[str] = []
+    report = run_bench(
+        scripted,
+        prompts=[[5, 6, 7], [8]],
+        max_new_tokens=12,
+        repeats=2,
+        threads=1,
+        draft_widths=(4, 2, 4),
+        plot=tmp_path / "bench.png",
+        progress=lines.append,
+    )
+    assert list(report.outcomes) == ["plain", "drafted-4", "drafted-2"]
+    assert report.conditions.prompt_tokens == (3, 1)
+    assert list(report.floors) == ["plain", "drafted-4", "drafted-2"]
+    assert all(same.exact for same in report.agreements.values())
+    assert report.summaries["drafted-4"].tokens_per_step == pytest.approx(11 / 3)
+    assert (tmp_path / "bench.png").read_bytes().startswith(PNG)
+    assert lines[0] == "loading tiny"
+    rate = r"[0-9.]+"
+    assert re.fullmatch(f"repeat 1/2, prompt 1/2: plain {rate}, drafted-4 {rate}, drafted-2 {rate}", lines[1])
+    assert lines[-1] == f"wrote {tmp_path / 'bench.png'}"
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_ours_are_apart_only_where_a_backend_has_twins(
+    scripted: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(stack: contextlib.ExitStack) -> list[OurContender]:
+        return our_contenders(scripted, (1, 3), "onnxruntime", None, 1, stack)
+
+    with contextlib.ExitStack() as stack:
+        shared = make(stack)
+        assert [one.apart for one in shared] == [False, False]
+        assert shared[0].generator._backend is shared[1].generator._backend
+    twins = list[ScriptedBackend]()
+
+    def twin(self: ScriptedBackend) -> ScriptedBackend:
+        twins.append(ScriptedBackend(lambda prefix: 1))
+        return twins[-1]
+
+    monkeypatch.setattr(ScriptedBackend, "twin", twin, raising=False)
+    with contextlib.ExitStack() as stack:
+        apart = make(stack)
+        assert [one.apart for one in apart] == [True, True]
+        assert [apart[1].generator._backend] == twins
+    assert [one.closed for one in twins] == [True]
+
+
+def test_prompts_are_refused_before_the_run(scripted: Bundle) -> None:
+    for prompts, error in (([], PromptError), ([[]], PromptError), ([[1], [32]], PromptError)):
+        with pytest.raises(error):
+            run_bench(scripted, prompts=prompts, threads=1, max_new_tokens=4)
+    lines: list[str] = []
+    with pytest.raises(ContextLengthError):
+        run_bench(scripted, prompts=[[1], [2] * 61], threads=1, max_new_tokens=4, progress=lines.append)
+    assert lines == ["loading tiny"]
+
+
+def test_default_prompts_suit_the_bundle(tmp_path: Path) -> None:
+    document = manifest_document()
+    chats = default_prompts(Bundle.open(write_bundle(tmp_path / "chat", document)))
+    assert all(isinstance(chat, list) and chat[0]["role"] == "user" for chat in chats)  # type: ignore[index]
+    document["tokenizer"]["chat_template"] = None
+    texts = default_prompts(Bundle.open(write_bundle(tmp_path / "text", document)))
+    assert all(isinstance(text, str) for text in texts)
+    document["tokenizer"] = None
+    without = Bundle.open(write_bundle(tmp_path / "ids", document))
+    ids = np.array(default_prompts(without))
+    assert ids.min() >= 0
+    assert ids.max() < 32
+    assert default_prompts(without) == default_prompts(without)
