@@ -14,7 +14,7 @@ from dflash_export._quantize_plan import QuantizePlan
 from dflash_export.calibration import Calibration
 from dflash_export.progress import Progress
 from dflash_export.quantization import WeightFormat
-from dflash_export.sources import Source
+from dflash_export.sources.resolve import Source
 from dflash_export.torch_reference import load_target
 from dflash_rt.cli.console import read_prompts
 from dflash_rt.text.prompts import PromptEncoder

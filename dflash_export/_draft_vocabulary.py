@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dflash_export.drafter_config import DrafterConfig
-from dflash_export.weights import Weights
+from dflash_export.sources.weights import Weights
 from dflash_rt.errors import Problem
 
 __all__ = ["MAPPING", "mapping_problems", "target_ids"]

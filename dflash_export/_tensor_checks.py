@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dflash_export.weights import Weights
+from dflash_export.sources.weights import Weights
 from dflash_rt.errors import Problem
 
 if TYPE_CHECKING:

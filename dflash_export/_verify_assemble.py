@@ -16,7 +16,7 @@ from dflash_export._verify_drafting import drafting_at
 from dflash_export._verify_judge import find_problems, find_warnings, judge
 from dflash_export._verify_measure import Evidence, Meters
 from dflash_export.parity import make_limits
-from dflash_export.sources import Source
+from dflash_export.sources.resolve import Source
 from dflash_export.verify_report import ReferenceDrafting, VerifyReport
 from dflash_rt import Bundle
 from dflash_rt.bundle.manifest import MANIFEST_NAME

@@ -16,7 +16,6 @@ import onnx_ir as ir
 import torch
 
 from dflash_export._calibrate import calibrate_target, check_calibration
-from dflash_export._config_reader import Findings, raise_together
 from dflash_export._options import check_options
 from dflash_export._quantize_plan import make_plan
 from dflash_export.calibration import CALIBRATION_FILE, Folding
@@ -28,7 +27,10 @@ from dflash_export.pairing import require_pair
 from dflash_export.progress import SILENT, Progress
 from dflash_export.publish import check_output, new_folder
 from dflash_export.quantization_cost import QUALITY_TOKENS, measure_cost, quality_prompts
-from dflash_export.sources import Source, resolve_drafter, resolve_target
+from dflash_export.sources.config_reader import Findings, raise_together
+from dflash_export.sources.resolve import Source, resolve_drafter, resolve_target
+from dflash_export.sources.tokenizer import TokenizerFiles, export_tokenizer
+from dflash_export.sources.weights import Weights, open_weights
 from dflash_export.target_config import (
     TargetFacts,
     load_target_config,
@@ -36,9 +38,7 @@ from dflash_export.target_config import (
     stop_token_ids,
     target_facts,
 )
-from dflash_export.tokenizer_files import TokenizerFiles, export_tokenizer
 from dflash_export.weight_files import write_weights
-from dflash_export.weights import Weights, open_weights
 from dflash_rt import Bundle
 from dflash_rt.bundle.folder import hash_file
 from dflash_rt.bundle.manifest import (

@@ -13,7 +13,7 @@ import torch
 
 from dflash_export.dequantized import put_dequantized
 from dflash_export.progress import Progress
-from dflash_export.sources import Source
+from dflash_export.sources.resolve import Source
 from dflash_export.torch_reference import (
     generate_greedy,
     generate_reference,

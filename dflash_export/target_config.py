@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dflash_export._checkpoint_files import is_file, read_json
 from dflash_export._target_checks import (
     SUPPORTED_FAMILIES,
     config_problems,
@@ -20,7 +19,8 @@ from dflash_export._target_checks import (
     raw_problems,
     sliding_windows,
 )
-from dflash_export.sources import Source
+from dflash_export.sources.files import is_file, read_json
+from dflash_export.sources.resolve import Source
 from dflash_rt.bundle.manifest import SamplingDefaults
 from dflash_rt.errors import CheckpointError, Problem, SamplingError, UnsupportedModelError
 from dflash_rt.sampling.params import SamplingParams
@@ -210,7 +210,7 @@ def _generation_config(source: Source) -> dict[str, Any]:
 
 
 def _config_from_gguf(source: Source) -> PreTrainedConfig:
-    from dflash_export._gguf import check_gguf_file
+    from dflash_export.sources.gguf import check_gguf_file
 
     check_gguf_file(source.path)
     config = _build_config(source, {"gguf_file": source.path.name})

@@ -21,7 +21,7 @@ from dflash_export._verify_prompts import PromptInput, default_prompts, encode_p
 from dflash_export.dequantized import put_dequantized
 from dflash_export.progress import SILENT, Progress
 from dflash_export.replay import Replay
-from dflash_export.sources import Source
+from dflash_export.sources.resolve import Source
 from dflash_export.torch_reference import find_source, load_target, reference_version
 from dflash_export.verify_report import ReferenceDrafting, VerifyReport
 from dflash_rt import Bundle, Generator, SamplingParams

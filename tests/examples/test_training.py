@@ -14,8 +14,8 @@ import torch
 from dflash.model import DFlashDraftModel
 
 from dflash_export.drafter_config import load_drafter_config
-from dflash_export.sources import resolve_drafter
-from dflash_export.weights import open_weights
+from dflash_export.sources.resolve import resolve_drafter
+from dflash_export.sources.weights import open_weights
 from dflash_rt.errors import CheckpointError, NumericalError, PairError, RecipeError, UnsupportedModelError
 from examples.train_drafter.blocks import position_weights
 from examples.train_drafter.budget import Budget

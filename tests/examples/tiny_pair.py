@@ -44,7 +44,7 @@ def prompts(count: int, length: int = 6) -> list[list[int]]:
 
 def as_target(model: Any, folder: Path) -> Target:
     """The model as the commands have it, without its tokenizer."""
-    from dflash_export.sources import resolve_target
+    from dflash_export.sources.resolve import resolve_target
     from dflash_rt.text.prompts import PromptEncoder
 
     return Target(resolve_target(folder), model, PromptEncoder(), ())

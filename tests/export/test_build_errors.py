@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dflash_export import build
-from dflash_export._safetensors import SafetensorsWeights
+from dflash_export.sources.safetensors import SafetensorsWeights
 from dflash_rt.errors import (
     CheckpointError,
     DFlashError,

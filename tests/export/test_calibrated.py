@@ -21,7 +21,7 @@ from dflash_export.engine_builder.devices import check_fp8
 from dflash_export.quantization import WeightFormat, dequantize, quantize, round_activations
 from dflash_export.recipe import read_recipe
 from dflash_export.replay import Replay
-from dflash_export.sources import resolve_target
+from dflash_export.sources.resolve import resolve_target
 from dflash_export.torch_reference import load_target, teacher_forced
 from dflash_rt import Bundle
 from dflash_rt.errors import EngineBuildError, RecipeError, VerifyError

@@ -22,7 +22,7 @@ from dflash_export.drafter_config import (
     load_drafter_config,
     parse_drafter_config,
 )
-from dflash_export.sources import resolve_drafter
+from dflash_export.sources.resolve import resolve_drafter
 from dflash_rt.errors import CheckpointError, DFlashError, UnsupportedModelError
 from tests.export.pair_maker import check_message, drafter_json, save_drafter
 

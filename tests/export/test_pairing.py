@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from dflash_export._tensor_checks import target_tensor_shapes
 from dflash_export.drafter_config import DrafterConfig, load_drafter_config
 from dflash_export.pairing import check_pair, require_pair
-from dflash_export.sources import resolve_drafter, resolve_target
+from dflash_export.sources.resolve import resolve_drafter, resolve_target
+from dflash_export.sources.tokenizer import export_tokenizer
+from dflash_export.sources.weights import Weights, open_weights
 from dflash_export.target_config import load_target_config
-from dflash_export.tokenizer_files import export_tokenizer
-from dflash_export.weights import Weights, open_weights
 from dflash_rt.errors import PairError, Problem
 from tests.export.pair_maker import (
     FAMILIES,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from dflash_export.sources import Source, resolve_target
+from dflash_export.sources.resolve import Source, resolve_target
+from dflash_export.sources.tokenizer import export_tokenizer
 from dflash_export.target_config import (
     SUPPORTED_FAMILIES,
     check_target,
@@ -24,7 +25,6 @@ from dflash_export.target_config import (
     stop_token_ids,
     target_facts,
 )
-from dflash_export.tokenizer_files import export_tokenizer
 from dflash_rt.bundle.manifest import SamplingDefaults
 from dflash_rt.errors import CheckpointError, DFlashError, SourceError, UnsupportedModelError
 from tests.export.pair_maker import (

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dflash_export.sources import resolve_drafter, resolve_target
+from dflash_export.sources.resolve import resolve_drafter, resolve_target
 from dflash_export.torch_reference import (
     find_source,
     generate_greedy,

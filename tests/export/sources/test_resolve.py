@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dflash_export.sources import Source, resolve_drafter, resolve_target
+from dflash_export.sources.resolve import Source, resolve_drafter, resolve_target
 from dflash_rt.errors import CheckpointError, SourceError
 from tests.export._permissions import as_any_user
 from tests.export.pair_maker import check_message

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_export._checkpoint_files import is_file, read_bytes, read_json
-from dflash_export.sources import Source
+from dflash_export.sources.files import is_file, read_bytes, read_json
+from dflash_export.sources.resolve import Source
 from dflash_rt.errors import CheckpointError, SourceError
 
 __all__ = ["TokenizerFiles", "export_tokenizer"]

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from dflash_export._checkpoint_files import INDEX_FILE, cannot_read, index_map, is_file
-from dflash_export.weights import Weights
+from dflash_export.sources.files import INDEX_FILE, cannot_read, index_map, is_file
+from dflash_export.sources.weights import Weights
 from dflash_rt.errors import CheckpointError
 
 __all__ = ["SafetensorsWeights"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dflash_export._checkpoint_files import (
+from dflash_export.sources.files import (
     INDEX_FILE,
     PICKLES,
     SINGLE_FILE,

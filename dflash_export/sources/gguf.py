@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dflash_export.weights import Weights
+from dflash_export.sources.weights import Weights
 from dflash_rt.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from typing_extensions import Self
 
-from dflash_export.sources import Source
+from dflash_export.sources.resolve import Source
 from dflash_rt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -126,11 +126,11 @@ def open_weights(source: Source, config: PreTrainedConfig | None = None) -> Weig
     read.
     """
     if source.kind == "gguf":
-        from dflash_export._gguf import GgufWeights
+        from dflash_export.sources.gguf import GgufWeights
         from dflash_export.target_config import load_target_config
 
         return GgufWeights(source.path, config if config is not None else load_target_config(source))
-    from dflash_export._safetensors import SafetensorsWeights
+    from dflash_export.sources.safetensors import SafetensorsWeights
 
     return SafetensorsWeights(source.path, source.weight_files())
 
