@@ -31,7 +31,7 @@ from dflash_export.sources.config_reader import Findings, raise_together
 from dflash_export.sources.resolve import Source, resolve_drafter, resolve_target
 from dflash_export.sources.tokenizer import TokenizerFiles, export_tokenizer
 from dflash_export.sources.weights import Weights, open_weights
-from dflash_export.target_config import (
+from dflash_export.targets.config import (
     TargetFacts,
     load_target_config,
     sampling_defaults,

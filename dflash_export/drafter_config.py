@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dflash_export._drafter_kind import DFLASH2_KEYS, DrafterKind, drafter_kind
-from dflash_export._rope import normalised_rope, rope_problems
 from dflash_export.sources.config_reader import ConfigReader, Findings
 from dflash_export.sources.files import read_json
 from dflash_export.sources.resolve import Source
+from dflash_export.targets.rope import normalised_rope, rope_problems
 from dflash_rt.errors import CheckpointError, ExportError, UnsupportedModelError
 
 if TYPE_CHECKING:

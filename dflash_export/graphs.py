@@ -25,7 +25,7 @@ from dflash_export.modules import (
     WindowedInject,
 )
 from dflash_export.step_graphs import accept_graph, draft_check_graph
-from dflash_export.target_config import target_facts
+from dflash_export.targets.config import target_facts
 from dflash_export.tracing import ATTENTION, GraphInput, emit_operators, fake_mode, trace
 from dflash_rt.bundle.manifest import cache_names, output_name
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dflash_export._draft_vocabulary import MAPPING, mapping_problems
-from dflash_export._rope import rope_problems
-from dflash_export._target_checks import activation_problems
 from dflash_export._tensor_checks import EMBEDDING, target_tensor_problems, tensor_problems
 from dflash_export.drafter_config import DrafterConfig
 from dflash_export.sources.config_reader import Findings
 from dflash_export.sources.weights import Weights
-from dflash_export.target_config import TargetFacts, check_target, target_facts
+from dflash_export.targets.checks import activation_problems
+from dflash_export.targets.config import TargetFacts, check_target, target_facts
+from dflash_export.targets.rope import rope_problems
 from dflash_rt.errors import PairError, Problem
 
 if TYPE_CHECKING:

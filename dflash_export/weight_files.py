@@ -14,7 +14,7 @@ from dflash_export.external_data import DataFile, LoadParameter
 from dflash_export.graph_passes import TracedGraph
 from dflash_export.progress import Progress
 from dflash_export.sources.weights import Weights
-from dflash_export.target_config import TargetFacts
+from dflash_export.targets.config import TargetFacts
 
 __all__ = ["write_weights"]
 

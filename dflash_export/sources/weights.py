@@ -127,7 +127,7 @@ def open_weights(source: Source, config: PreTrainedConfig | None = None) -> Weig
     """
     if source.kind == "gguf":
         from dflash_export.sources.gguf import GgufWeights
-        from dflash_export.target_config import load_target_config
+        from dflash_export.targets.config import load_target_config
 
         return GgufWeights(source.path, config if config is not None else load_target_config(source))
     from dflash_export.sources.safetensors import SafetensorsWeights

@@ -22,7 +22,7 @@ from dflash_export.drafter_config import (
 from dflash_export.pairing import require_pair
 from dflash_export.sources.resolve import Source, resolve_drafter
 from dflash_export.sources.weights import open_weights
-from dflash_export.target_config import load_target_config, target_facts
+from dflash_export.targets.config import load_target_config, target_facts
 from dflash_export.torch_reference import load_drafter
 from dflash_rt.errors import OutputError, RecipeError, UnsupportedModelError
 from examples.train_drafter.target import Target

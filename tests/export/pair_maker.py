@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from dflash_export.drafter_config import DrafterConfig, parse_drafter_config
 from dflash_export.sources.resolve import Source, resolve_drafter, resolve_target
 from dflash_export.sources.weights import Weights, open_weights
-from dflash_export.target_config import load_target_config
+from dflash_export.targets.config import load_target_config
 from dflash_rt.errors import DFlashError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")

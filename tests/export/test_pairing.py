@@ -17,7 +17,7 @@ from dflash_export.pairing import check_pair, require_pair
 from dflash_export.sources.resolve import resolve_drafter, resolve_target
 from dflash_export.sources.tokenizer import export_tokenizer
 from dflash_export.sources.weights import Weights, open_weights
-from dflash_export.target_config import load_target_config
+from dflash_export.targets.config import load_target_config
 from dflash_rt.errors import PairError, Problem
 from tests.export.pair_maker import (
     FAMILIES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dflash_export._rope import rope_problems
+from dflash_export.targets.rope import rope_problems
 from dflash_rt.errors import Problem
 
 if TYPE_CHECKING:

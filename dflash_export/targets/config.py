@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dflash_export._target_checks import (
+from dflash_export.sources.files import is_file, read_json
+from dflash_export.sources.resolve import Source
+from dflash_export.targets.checks import (
     SUPPORTED_FAMILIES,
     config_problems,
     head_dim,
     raw_problems,
     sliding_windows,
 )
-from dflash_export.sources.files import is_file, read_json
-from dflash_export.sources.resolve import Source
 from dflash_rt.bundle.manifest import SamplingDefaults
 from dflash_rt.errors import CheckpointError, Problem, SamplingError, UnsupportedModelError
 from dflash_rt.sampling.params import SamplingParams

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from dflash_export.sources.resolve import Source, resolve_target
 from dflash_export.sources.tokenizer import export_tokenizer
-from dflash_export.target_config import (
+from dflash_export.targets.config import (
     SUPPORTED_FAMILIES,
     check_target,
     load_target_config,

@@ -1,0 +1,1 @@
+"""Target configurations: read, checked, refused."""
