@@ -19,7 +19,7 @@ from dflash_export._calibrate import calibrate_target, check_calibration
 from dflash_export._options import check_options
 from dflash_export._quantize_plan import make_plan
 from dflash_export.calibration import CALIBRATION_FILE, Folding
-from dflash_export.drafter_config import DrafterConfig, read_drafter_config
+from dflash_export.drafters.config import DrafterConfig, read_drafter_config
 from dflash_export.fused_target import fuse_target
 from dflash_export.graph_passes import TracedGraph
 from dflash_export.graphs import PRECISIONS, step_graphs, trace_drafter, trace_target

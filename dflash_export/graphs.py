@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dflash_export.drafter_modules import DraftLmHead, Select
+from dflash_export.drafters.modules import DraftLmHead, Select
 from dflash_export.graph_passes import GraphOutput, TracedGraph, finish_graph
 from dflash_export.modules import (
     Draft,
@@ -32,7 +32,7 @@ from dflash_rt.bundle.manifest import cache_names, output_name
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from dflash_export.drafter_config import DrafterConfig
+    from dflash_export.drafters.config import DrafterConfig
 
 __all__ = ["PRECISIONS", "step_graphs", "trace_drafter", "trace_target"]
 

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
-from dflash_export.drafter_modules import GroupedCausalConv
+from dflash_export.drafters.modules import GroupedCausalConv
 from dflash_export.tracing import GraphCache, Visibility, attention, rotary, scatter
 
 if TYPE_CHECKING:
-    from dflash_export.drafter_config import DrafterConfig
+    from dflash_export.drafters.config import DrafterConfig
 
 __all__ = [
     "Draft",

@@ -25,7 +25,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from dflash_export.drafter_config import load_drafter_config
+from dflash_export.drafters.config import load_drafter_config
 from dflash_export.sources.resolve import Source, resolve_drafter, resolve_target
 from dflash_rt.bundle.manifest import SourceInfo
 from dflash_rt.errors import VerifyError

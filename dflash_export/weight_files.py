@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from dflash_export._draft_vocabulary import target_ids
 from dflash_export.calibration import Calibration, Folding
-from dflash_export.drafter_config import DrafterConfig
+from dflash_export.drafters.config import DrafterConfig
+from dflash_export.drafters.vocabulary import target_ids
 from dflash_export.external_data import DataFile, LoadParameter
 from dflash_export.graph_passes import TracedGraph
 from dflash_export.progress import Progress

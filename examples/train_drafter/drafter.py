@@ -13,7 +13,7 @@ import torch
 from dflash.model import DFlashDraftModel
 from safetensors.torch import save_file
 
-from dflash_export.drafter_config import (
+from dflash_export.drafters.config import (
     DrafterConfig,
     build_target_layer_ids,
     load_drafter_config,

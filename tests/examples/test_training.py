@@ -13,7 +13,7 @@ import pytest
 import torch
 from dflash.model import DFlashDraftModel
 
-from dflash_export.drafter_config import load_drafter_config
+from dflash_export.drafters.config import load_drafter_config
 from dflash_export.sources.resolve import resolve_drafter
 from dflash_export.sources.weights import open_weights
 from dflash_rt.errors import CheckpointError, NumericalError, PairError, RecipeError, UnsupportedModelError

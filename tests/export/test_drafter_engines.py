@@ -10,7 +10,7 @@ import pytest
 from dflash_export import compile_engines
 from dflash_rt.bundle.engine_sets import read_engines
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
-from tests.export._speculators import make_speculators, speculators_config
+from tests.export.drafters.speculators_pairs import make_speculators, speculators_config
 
 pytest.importorskip("tensorrt_rtx", reason="engines are built: pip install 'dflash-export[tensorrt-rtx]'")
 

@@ -14,14 +14,14 @@ from dflash.model import DFlash2DraftModel
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 
-from dflash_export.drafter_config import Convolution, Selector, parse_drafter_config
+from dflash_export.drafters.config import Convolution, Selector, parse_drafter_config
 from dflash_export.pairing import check_pair
 from dflash_export.sources.resolve import resolve_drafter
 from dflash_export.sources.weights import open_weights
 from dflash_export.torch_reference import load_drafter
 from dflash_rt.errors import CheckpointError, DFlashError, Problem, UnsupportedModelError, VerifyError
 from tests.export._pairs import TargetSpec, drafter_config, make_drafter
-from tests.export._speculators import make_speculators, speculators_config
+from tests.export.drafters.speculators_pairs import make_speculators, speculators_config
 from tests.export.pair_maker import check_message, open_target
 
 FULL, SLIDING = "full_attention", "sliding_attention"

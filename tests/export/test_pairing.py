@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dflash_export._tensor_checks import target_tensor_shapes
-from dflash_export.drafter_config import DrafterConfig, load_drafter_config
+from dflash_export.drafters.config import DrafterConfig, load_drafter_config
 from dflash_export.pairing import check_pair, require_pair
 from dflash_export.sources.resolve import resolve_drafter, resolve_target
 from dflash_export.sources.tokenizer import export_tokenizer

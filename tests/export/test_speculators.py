@@ -12,7 +12,7 @@ import pytest
 
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from tests.export._pairs import TargetSpec, build, make_target, run_loop
-from tests.export._speculators import SpeculatorsLoop, make_speculators, speculators_config
+from tests.export.drafters.speculators_pairs import SpeculatorsLoop, make_speculators, speculators_config
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LEAST_MARGIN = 1e-5  # as in test_reference_loop.py

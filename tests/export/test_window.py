@@ -23,7 +23,7 @@ from tests.export._pairs import (
     reference_drafter,
     run_loop,
 )
-from tests.export._speculators import SpeculatorsLoop, make_speculators, speculators_config
+from tests.export.drafters.speculators_pairs import SpeculatorsLoop, make_speculators, speculators_config
 from tests.export.test_reference_loop import LEAST_MARGIN, SLIDING, Reference, window
 
 

@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Mapping, Set
 from typing import Any
 
-from dflash_export.drafter_config import DrafterConfig, parse_zlab_config
+from dflash_export.drafters.config import DrafterConfig, parse_zlab_config
 from dflash_export.sources.config_reader import ConfigReader, Findings
 from dflash_rt.errors import CheckpointError, UnsupportedModelError
 

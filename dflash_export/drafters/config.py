@@ -3,7 +3,7 @@
 Old files have ``block_size``, ``rope_theta`` and ``rope_scaling`` at the top level; new ones nest
 ``block_size`` in ``dflash_config`` and have ``rope_parameters``. What a value means follows the reference,
 ``dflash/model.py`` of the PyPI package ``dflash`` 0.1.0, and the ``Qwen3Config`` that it builds from the same
-file. The speculators format is read by :mod:`dflash_export.speculators_config`.
+file. The speculators format is read by :mod:`dflash_export.drafters.speculators`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dflash_export._drafter_kind import DFLASH2_KEYS, DrafterKind, drafter_kind
+from dflash_export.drafters.kind import DFLASH2_KEYS, DrafterKind, drafter_kind
 from dflash_export.sources.config_reader import ConfigReader, Findings
 from dflash_export.sources.files import read_json
 from dflash_export.sources.resolve import Source
@@ -310,7 +310,7 @@ def parse_drafter_config(raw: Mapping[str, Any]) -> DrafterConfig:
 def _parse(raw: Mapping[str, Any], findings: Findings) -> DrafterConfig:
     kind = drafter_kind(raw)
     if kind == "speculators":
-        from dflash_export.speculators_config import parse_speculators_config
+        from dflash_export.drafters.speculators import parse_speculators_config
 
         return parse_speculators_config(raw, findings)
     return parse_zlab_config(raw, kind, findings)

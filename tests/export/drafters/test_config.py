@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config
 
-from dflash_export.drafter_config import (
+from dflash_export.drafters.config import (
     DrafterConfig,
     build_target_layer_ids,
     load_drafter_config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dflash_export.drafter_config import DrafterConfig
+from dflash_export.drafters.config import DrafterConfig
 from dflash_export.sources.weights import Weights
 from dflash_rt.errors import Problem
 
