@@ -23,7 +23,7 @@ from dflash_export.drafters.config import DrafterConfig, read_drafter_config
 from dflash_export.fused_target import fuse_target
 from dflash_export.graph_passes import TracedGraph
 from dflash_export.graphs import PRECISIONS, step_graphs, trace_drafter, trace_target
-from dflash_export.pairing import require_pair
+from dflash_export.pairing.pair import require_pair
 from dflash_export.progress import SILENT, Progress
 from dflash_export.publish import check_output, new_folder
 from dflash_export.quantization_cost import QUALITY_TOKENS, measure_cost, quality_prompts

@@ -294,7 +294,7 @@ def parse_drafter_config(raw: Mapping[str, Any]) -> DrafterConfig:
     Raises :class:`~dflash_rt.errors.UnsupportedModelError` for another kind of drafter and
     :class:`~dflash_rt.errors.CheckpointError` for values that are missing, of the wrong type, or
     contradictory, all of them at once. Whether the values fit a target, and one another, is for
-    :mod:`dflash_export.pairing`.
+    :mod:`dflash_export.pairing.pair`.
     """
     findings = Findings()
     try:

@@ -19,7 +19,7 @@ from dflash_export.drafters.config import (
     load_drafter_config,
     parse_drafter_config,
 )
-from dflash_export.pairing import require_pair
+from dflash_export.pairing.pair import require_pair
 from dflash_export.sources.resolve import Source, resolve_drafter
 from dflash_export.sources.weights import open_weights
 from dflash_export.targets.config import load_target_config, target_facts

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 
 from dflash_export.drafters.config import Convolution, Selector, parse_drafter_config
-from dflash_export.pairing import check_pair
+from dflash_export.pairing.pair import check_pair
 from dflash_export.sources.resolve import resolve_drafter
 from dflash_export.sources.weights import open_weights
 from dflash_export.torch_reference import load_drafter

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dflash_export._tensor_checks import EMBEDDING, target_tensor_problems, tensor_problems
 from dflash_export.drafters.config import DrafterConfig
 from dflash_export.drafters.vocabulary import MAPPING, mapping_problems
+from dflash_export.pairing.tensors import EMBEDDING, target_tensor_problems, tensor_problems
 from dflash_export.sources.config_reader import Findings
 from dflash_export.sources.weights import Weights
 from dflash_export.targets.checks import activation_problems

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dflash_export._tensor_checks import target_tensor_shapes
 from dflash_export.drafters.config import DrafterConfig, load_drafter_config
-from dflash_export.pairing import check_pair, require_pair
+from dflash_export.pairing.pair import check_pair, require_pair
+from dflash_export.pairing.tensors import target_tensor_shapes
 from dflash_export.sources.resolve import resolve_drafter, resolve_target
 from dflash_export.sources.tokenizer import export_tokenizer
 from dflash_export.sources.weights import Weights, open_weights
