@@ -8,7 +8,7 @@ from typing import Literal
 
 from dflash_export._calibration_text import CalibrationText
 from dflash_export.calibration import Calibration, Folding, folding
-from dflash_export.graph_passes import TracedGraph
+from dflash_export.graphs.finish import TracedGraph
 from dflash_export.quantization import CodeType, WeightFormat
 from dflash_export.quantize_pass import InputTreatment, quantize_graph
 from dflash_rt.bundle.manifest import CalibrationInfo, QuantizationInfo

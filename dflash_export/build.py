@@ -20,9 +20,9 @@ from dflash_export._options import check_options
 from dflash_export._quantize_plan import make_plan
 from dflash_export.calibration import CALIBRATION_FILE, Folding
 from dflash_export.drafters.config import DrafterConfig, read_drafter_config
-from dflash_export.fused_target import fuse_target
-from dflash_export.graph_passes import TracedGraph
-from dflash_export.graphs import PRECISIONS, step_graphs, trace_drafter, trace_target
+from dflash_export.graphs.finish import TracedGraph
+from dflash_export.graphs.fuse_ort import fuse_target
+from dflash_export.graphs.target import PRECISIONS, step_graphs, trace_drafter, trace_target
 from dflash_export.pairing.pair import require_pair
 from dflash_export.progress import SILENT, Progress
 from dflash_export.publish import check_output, new_folder

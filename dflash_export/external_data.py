@@ -15,7 +15,7 @@ from types import TracebackType
 import onnx_ir as ir
 import torch
 
-from dflash_export.graph_passes import StoredWeight, TracedGraph
+from dflash_export.graphs.finish import StoredWeight, TracedGraph
 from dflash_export.quantization import pack_int4, quantize
 from dflash_export.quantize_pass import CODES
 from dflash_rt.errors import OutputError

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from dflash_export.graph_passes import StoredWeight, TracedGraph, add_placeholder
+from dflash_export.graphs.finish import StoredWeight, TracedGraph, add_placeholder
 from dflash_export.quantization import BLOCK_SIZES, WeightFormat
 from dflash_rt.errors import UnsupportedModelError
 

@@ -23,8 +23,8 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import dflash_export.build  # noqa: F401  (the package's attribute of this name is the function)
 from dflash_export.drafters.config import DrafterConfig, parse_drafter_config
-from dflash_export.graph_passes import TracedGraph
-from dflash_export.graphs import trace_drafter, trace_target
+from dflash_export.graphs.finish import TracedGraph
+from dflash_export.graphs.target import trace_drafter, trace_target
 from dflash_rt import Bundle
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.decoding.loop import decode

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dflash_export.drafters.modules import DraftLmHead, Select
-from dflash_export.graph_passes import GraphOutput, TracedGraph, finish_graph
-from dflash_export.modules import (
+from dflash_export.graphs.finish import GraphOutput, TracedGraph, finish_graph
+from dflash_export.graphs.modules import (
     Draft,
     DrafterLayers,
     DraftLogits,
@@ -24,9 +24,9 @@ from dflash_export.modules import (
     WindowedDraft,
     WindowedInject,
 )
-from dflash_export.step_graphs import accept_graph, draft_check_graph
+from dflash_export.graphs.step import accept_graph, draft_check_graph
+from dflash_export.graphs.trace import ATTENTION, GraphInput, emit_operators, fake_mode, trace
 from dflash_export.targets.config import target_facts
-from dflash_export.tracing import ATTENTION, GraphInput, emit_operators, fake_mode, trace
 from dflash_rt.bundle.manifest import cache_names, output_name
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from dflash_export.head_layout import int64_constant, only_reader, share_head_layout
+from dflash_export.graphs.head_layout import int64_constant, only_reader, share_head_layout
+from dflash_export.graphs.trace import GraphInput
 from dflash_export.quantization import WeightFormat
-from dflash_export.tracing import GraphInput
 
 __all__ = ["GraphOutput", "StoredWeight", "TracedGraph", "add_placeholder", "finish_graph"]
 

@@ -37,7 +37,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from dflash_export._nodes import OPSET, Nodes, Values
+from dflash_export.graphs.nodes import OPSET, Nodes, Values
 
 __all__ = ["OPSET", "sampling_graph"]
 

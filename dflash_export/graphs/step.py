@@ -26,7 +26,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from dflash_export._nodes import Nodes, Values
+from dflash_export.graphs.nodes import Nodes, Values
 
 __all__ = ["accept_graph", "draft_check_graph"]
 

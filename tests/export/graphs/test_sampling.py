@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_export.engine_builder.monitor import make_logger
-from dflash_export.sampling_graph import OPSET, sampling_graph
+from dflash_export.graphs.sampling import OPSET, sampling_graph
 from dflash_rt.sampling.distribution import GROUP, Distribution, distribution, noise_size, penalised
 from dflash_rt.sampling.params import SamplingParams
 from dflash_rt.sampling.sampler import Sampler

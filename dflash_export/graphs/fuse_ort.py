@@ -23,8 +23,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from dflash_export.graph_passes import TracedGraph
-from dflash_export.head_layout import int64_constant, only_reader
+from dflash_export.graphs.finish import TracedGraph
+from dflash_export.graphs.head_layout import int64_constant, only_reader
 
 __all__ = ["fuse_target"]
 

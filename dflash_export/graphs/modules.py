@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from dflash_export.drafters.modules import GroupedCausalConv
-from dflash_export.tracing import GraphCache, Visibility, attention, rotary, scatter
+from dflash_export.graphs.trace import GraphCache, Visibility, attention, rotary, scatter
 
 if TYPE_CHECKING:
     from dflash_export.drafters.config import DrafterConfig
