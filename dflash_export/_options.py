@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dflash_export._quantize_plan import HEAD_TYPES, SCHEMES
-from dflash_export.quantization import BLOCK_SIZES
+from dflash_export.quantize.formats import BLOCK_SIZES
+from dflash_export.quantize.plan import HEAD_TYPES, SCHEMES
 from dflash_rt.errors import Problem, RecipeError
 
 __all__ = ["check_options"]

@@ -15,10 +15,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from dflash_export._calibrate import calibrate_target, check_calibration
 from dflash_export._options import check_options
-from dflash_export._quantize_plan import make_plan
-from dflash_export.calibration import CALIBRATION_FILE, Folding
 from dflash_export.drafters.config import DrafterConfig, read_drafter_config
 from dflash_export.graphs.finish import TracedGraph
 from dflash_export.graphs.fuse_ort import fuse_target
@@ -26,7 +23,10 @@ from dflash_export.graphs.target import PRECISIONS, step_graphs, trace_drafter, 
 from dflash_export.pairing.pair import require_pair
 from dflash_export.progress import SILENT, Progress
 from dflash_export.publish import check_output, new_folder
-from dflash_export.quantization_cost import QUALITY_TOKENS, measure_cost, quality_prompts
+from dflash_export.quantize.calibrate import calibrate_target, check_calibration
+from dflash_export.quantize.calibration import CALIBRATION_FILE, Folding
+from dflash_export.quantize.cost import QUALITY_TOKENS, measure_cost, quality_prompts
+from dflash_export.quantize.plan import make_plan
 from dflash_export.sources.config_reader import Findings, raise_together
 from dflash_export.sources.resolve import Source, resolve_drafter, resolve_target
 from dflash_export.sources.tokenizer import TokenizerFiles, export_tokenizer

@@ -16,8 +16,8 @@ import onnx_ir as ir
 import torch
 
 from dflash_export.graphs.finish import StoredWeight, TracedGraph
-from dflash_export.quantization import pack_int4, quantize
-from dflash_export.quantize_pass import CODES
+from dflash_export.quantize.formats import pack_int4, quantize
+from dflash_export.quantize.graph_pass import CODES
 from dflash_rt.errors import OutputError
 
 __all__ = ["TORCH_DTYPES", "DataFile", "LoadParameter"]

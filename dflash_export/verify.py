@@ -18,8 +18,8 @@ from dflash_export._verify_assemble import assemble
 from dflash_export._verify_drafting import run_reference
 from dflash_export._verify_measure import Evidence, Meters, Run, drafted_name, measure
 from dflash_export._verify_prompts import PromptInput, default_prompts, encode_prompts
-from dflash_export.dequantized import put_dequantized
 from dflash_export.progress import SILENT, Progress
+from dflash_export.quantize.dequantized import put_dequantized
 from dflash_export.replay import Replay
 from dflash_export.sources.resolve import Source
 from dflash_export.torch_reference import find_source, load_target, reference_version

@@ -17,7 +17,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 
 from dflash_export.graphs.head_layout import int64_constant, only_reader, share_head_layout
 from dflash_export.graphs.trace import GraphInput
-from dflash_export.quantization import WeightFormat
+from dflash_export.quantize.formats import WeightFormat
 
 __all__ = ["GraphOutput", "StoredWeight", "TracedGraph", "add_placeholder", "finish_graph"]
 

@@ -316,7 +316,7 @@ def test_a_disk_that_is_full_at_the_tokenizer(tmp_path: Path, pair: tuple[Path, 
 def test_a_disk_that_is_full_at_what_calibrated(tmp_path: Path) -> None:
     work = (
         "import torch; from dflash_export.publish import new_folder\n"
-        "    from dflash_export.calibration import CALIBRATION_FILE, Calibration, LayerCalibration\n"
+        "    from dflash_export.quantize.calibration import CALIBRATION_FILE, Calibration, LayerCalibration\n"
         "    with new_folder(Path(sys.argv[2]), force=False) as folder:\n"
         "        layer = LayerCalibration(torch.ones(1000), None, None)\n"
         "        Calibration({'layer': layer}).save(folder / CALIBRATION_FILE)"

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from dflash_export.graphs.finish import StoredWeight, TracedGraph, add_placeholder
-from dflash_export.quantization import BLOCK_SIZES, WeightFormat
+from dflash_export.quantize.formats import BLOCK_SIZES, WeightFormat
 from dflash_rt.errors import UnsupportedModelError
 
 __all__ = ["CODES", "DIVISOR", "SCALES", "InputTreatment", "quantize_graph"]

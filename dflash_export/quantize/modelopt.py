@@ -2,7 +2,7 @@
 
 Only what modelopt finds out about inputs is used: the search for AWQ's and SmoothQuant's multipliers, and the
 largest inputs. Its ONNX export needs an ONNX Runtime that lacks our operators, and weights are rounded by
-:mod:`dflash_export.quantization`, as they are streamed.
+:mod:`dflash_export.quantize.formats`, as they are streamed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from dflash_export.calibration import JOINED, Calibration, LayerCalibration
+from dflash_export.quantize.calibration import JOINED, Calibration, LayerCalibration
 from dflash_rt.errors import RecipeError
 
 __all__ = ["Method", "calibrate", "load_modelopt"]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from dflash_export._calibration_text import CALIBRATION_PROMPTS, CalibrationText, encode_prompts, write_text
-from dflash_export._modelopt import calibrate, load_modelopt
-from dflash_export._quantize_plan import QuantizePlan
-from dflash_export.calibration import Calibration
 from dflash_export.progress import Progress
-from dflash_export.quantization import WeightFormat
+from dflash_export.quantize.calibration import Calibration
+from dflash_export.quantize.formats import WeightFormat
+from dflash_export.quantize.modelopt import calibrate, load_modelopt
+from dflash_export.quantize.plan import QuantizePlan
+from dflash_export.quantize.text import CALIBRATION_PROMPTS, CalibrationText, encode_prompts, write_text
 from dflash_export.sources.resolve import Source
 from dflash_export.torch_reference import load_target
 from dflash_rt.cli.console import read_prompts

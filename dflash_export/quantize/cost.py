@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dflash_export.dequantized import put_dequantized
 from dflash_export.progress import Progress
+from dflash_export.quantize.dequantized import put_dequantized
 from dflash_export.sources.resolve import Source
 from dflash_export.torch_reference import (
     generate_greedy,

@@ -1,0 +1,1 @@
+"""Targets and drafters in 4 and 8 bits."""
