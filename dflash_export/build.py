@@ -38,7 +38,7 @@ from dflash_export.targets.config import (
     stop_token_ids,
     target_facts,
 )
-from dflash_export.weight_files import write_weights
+from dflash_export.weights.plan import write_weights
 from dflash_rt import Bundle
 from dflash_rt.bundle.folder import hash_file
 from dflash_rt.bundle.manifest import (

@@ -2,7 +2,7 @@
 
 Modules are built under a ``FakeTensorMode``: parameters have shapes and dtypes but no data, so tracing
 a model of any size costs no memory for its weights. The initializers of the traced graph keep the
-parameters' names; :mod:`dflash_export.external_data` streams the data in later.
+parameters' names; :mod:`dflash_export.weights.data_file` streams the data in later.
 
 Three operators are emitted instead of traced, because their decomposed form would lose what they
 mean: ``Attention`` and ``TensorScatter`` (opset 24), which backends turn into fused attention over

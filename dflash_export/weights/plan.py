@@ -9,12 +9,12 @@ import torch
 
 from dflash_export.drafters.config import DrafterConfig
 from dflash_export.drafters.vocabulary import target_ids
-from dflash_export.external_data import DataFile, LoadParameter
 from dflash_export.graphs.finish import TracedGraph
 from dflash_export.progress import Progress
 from dflash_export.quantize.calibration import Calibration, Folding
 from dflash_export.sources.weights import Weights
 from dflash_export.targets.config import TargetFacts
+from dflash_export.weights.data_file import DataFile, LoadParameter
 
 __all__ = ["write_weights"]
 

@@ -1,0 +1,1 @@
+"""Which weights go into which data file, and their streaming."""
