@@ -19,7 +19,7 @@ from dflash_rt.version import __version__
 if TYPE_CHECKING:
     from dflash_export.build import build
     from dflash_export.engine_builder.compiler import compile_engines
-    from dflash_export.verify import verify
+    from dflash_export.parity.run import verify
 
 __all__ = ["__version__", "build", "compile_engines", "verify"]
 
@@ -50,7 +50,7 @@ class _Package(ModuleType):
 
     @property
     def verify(self) -> Any:
-        from dflash_export.verify import verify
+        from dflash_export.parity.run import verify
 
         return verify
 

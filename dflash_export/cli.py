@@ -226,7 +226,7 @@ def verify(
     options["target"] = _located(options["target"])
     texts = None if prompts is None else read_prompts(prompts, limit)
 
-    from dflash_export.verify import verify as verify_bundle
+    from dflash_export.parity.run import verify as verify_bundle
 
     report = verify_bundle(
         bundle,

@@ -13,8 +13,8 @@ from typing import Any
 
 from dflash_bench.gpu.backend_spec import BackendSpec
 from dflash_bench.gpu.bundles import DTYPES, Made
-from dflash_export.meters import ErrorMeter
-from dflash_export.parity import classify, compare_steps, first_difference, shortfalls
+from dflash_export.parity.error_stats import ErrorMeter
+from dflash_export.parity.limits import classify, compare_steps, first_difference, shortfalls
 from dflash_export.sources.resolve import resolve_drafter, resolve_target
 from dflash_export.torch_reference import (
     generate_greedy,

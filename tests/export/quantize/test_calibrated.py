@@ -16,11 +16,11 @@ from click.testing import CliRunner
 from dflash_export import compile_engines, verify
 from dflash_export.cli import main
 from dflash_export.engine_builder.devices import check_fp8
+from dflash_export.parity.replay import Replay
 from dflash_export.quantize.calibration import CALIBRATION_FILE, Calibration, LayerCalibration, folding
 from dflash_export.quantize.dequantized import put_dequantized
 from dflash_export.quantize.formats import WeightFormat, dequantize, quantize, round_activations
 from dflash_export.recipe import read_recipe
-from dflash_export.replay import Replay
 from dflash_export.sources.resolve import resolve_target
 from dflash_export.torch_reference import load_target, teacher_forced
 from dflash_rt import Bundle

@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 
-from dflash_export._report_file import require_writable
-from dflash_export._report_file import write_report as write_report_file
-from dflash_export._verify_assemble import assemble
-from dflash_export._verify_drafting import run_reference
-from dflash_export._verify_measure import Evidence, Meters, Run, drafted_name, measure
-from dflash_export._verify_prompts import PromptInput, default_prompts, encode_prompts
+from dflash_export.parity.assemble import assemble
+from dflash_export.parity.drafting import run_reference
+from dflash_export.parity.measure import Evidence, Meters, Run, drafted_name, measure
+from dflash_export.parity.prompts import PromptInput, default_prompts, encode_prompts
+from dflash_export.parity.replay import Replay
+from dflash_export.parity.report import ReferenceDrafting, VerifyReport
+from dflash_export.parity.report_file import require_writable
+from dflash_export.parity.report_file import write_report as write_report_file
 from dflash_export.progress import SILENT, Progress
 from dflash_export.quantize.dequantized import put_dequantized
-from dflash_export.replay import Replay
 from dflash_export.sources.resolve import Source
 from dflash_export.torch_reference import find_source, load_target, reference_version
-from dflash_export.verify_report import ReferenceDrafting, VerifyReport
 from dflash_rt import Bundle, Generator, SamplingParams
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.bundle.manifest import Manifest

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from dflash_export.meters import ErrorStats, FeatureError
-from dflash_export.parity import Limits, Verdict
+from dflash_export.parity.error_stats import ErrorStats, FeatureError
+from dflash_export.parity.limits import Limits, Verdict
 
 __all__ = [
     "FORMAT",
@@ -197,7 +197,7 @@ class VerifyReport:
 
     def table(self) -> str:
         """Text for people."""
-        from dflash_export._verify_table import render
+        from dflash_export.parity.table import render
 
         return render(self)
 

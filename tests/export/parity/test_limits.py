@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dflash_export.meters import ErrorMeter, ErrorStats, FeatureMeter
-from dflash_export.parity import (
+from dflash_export.parity.error_stats import ErrorMeter, ErrorStats, FeatureMeter
+from dflash_export.parity.limits import (
     Limits,
     StepAgreement,
     classify,

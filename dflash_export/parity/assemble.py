@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from dflash_export._verify_drafting import drafting_at
-from dflash_export._verify_judge import find_problems, find_warnings, judge
-from dflash_export._verify_measure import Evidence, Meters
-from dflash_export.parity import make_limits
+from dflash_export.parity.drafting import drafting_at
+from dflash_export.parity.limits import make_limits
+from dflash_export.parity.measure import Evidence, Meters
+from dflash_export.parity.report import ReferenceDrafting, VerifyReport
+from dflash_export.parity.verdicts import find_problems, find_warnings, judge
 from dflash_export.sources.resolve import Source
-from dflash_export.verify_report import ReferenceDrafting, VerifyReport
 from dflash_rt import Bundle
 from dflash_rt.bundle.manifest import MANIFEST_NAME
 from dflash_rt.version import __version__

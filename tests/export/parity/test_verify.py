@@ -19,12 +19,12 @@ from onnx import numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dflash_export import verify
-from dflash_export._verify_judge import judge
-from dflash_export._verify_measure import Evidence, Measured, Run
-from dflash_export._verify_prompts import PromptInput
 from dflash_export.cli import main
-from dflash_export.parity import Limits
-from dflash_export.verify_report import VerifyReport
+from dflash_export.parity.limits import Limits
+from dflash_export.parity.measure import Evidence, Measured, Run
+from dflash_export.parity.prompts import PromptInput
+from dflash_export.parity.report import VerifyReport
+from dflash_export.parity.verdicts import judge
 from dflash_rt import Bundle
 from dflash_rt.errors import (
     ContextLengthError,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dflash_export._verify_measure import PYTORCH
-from dflash_export.meters import ErrorStats
+from dflash_export.parity.error_stats import ErrorStats
+from dflash_export.parity.measure import PYTORCH
 
 if TYPE_CHECKING:
-    from dflash_export.verify_report import Difference, ReferenceDrafting, Token, VerifyReport
+    from dflash_export.parity.report import Difference, ReferenceDrafting, Token, VerifyReport
 
 __all__ = ["render"]
 

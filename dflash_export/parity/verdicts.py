@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from dflash_export._verify_measure import PYTORCH, Evidence, Measured, Run
-from dflash_export.meters import ErrorStats, FeatureError
-from dflash_export.parity import Limits, classify, equal_prefix
-from dflash_export.verify_report import (
+from dflash_export.parity.error_stats import ErrorStats, FeatureError
+from dflash_export.parity.limits import Limits, classify, equal_prefix
+from dflash_export.parity.measure import PYTORCH, Evidence, Measured, Run
+from dflash_export.parity.report import (
     Difference,
     PromptReport,
     ReferenceDrafting,

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dflash_export._verify_prompts import PromptInput
-from dflash_export.meters import ErrorMeter, FeatureMeter
-from dflash_export.parity import first_difference, shortfalls
-from dflash_export.replay import Replay
+from dflash_export.parity.error_stats import ErrorMeter, FeatureMeter
+from dflash_export.parity.limits import first_difference, shortfalls
+from dflash_export.parity.prompts import PromptInput
+from dflash_export.parity.replay import Replay
 from dflash_export.torch_reference import TeacherForced, generate_greedy, teacher_forced
 from dflash_rt import GenerationResult
 

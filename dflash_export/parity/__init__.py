@@ -1,0 +1,1 @@
+"""Proof of parity: a bundle against PyTorch."""
