@@ -18,7 +18,7 @@ from dflash_rt.version import __version__
 
 if TYPE_CHECKING:
     from dflash_export.build import build
-    from dflash_export.engine_builder.compiler import compile_engines
+    from dflash_export.engines.compiler import compile_engines
     from dflash_export.parity.run import verify
 
 __all__ = ["__version__", "build", "compile_engines", "verify"]
@@ -44,7 +44,7 @@ class _Package(ModuleType):
 
     @property
     def compile_engines(self) -> Any:
-        from dflash_export.engine_builder.compiler import compile_engines
+        from dflash_export.engines.compiler import compile_engines
 
         return compile_engines
 

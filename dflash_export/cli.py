@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dflash_export._engine_options import choose_precision, chosen_options, echo_notes, engine_options
+from dflash_export.engines.options import choose_precision, chosen_options, echo_notes, engine_options
 from dflash_rt.cli.console import CommandGroup, JsonPair, as_chats, echo_json, fail, read_prompts
 from dflash_rt.version import __version__
 
@@ -122,7 +122,7 @@ def build(recipe: Path | None, output: Path | None, force: bool, backend: str | 
     chosen = Recipe(**options) if recipe is None else read_recipe(recipe).overridden(**options)
 
     if backend is not None:
-        from dflash_export.engine_builder.compiler import check_options, compile_engines
+        from dflash_export.engines.compiler import check_options, compile_engines
 
         chosen = choose_precision(chosen, backend)
         # Now, and not after an export that takes minutes.
@@ -154,7 +154,7 @@ def compile_bundle(bundle: Path, max_seq_len: int | None, backend: str, **option
     Prints their folder. Engines that are there already are not built again.
     """
     engines = chosen_options(options, backend)
-    from dflash_export.engine_builder.compiler import compile_engines
+    from dflash_export.engines.compiler import compile_engines
     from dflash_export.progress import make_progress
 
     result = compile_engines(

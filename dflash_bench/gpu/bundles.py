@@ -14,7 +14,7 @@ from dflash_bench.gpu.budget import Budget, SkippedError
 from dflash_bench.gpu.checkpoint import checkpoint_bytes, write_pair
 from dflash_bench.gpu.shapes import PairShape
 from dflash_export import build, compile_engines
-from dflash_export.engine_builder.vendor import BACKENDS as ENGINE_BACKENDS
+from dflash_export.engines.vendor import BACKENDS as ENGINE_BACKENDS
 from dflash_export.progress import Progress
 from dflash_rt import Bundle
 
@@ -95,7 +95,7 @@ def compile_for(
     """
     if backend not in ENGINE_BACKENDS:
         return None
-    from dflash_export.engine_builder.devices import present_gpu
+    from dflash_export.engines.devices import present_gpu
 
     gpu = present_gpu()
     targets = () if backend == "tensorrt" or gpu is None else (gpu.compute_capability,)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dflash_bench.machine import cpu_name, load_average, physical_cores
-from dflash_export.engine_builder.devices import present_gpu
+from dflash_export.engines.devices import present_gpu
 
 __all__ = ["copy_bandwidth", "environment", "free_bytes", "gpu_name", "release_memory", "synchronise"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dflash_export import compile_engines
-from dflash_export.engine_builder.devices import present_gpu
+from dflash_export.engines.devices import present_gpu
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends.device.kernel_cache import KernelCache
 from dflash_rt.backends.device.plan import Run

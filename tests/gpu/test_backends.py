@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dflash_export import compile_engines
-from dflash_export.engine_builder.devices import present_gpu
+from dflash_export.engines.devices import present_gpu
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends import create_backend
 from dflash_rt.backends.device.cuda import CudaDevice

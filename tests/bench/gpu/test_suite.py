@@ -18,7 +18,7 @@ from dflash_bench.gpu.device_clock import Clocked, measure_draft_share
 from dflash_bench.gpu.floor import cache_bytes, step_bytes
 from dflash_bench.gpu.shapes import TINY, drafter_tensors, target_tensors
 from dflash_bench.gpu.timing import WARM_STEPS, time_steps
-from dflash_export.engine_builder.devices import present_gpu
+from dflash_export.engines.devices import present_gpu
 from dflash_rt import Bundle
 from dflash_rt.backends import create_backend
 

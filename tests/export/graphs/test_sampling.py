@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_export.engine_builder.monitor import make_logger
+from dflash_export.engines.monitor import make_logger
 from dflash_export.graphs.sampling import OPSET, sampling_graph
 from dflash_rt.sampling.distribution import GROUP, Distribution, distribution, noise_size, penalised
 from dflash_rt.sampling.params import SamplingParams

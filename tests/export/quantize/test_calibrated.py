@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from dflash_export import compile_engines, verify
 from dflash_export.cli import main
-from dflash_export.engine_builder.devices import check_fp8
+from dflash_export.engines.devices import check_fp8
 from dflash_export.parity.replay import Replay
 from dflash_export.quantize.calibration import CALIBRATION_FILE, Calibration, LayerCalibration, folding
 from dflash_export.quantize.dequantized import put_dequantized
@@ -25,8 +25,8 @@ from dflash_export.sources.resolve import resolve_target
 from dflash_export.torch_reference import load_target, teacher_forced
 from dflash_rt import Bundle
 from dflash_rt.errors import EngineBuildError, RecipeError, VerifyError
-from tests.export._built import check_handed, watch_builds
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.export.engines.built import check_handed, watch_builds
 
 pytest.importorskip("modelopt", reason="targets are calibrated: pip install 'dflash-export[quantize]'")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from dflash_export.engine_builder.network import Network
+from dflash_export.engines.network import Network
 from dflash_rt import Bundle
 from dflash_rt.bundle.manifest import TensorSpec
 

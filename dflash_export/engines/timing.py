@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dflash_export.engine_builder.devices import Gpu
-from dflash_export.engine_builder.vendor import Vendor
+from dflash_export.engines.devices import Gpu
+from dflash_export.engines.vendor import Vendor
 
 __all__ = ["default_timing_folder", "use_timings"]
 

@@ -12,14 +12,14 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from dflash_export._engine_options import ByteSize
 from dflash_export.cli import main
-from dflash_export.engine_builder import compiler
-from dflash_export.engine_builder.devices import Gpu, present_gpu
-from dflash_export.engine_builder.monitor import BuildMonitor
-from dflash_export.engine_builder.profiles import graph_profiles
-from dflash_export.engine_builder.timing import default_timing_folder, timing_path, use_timings
-from dflash_export.engine_builder.vendor import BACKENDS, Vendor, load_vendor
+from dflash_export.engines import compiler
+from dflash_export.engines.devices import Gpu, present_gpu
+from dflash_export.engines.monitor import BuildMonitor
+from dflash_export.engines.options import ByteSize
+from dflash_export.engines.profiles import graph_profiles
+from dflash_export.engines.timing import default_timing_folder, timing_path, use_timings
+from dflash_export.engines.vendor import BACKENDS, Vendor, load_vendor
 from dflash_rt import Bundle
 from dflash_rt.bundle.engine_sets import AxisRange, EngineLimits
 from dflash_rt.errors import BackendUnavailableError, EngineBuildError
@@ -131,7 +131,7 @@ def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dflash_export.engine_builder.devices._DRIVER", "libcuda-that-is-not-there.so")
+    monkeypatch.setattr("dflash_export.engines.devices._DRIVER", "libcuda-that-is-not-there.so")
     assert present_gpu() is None
 
 

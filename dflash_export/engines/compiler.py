@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_export.engine_builder.builder import EngineJob, build_engine
-from dflash_export.engine_builder.devices import FP8_SINCE, Gpu, check_device, check_fp8, present_gpu
-from dflash_export.engine_builder.header import data_files, load_header, read_header
-from dflash_export.engine_builder.profiles import graph_profiles
-from dflash_export.engine_builder.vendor import Vendor, load_vendor
+from dflash_export.engines.builder import EngineJob, build_engine
+from dflash_export.engines.devices import FP8_SINCE, Gpu, check_device, check_fp8, present_gpu
+from dflash_export.engines.header import data_files, load_header, read_header
+from dflash_export.engines.profiles import graph_profiles
+from dflash_export.engines.vendor import Vendor, load_vendor
 from dflash_export.progress import SILENT, Progress
 from dflash_export.publish import new_folder
 from dflash_rt import Bundle

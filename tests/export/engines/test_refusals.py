@@ -11,11 +11,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dflash_export.engine_builder.builder import EngineJob, Prepared, build_engine, prepare
-from dflash_export.engine_builder.header import load_header
-from dflash_export.engine_builder.monitor import BuildMonitor
-from dflash_export.engine_builder.network import Network
-from dflash_export.engine_builder.vendor import Vendor, load_vendor
+from dflash_export.engines.builder import EngineJob, Prepared, build_engine, prepare
+from dflash_export.engines.header import load_header
+from dflash_export.engines.monitor import BuildMonitor
+from dflash_export.engines.network import Network
+from dflash_export.engines.vendor import Vendor, load_vendor
 from dflash_export.progress import SILENT
 from dflash_rt.bundle.engine_sets import AxisRange, BuildKey, ProfileSpec
 from dflash_rt.bundle.manifest import GraphSpec, TensorSpec

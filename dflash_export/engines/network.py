@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dflash_export.engine_builder.header import GraphHeader
-from dflash_export.engine_builder.vendor import has_lengths
+from dflash_export.engines.header import GraphHeader
+from dflash_export.engines.vendor import has_lengths
 from dflash_rt.errors import EngineBuildError
 
 __all__ = ["Network", "parse"]

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_export.engine_builder.devices import Gpu
-from dflash_export.engine_builder.header import GraphHeader
-from dflash_export.engine_builder.monitor import BuildMonitor, make_logger, make_monitor
-from dflash_export.engine_builder.network import Network, parse
-from dflash_export.engine_builder.refusals import check_network, check_parsed_whole
-from dflash_export.engine_builder.timing import use_timings
-from dflash_export.engine_builder.vendor import Vendor
+from dflash_export.engines.devices import Gpu
+from dflash_export.engines.header import GraphHeader
+from dflash_export.engines.monitor import BuildMonitor, make_logger, make_monitor
+from dflash_export.engines.network import Network, parse
+from dflash_export.engines.refusals import check_network, check_parsed_whole
+from dflash_export.engines.timing import use_timings
+from dflash_export.engines.vendor import Vendor
 from dflash_export.progress import Progress
 from dflash_rt.bundle.engine_sets import BuildKey, ProfileSpec
 from dflash_rt.bundle.manifest import GraphSpec

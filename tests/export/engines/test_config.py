@@ -15,23 +15,23 @@ import pytest
 from click.testing import CliRunner
 
 from dflash_export import compile_engines
-from dflash_export._engine_options import choose_precision
 from dflash_export.cli import main
-from dflash_export.engine_builder import builder, compiler
-from dflash_export.engine_builder.builder import EngineJob, build_engine, prepare
-from dflash_export.engine_builder.devices import Gpu
-from dflash_export.engine_builder.network import Network
-from dflash_export.engine_builder.timing import timing_path
-from dflash_export.engine_builder.vendor import Vendor, load_vendor
+from dflash_export.engines import builder, compiler
+from dflash_export.engines.builder import EngineJob, build_engine, prepare
+from dflash_export.engines.devices import Gpu
+from dflash_export.engines.network import Network
+from dflash_export.engines.options import choose_precision
+from dflash_export.engines.timing import timing_path
+from dflash_export.engines.vendor import Vendor, load_vendor
 from dflash_export.progress import SILENT
 from dflash_export.recipe import Recipe
 from dflash_rt import Bundle
 from dflash_rt.bundle.engine_sets import AxisRange, ProfileSpec
 from dflash_rt.bundle.manifest import GraphSpec
 from dflash_rt.errors import EngineBuildError
-from tests.export._built import Handed, watch_builds
 from tests.export._pairs import TRACES, TargetSpec, build, drafter_config, make_drafter, make_target
-from tests.export.test_engine_refusals import Case
+from tests.export.engines.built import Handed, watch_builds
+from tests.export.engines.test_refusals import Case
 from tests.rt.bundle_maker import manifest_document, write_bundle
 
 trt: Any = pytest.importorskip(

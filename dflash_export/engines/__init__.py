@@ -1,5 +1,5 @@
 """Builds TensorRT and TensorRT-RTX engines from the graphs of a bundle. See docs/engines.md.
 
-Everything that differs between the two libraries is in :mod:`~dflash_export.engine_builder.vendor`. Nothing
+Everything that differs between the two libraries is in :mod:`~dflash_export.engines.vendor`. Nothing
 is imported here: the command line asks ``vendor`` and ``devices`` for names, and must not wait for ONNX.
 """

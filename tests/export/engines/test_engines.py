@@ -12,15 +12,15 @@ from click.testing import CliRunner
 
 from dflash_export import compile_engines
 from dflash_export.cli import main
-from dflash_export.engine_builder import compiler
-from dflash_export.engine_builder.builder import EngineJob
-from dflash_export.engine_builder.vendor import load_vendor
+from dflash_export.engines import compiler
+from dflash_export.engines.builder import EngineJob
+from dflash_export.engines.vendor import load_vendor
 from dflash_rt import Bundle
 from dflash_rt.bundle.engine_sets import EngineSet, Machine, find_engines, read_engines
 from dflash_rt.bundle.folder import hash_file
 from dflash_rt.errors import EngineBuildError, IntegrityError, OutputError
-from tests.export._built import check_handed, watch_builds
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.export.engines.built import check_handed, watch_builds
 
 pytest.importorskip("tensorrt_rtx", reason="engines are built: pip install 'dflash-export[tensorrt-rtx]'")
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dflash_export.engine_builder.devices import DEVICE_CLASSES
-from dflash_export.engine_builder.vendor import BACKENDS
+from dflash_export.engines.devices import DEVICE_CLASSES
+from dflash_export.engines.vendor import BACKENDS
 
 if TYPE_CHECKING:
     from dflash_export.recipe import Recipe

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dflash_export.engine_builder.network import Network
-from dflash_export.engine_builder.vendor import has_lengths
+from dflash_export.engines.network import Network
+from dflash_export.engines.vendor import has_lengths
 from dflash_rt.bundle.manifest import GraphSpec, TensorSpec
 from dflash_rt.errors import EngineBuildError
 
