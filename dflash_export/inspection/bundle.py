@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
-from dflash_export._inspect_engines import EngineStatus, inspect_engines
+from dflash_export.inspection.engines import EngineStatus, inspect_engines
 from dflash_export.progress import SILENT, Progress
 from dflash_rt import Bundle, SamplingParams
 from dflash_rt.bundle.folder import hash_file

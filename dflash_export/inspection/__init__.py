@@ -1,0 +1,1 @@
+"""What ``dflash-export inspect`` shows."""
