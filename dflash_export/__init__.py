@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from dflash_rt.version import __version__
 
 if TYPE_CHECKING:
-    from dflash_export.build import build
     from dflash_export.engines.compiler import compile_engines
+    from dflash_export.exporter import build
     from dflash_export.parity.run import verify
 
 __all__ = ["__version__", "build", "compile_engines", "verify"]
@@ -34,7 +34,7 @@ class _Package(ModuleType):
 
     @property
     def build(self) -> Any:
-        from dflash_export.build import build
+        from dflash_export.exporter import build
 
         return build
 

@@ -128,7 +128,7 @@ def build(recipe: Path | None, output: Path | None, force: bool, backend: str | 
         # Now, and not after an export that takes minutes.
         check_options(backend, chosen.precision or "fp32", chosen.quantize, **engines)
 
-    from dflash_export.build import build as build_bundle
+    from dflash_export.exporter import build as build_bundle
 
     progress = make_progress()
     bundle = build_bundle(output=destination, force=force, progress=progress, **chosen.build_options())

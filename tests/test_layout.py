@@ -119,10 +119,10 @@ def test_importing_changes_nothing() -> None:
 
 
 def test_functions_are_not_hidden_by_their_modules() -> None:
-    importlib.import_module("dflash_export.build")
+    importlib.import_module("dflash_export.exporter")
     from dflash_export import build
 
-    assert build is sys.modules["dflash_export.build"].build
+    assert build is sys.modules["dflash_export.exporter"].build
 
 
 # --- Modules ---

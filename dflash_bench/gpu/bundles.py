@@ -116,7 +116,7 @@ def _options(precision: str) -> dict[str, Any]:
     fp8 = {"quantize": "fp8", "calib_limit": 1, "calib_tokens": 4, "measure_quantization": False}
     if fp8.keys() <= inspect.signature(build).parameters.keys():
         return {"precision": "bf16", **fp8}
-    raise SkippedError("dflash_export.build offers no fp8 in this version")
+    raise SkippedError("dflash_export.exporter offers no fp8 in this version")
 
 
 def _require_disk(scratch: Path, size: int) -> None:

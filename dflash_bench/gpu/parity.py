@@ -15,8 +15,7 @@ from dflash_bench.gpu.backend_spec import BackendSpec
 from dflash_bench.gpu.bundles import DTYPES, Made
 from dflash_export.parity.error_stats import ErrorMeter
 from dflash_export.parity.limits import classify, compare_steps, first_difference, shortfalls
-from dflash_export.sources.resolve import resolve_drafter, resolve_target
-from dflash_export.torch_reference import (
+from dflash_export.reference import (
     generate_greedy,
     generate_reference,
     load_drafter,
@@ -24,6 +23,7 @@ from dflash_export.torch_reference import (
     reference_version,
     teacher_forced,
 )
+from dflash_export.sources.resolve import resolve_drafter, resolve_target
 from dflash_rt import Generator, SamplingParams
 
 __all__ = ["ParityResult", "Run", "judge_run", "run_parity"]

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from dflash_bench.gpu.checkpoint import checkpoint_bytes
 from dflash_bench.gpu.machine import synchronise
 from dflash_bench.gpu.shapes import PairShape
-from dflash_export.torch_reference import generate_reference, reference_version
+from dflash_export.reference import generate_reference, reference_version
 
 __all__ = ["HuggingFace", "Reference", "load_random_drafter", "load_random_target", "needed_bytes"]
 

@@ -47,7 +47,7 @@ def make_reference(setup: BenchSetup) -> Sequence[Contender]:
     """
     _require_fp32(setup, "reference")
     with _needs_torch("reference"):
-        from dflash_export.torch_reference import load_drafter, reference_version
+        from dflash_export.reference import load_drafter, reference_version
     if reference_version() is None:
         raise _missing("reference", "dflash", "pip install --no-deps dflash==0.1.0")
     target = _target(setup, "reference")
@@ -159,7 +159,7 @@ class _Reference:
 
     def decode(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Outcome:
         """See :class:`~dflash_bench.systems.base.Contender`."""
-        from dflash_export.torch_reference import generate_reference
+        from dflash_export.reference import generate_reference
 
         with _torch_threads(self._threads):
             run = generate_reference(
@@ -232,7 +232,7 @@ class _GenAI:
 def _target(setup: BenchSetup, name: str) -> Any:
     """The target as transformers loads it, in fp32. ``name`` is whom it is for."""
     with _needs_torch(name):
-        from dflash_export.torch_reference import load_target
+        from dflash_export.reference import load_target
 
     return _once(setup, "torch target", lambda: load_target(_source(setup, "target")))
 
@@ -240,7 +240,7 @@ def _target(setup: BenchSetup, name: str) -> Any:
 def _source(setup: BenchSetup, role: Literal["target", "drafter"]) -> Any:
     """Where a checkpoint is: the option, else the recipe's, else the hub id in the manifest."""
     from dflash_export.recipe import PACKAGE_PREFIX, locate_package_file, read_recipe
-    from dflash_export.torch_reference import find_source
+    from dflash_export.reference import find_source
 
     spec = setup.target if role == "target" else setup.drafter
     if spec is None and setup.recipe is not None:

@@ -81,7 +81,7 @@ def _save_checkpoint(model: Any, folder: Path) -> None:
     import torch
     from tokenizers import Tokenizer, models
 
-    from dflash_export.torch_reference import _quiet_transformers
+    from dflash_export.reference import _quiet_transformers
 
     config = copy.deepcopy(model.config)
     # A model that came from GGUF still calls itself quantised, and would refuse to be saved.

@@ -9,8 +9,8 @@ from dflash_export.parity.limits import compare_steps
 from dflash_export.parity.measure import Evidence, drafted_name
 from dflash_export.parity.report import Drafting, ReferenceDrafting
 from dflash_export.progress import Progress
+from dflash_export.reference import generate_reference, load_drafter, reference_version
 from dflash_export.sources.resolve import Source
-from dflash_export.torch_reference import generate_reference, load_drafter, reference_version
 from dflash_rt.bundle.manifest import Manifest
 
 __all__ = ["drafting_at", "run_reference"]

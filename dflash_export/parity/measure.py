@@ -14,7 +14,7 @@ from dflash_export.parity.error_stats import ErrorMeter, FeatureMeter
 from dflash_export.parity.limits import first_difference, shortfalls
 from dflash_export.parity.prompts import PromptInput
 from dflash_export.parity.replay import Replay
-from dflash_export.torch_reference import TeacherForced, generate_greedy, teacher_forced
+from dflash_export.reference import TeacherForced, generate_greedy, teacher_forced
 from dflash_rt import GenerationResult
 
 __all__ = ["PLAIN", "PYTORCH", "Evidence", "Measured", "Meters", "Run", "drafted_name", "measure"]

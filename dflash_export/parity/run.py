@@ -22,8 +22,8 @@ from dflash_export.parity.report_file import require_writable
 from dflash_export.parity.report_file import write_report as write_report_file
 from dflash_export.progress import SILENT, Progress
 from dflash_export.quantize.dequantized import put_dequantized
+from dflash_export.reference import find_source, load_target, reference_version
 from dflash_export.sources.resolve import Source
-from dflash_export.torch_reference import find_source, load_target, reference_version
 from dflash_rt import Bundle, Generator, SamplingParams
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.bundle.manifest import Manifest

@@ -14,8 +14,8 @@ from dflash_export.quantize.formats import WeightFormat
 from dflash_export.quantize.modelopt import calibrate, load_modelopt
 from dflash_export.quantize.plan import QuantizePlan
 from dflash_export.quantize.text import CALIBRATION_PROMPTS, CalibrationText, encode_prompts, write_text
+from dflash_export.reference import load_target
 from dflash_export.sources.resolve import Source
-from dflash_export.torch_reference import load_target
 from dflash_rt.cli.console import read_prompts
 from dflash_rt.text.prompts import PromptEncoder
 

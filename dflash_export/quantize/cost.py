@@ -13,8 +13,7 @@ import torch
 
 from dflash_export.progress import Progress
 from dflash_export.quantize.dequantized import put_dequantized
-from dflash_export.sources.resolve import Source
-from dflash_export.torch_reference import (
+from dflash_export.reference import (
     generate_greedy,
     generate_reference,
     load_drafter,
@@ -22,6 +21,7 @@ from dflash_export.torch_reference import (
     reference_version,
     teacher_forced,
 )
+from dflash_export.sources.resolve import Source
 from dflash_rt.bundle.manifest import QuantizationCost, QuantizationInfo
 from dflash_rt.errors import VerifyError
 from dflash_rt.text.prompts import Prompt, PromptEncoder

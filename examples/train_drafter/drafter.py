@@ -20,10 +20,10 @@ from dflash_export.drafters.config import (
     parse_drafter_config,
 )
 from dflash_export.pairing.pair import require_pair
+from dflash_export.reference import load_drafter
 from dflash_export.sources.resolve import Source, resolve_drafter
 from dflash_export.sources.weights import open_weights
 from dflash_export.targets.config import load_target_config, target_facts
-from dflash_export.torch_reference import load_drafter
 from dflash_rt.errors import OutputError, RecipeError, UnsupportedModelError
 from examples.train_drafter.target import Target
 

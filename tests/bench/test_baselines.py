@@ -146,7 +146,7 @@ def test_genais_own_stop_tokens_do_not_count(pair: Pair, tmp_path: Path) -> None
 
 
 def test_the_reference_drafts_as_wide_as_asked(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dflash_export import torch_reference
+    from dflash_export import reference as torch_reference
 
     seen: list[int] = []
     real = torch_reference.generate_reference
@@ -254,7 +254,7 @@ def test_only_fp32_bundles_are_compared(name: str, pair: Pair) -> None:
 def test_missing_packages(
     name: str, gone: str, todo: str, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "dflash_export.torch_reference", raising=False)
+    monkeypatch.delitem(sys.modules, "dflash_export.reference", raising=False)
     monkeypatch.setitem(sys.modules, gone, None)
     with pytest.raises(BackendUnavailableError, match=f"{name} can't be compared with") as caught:
         FACTORIES[name](pair.setup())

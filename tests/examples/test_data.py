@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dflash_export.torch_reference import generate_greedy
+from dflash_export.reference import generate_greedy
 from dflash_rt.errors import CheckpointError, OutputError, SourceError
 from examples.train_drafter.budget import Budget
 from examples.train_drafter.dataset import Sequences, generator, read_sequences

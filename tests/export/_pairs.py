@@ -214,7 +214,9 @@ class _Traces:
     @contextmanager
     def shared(self) -> Iterator[None]:
         with (
-            mock.patch.multiple("dflash_export.build", trace_target=self.target, trace_drafter=self.drafter),
+            mock.patch.multiple(
+                "dflash_export.exporter", trace_target=self.target, trace_drafter=self.drafter
+            ),
             mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(_operators)),
         ):
             yield
@@ -234,7 +236,7 @@ TRACES = _Traces()
 
 def build(target: Path, drafter: Path, output: Path, **options: Any) -> Bundle:
     """``dflash_export.build``, except that an architecture that was traced before isn't traced again."""
-    from dflash_export.build import build as real
+    from dflash_export.exporter import build as real
 
     with TRACES.shared():
         return real(target, drafter, output, **options)

@@ -16,9 +16,9 @@ from transformers import Qwen3Config
 
 from dflash_export.drafters.config import Convolution, Selector, parse_drafter_config
 from dflash_export.pairing.pair import check_pair
+from dflash_export.reference import load_drafter
 from dflash_export.sources.resolve import resolve_drafter
 from dflash_export.sources.weights import open_weights
-from dflash_export.torch_reference import load_drafter
 from dflash_rt.errors import CheckpointError, DFlashError, Problem, UnsupportedModelError, VerifyError
 from tests.export._pairs import TargetSpec, drafter_config, make_drafter
 from tests.export.drafters.speculators_pairs import make_speculators, speculators_config

@@ -330,7 +330,7 @@ def test_a_disk_that_is_too_small_is_noticed_first(
 ) -> None:
     from dflash_export import build as _  # noqa: F401  (makes sure the module below is loaded)
 
-    module = sys.modules["dflash_export.build"]
+    module = sys.modules["dflash_export.exporter"]
     usage = type("usage", (), {"free": 10})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(module, "trace_target", lambda *args: pytest.fail("tracing takes long"))

@@ -54,7 +54,7 @@ def test_readme_lists_every_key() -> None:
 
 
 def test_keys_are_options_of_build() -> None:
-    from dflash_export.build import build
+    from dflash_export.exporter import build
 
     options = set(signature(build).parameters)
     assert {field.name for field in fields(Recipe)} == options - {"output", "force", "progress"}

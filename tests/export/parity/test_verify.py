@@ -498,7 +498,7 @@ def test_recorded_hub_ids_are_looked_up(tmp_path: Path, pair: Pair) -> None:
 
 
 def test_reference_is_skipped_where_it_is_not_installed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dflash_export.torch_reference.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("dflash_export.reference.importlib.util.find_spec", lambda name: None)
     found = pair.verify(drafter=None, prompts=[[1]], max_new_tokens=1, write_report=False)
     assert found.reference.skipped == "PyPI dflash is not installed"
 

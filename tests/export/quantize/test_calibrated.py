@@ -21,8 +21,8 @@ from dflash_export.quantize.calibration import CALIBRATION_FILE, Calibration, La
 from dflash_export.quantize.dequantized import put_dequantized
 from dflash_export.quantize.formats import WeightFormat, dequantize, quantize, round_activations
 from dflash_export.recipe import read_recipe
+from dflash_export.reference import load_target, teacher_forced
 from dflash_export.sources.resolve import resolve_target
-from dflash_export.torch_reference import load_target, teacher_forced
 from dflash_rt import Bundle
 from dflash_rt.errors import EngineBuildError, RecipeError, VerifyError
 from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target

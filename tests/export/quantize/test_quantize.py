@@ -26,7 +26,7 @@ from dflash_export.cli import main
 from dflash_export.parity.replay import Replay
 from dflash_export.quantize.formats import WeightFormat, dequantize, pack_int4, quantize
 from dflash_export.recipe import read_recipe
-from dflash_export.torch_reference import teacher_forced
+from dflash_export.reference import teacher_forced
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends import create_backend
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend

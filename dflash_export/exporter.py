@@ -15,11 +15,11 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from dflash_export._options import check_options
 from dflash_export.drafters.config import DrafterConfig, read_drafter_config
 from dflash_export.graphs.finish import TracedGraph
 from dflash_export.graphs.fuse_ort import fuse_target
 from dflash_export.graphs.target import PRECISIONS, step_graphs, trace_drafter, trace_target
+from dflash_export.options import check_options
 from dflash_export.pairing.pair import require_pair
 from dflash_export.progress import SILENT, Progress
 from dflash_export.publish import check_output, new_folder

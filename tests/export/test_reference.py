@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dflash_export.sources.resolve import resolve_drafter, resolve_target
-from dflash_export.torch_reference import (
+from dflash_export.reference import (
     find_source,
     generate_greedy,
     generate_reference,
@@ -21,6 +20,7 @@ from dflash_export.torch_reference import (
     reference_version,
     teacher_forced,
 )
+from dflash_export.sources.resolve import resolve_drafter, resolve_target
 from dflash_rt.bundle.manifest import FileRecord, SourceInfo
 from dflash_rt.errors import UnsupportedModelError, VerifyError
 from tests.export._pairs import TargetSpec, drafter_config, make_drafter, make_target

@@ -68,7 +68,7 @@ def refuse(pair: Path, expected: type[DFlashError], *words: str, **options: Any)
     }
     too_late = mock.Mock(side_effect=AssertionError("it was noticed only after tracing had begun"))
     with (
-        mock.patch.multiple("dflash_export.build", trace_target=too_late, trace_drafter=too_late),
+        mock.patch.multiple("dflash_export.exporter", trace_target=too_late, trace_drafter=too_late),
         pytest.raises(expected) as caught,
     ):
         build(**arguments)
