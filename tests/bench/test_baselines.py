@@ -24,7 +24,7 @@ from dflash_export import build
 from dflash_rt import Bundle
 from dflash_rt.cli.main import main
 from dflash_rt.errors import BackendUnavailableError, OutputError, VerifyError
-from tests.export.pair_maker import drafter_json, save_drafter, save_target
+from tests.checkpoints import drafter_json, save_drafter, save_target
 
 ROOT = Path(__file__).parents[2]
 FACTORIES = {"hf": make_hf, "reference": make_reference, "genai": make_genai}

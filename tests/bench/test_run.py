@@ -50,7 +50,7 @@ from dflash_rt.errors import (
     VerifyError,
 )
 from tests.rt.bundle_maker import manifest_document, write_bundle
-from tests.rt.talker import saying
+from tests.rt.scripted_generator import saying
 
 ROOT = Path(__file__).parents[2]
 ANSWER = "Blue light is scattered more than red light."

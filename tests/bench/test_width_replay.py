@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.width_replay import Answer, record, replay, replay_adaptive, steps, table
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.speculation.width import FixedWidth, StepCosts
-from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
+from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 
 COSTS = StepCosts((2.0, 3.0, 4.0))
 ANSWERS = [Answer("some", (1, 0, 2, 2, 0, 0, 1, 0)), Answer("none", (0,) * 8)]

@@ -18,7 +18,7 @@ from examples.train_drafter.blocks import (
     flex_attention_for,
 )
 from examples.train_drafter.target import features_of
-from tests.export._pairs import TargetSpec, drafter_config, make_drafter, make_target, reference_drafter
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target, reference_drafter
 
 SPEC = TargetSpec("qwen3", vocab=40)
 BLOCK = 4

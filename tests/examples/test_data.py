@@ -16,7 +16,7 @@ from examples.train_drafter.budget import Budget
 from examples.train_drafter.dataset import Sequences, generator, read_sequences
 from examples.train_drafter.generation import answer_greedily, make_data, plan_batches
 from tests.examples.tiny_pair import prompts
-from tests.export._pairs import TargetSpec, make_target
+from tests.pairs import TargetSpec, make_target
 
 NEW = 40
 STOP = 3

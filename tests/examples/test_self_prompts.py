@@ -26,9 +26,9 @@ from examples.train_drafter.self_prompts import (
     write_prompts,
 )
 from examples.train_drafter.target import Target
+from tests.checkpoints import byte_tokenizer
 from tests.examples.tiny_pair import TEMPLATE, as_target
-from tests.export._pairs import TargetSpec, make_target
-from tests.export.pair_maker import byte_tokenizer
+from tests.pairs import TargetSpec, make_target
 
 TURNS = "{% for message in messages %}U:{{ message.content }}!{% endfor %}A:"
 STOPS = (*range(0, 30, 2), 200, 210, 220)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from examples.train_drafter.target import Target, freeze
-from tests.export._pairs import TargetSpec, make_target
-from tests.export.pair_maker import byte_tokenizer
+from tests.checkpoints import byte_tokenizer
+from tests.pairs import TargetSpec, make_target
 
 CHAIN = 24  # tokens of the chain; ids 0 to CHAIN - 1
 MASK = 299

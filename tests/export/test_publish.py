@@ -21,8 +21,8 @@ from dflash_export.publish import check_output, new_folder
 from dflash_rt import Bundle
 from dflash_rt.bundle.manifest import MANIFEST_NAME
 from dflash_rt.errors import OutputError
-from tests.export._pairs import TargetSpec, drafter_config, make_drafter, make_target
-from tests.export.pair_maker import byte_tokenizer
+from tests.checkpoints import byte_tokenizer
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 
 SPEC = TargetSpec("qwen3", layers=2)
 EXPORT = "import sys; from dflash_export import build; build(*sys.argv[1:4], force='force' in sys.argv)"

@@ -23,7 +23,7 @@ from dflash_export.reference import (
 from dflash_export.sources.resolve import resolve_drafter, resolve_target
 from dflash_rt.bundle.manifest import FileRecord, SourceInfo
 from dflash_rt.errors import UnsupportedModelError, VerifyError
-from tests.export._pairs import TargetSpec, drafter_config, make_drafter, make_target
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 
 SPEC = TargetSpec("qwen2", tied=False, vocab=12)
 

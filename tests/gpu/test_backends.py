@@ -16,7 +16,7 @@ from dflash_rt import Bundle, Generator
 from dflash_rt.backends import create_backend
 from dflash_rt.backends.device.cuda import CudaDevice
 from dflash_rt.errors import NumericalError
-from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
+from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 
 pytestmark = pytest.mark.skipif(present_gpu() is None, reason="needs an NVIDIA GPU and its driver")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from examples.train_drafter.blocks import block_hidden, dense_attention, flex_attention_for
-from tests.export._pairs import TargetSpec, drafter_config, make_drafter, reference_drafter
+from tests.pairs import TargetSpec, drafter_config, make_drafter, reference_drafter
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees"),

@@ -33,7 +33,7 @@ from dflash_rt.generator import Generator
 from dflash_rt.sampling.params import SamplingParams
 from dflash_rt.stream import Chunk, GenerationResult, TokenStream
 from tests.rt.bundle_maker import manifest_document, write_bundle
-from tests.rt.talker import (
+from tests.rt.scripted_generator import (
     BEGIN,
     END,
     TEMPLATE,

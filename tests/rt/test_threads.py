@@ -16,7 +16,7 @@ from dflash_rt.backends.scripted import ScriptedBackend
 from dflash_rt.errors import BackendError, GeneratorStateError
 from dflash_rt.generator import Generator
 from dflash_rt.stream import TokenStream
-from tests.rt.talker import limits, saying
+from tests.rt.scripted_generator import limits, saying
 
 PATIENCE = 20.0  # seconds until a wait counts as a deadlock
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dflash_export.drafters.config import parse_drafter_config
-from tests.export._pairs import Run, TargetSpec
+from tests.pairs import Run, TargetSpec
 
 Tensors = dict[str, torch.Tensor]
 _HEAD_DIM, _HEADS, _KV_HEADS, _EPS = 8, 4, 2, 1e-6

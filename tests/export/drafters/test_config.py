@@ -24,7 +24,7 @@ from dflash_export.drafters.config import (
 )
 from dflash_export.sources.resolve import resolve_drafter
 from dflash_rt.errors import CheckpointError, DFlashError, UnsupportedModelError
-from tests.export.pair_maker import check_message, drafter_json, save_drafter
+from tests.checkpoints import check_message, drafter_json, save_drafter
 
 DEMO = Path(__file__).parents[2] / "examples" / "smollm2-135m-instruct-dflash"
 ROPES: list[dict[str, Any]] = [

@@ -29,9 +29,9 @@ from dflash_rt import Bundle
 from dflash_rt.bundle.engine_sets import AxisRange, ProfileSpec
 from dflash_rt.bundle.manifest import GraphSpec
 from dflash_rt.errors import EngineBuildError
-from tests.export._pairs import TRACES, TargetSpec, build, drafter_config, make_drafter, make_target
 from tests.export.engines.built import Handed, watch_builds
 from tests.export.engines.test_refusals import Case
+from tests.pairs import TRACES, TargetSpec, build, drafter_config, make_drafter, make_target
 from tests.rt.bundle_maker import manifest_document, write_bundle
 
 trt: Any = pytest.importorskip(

@@ -9,8 +9,8 @@ import pytest
 
 from dflash_export import compile_engines
 from dflash_rt.bundle.engine_sets import read_engines
-from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 from tests.export.drafters.speculators_pairs import make_speculators, speculators_config
+from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
 pytest.importorskip("tensorrt_rtx", reason="engines are built: pip install 'dflash-export[tensorrt-rtx]'")
 

@@ -19,8 +19,8 @@ from dflash_rt import Bundle
 from dflash_rt.bundle.engine_sets import EngineSet, Machine, find_engines, read_engines
 from dflash_rt.bundle.folder import hash_file
 from dflash_rt.errors import EngineBuildError, IntegrityError, OutputError
-from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 from tests.export.engines.built import check_handed, watch_builds
+from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
 pytest.importorskip("tensorrt_rtx", reason="engines are built: pip install 'dflash-export[tensorrt-rtx]'")
 

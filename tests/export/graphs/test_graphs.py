@@ -22,7 +22,7 @@ from dflash_export.sources.weights import open_weights
 from dflash_rt import Bundle
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.errors import BackendError
-from tests.export._pairs import (
+from tests.pairs import (
     FAMILIES,
     Graphs,
     TargetSpec,

@@ -19,7 +19,7 @@ from dflash_export.sources.tokenizer import export_tokenizer
 from dflash_export.sources.weights import Weights, open_weights
 from dflash_export.targets.config import load_target_config
 from dflash_rt.errors import PairError, Problem
-from tests.export.pair_maker import (
+from tests.checkpoints import (
     FAMILIES,
     SMOLLM2,
     VOCAB,

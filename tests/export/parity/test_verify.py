@@ -35,7 +35,7 @@ from dflash_rt.errors import (
     SourceError,
     VerifyError,
 )
-from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
 # One architecture for all, so that it is traced once.
 SPEC = TargetSpec("qwen3", tied=False, vocab=12, layers=3)

@@ -25,8 +25,8 @@ from dflash_export.reference import load_target, teacher_forced
 from dflash_export.sources.resolve import resolve_target
 from dflash_rt import Bundle
 from dflash_rt.errors import EngineBuildError, RecipeError, VerifyError
-from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 from tests.export.engines.built import check_handed, watch_builds
+from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
 pytest.importorskip("modelopt", reason="targets are calibrated: pip install 'dflash-export[quantize]'")
 

@@ -38,7 +38,7 @@ from dflash_rt.errors import (
     UnsupportedModelError,
     VerifyError,
 )
-from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
 ROOT = Path(__file__).parents[2]
 # Biases on q, k and v (qwen2), a head of its own: every kind of weight is there.

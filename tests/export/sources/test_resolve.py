@@ -11,8 +11,8 @@ import pytest
 
 from dflash_export.sources.resolve import Source, resolve_drafter, resolve_target
 from dflash_rt.errors import CheckpointError, SourceError
-from tests.export._permissions import as_any_user
-from tests.export.pair_maker import check_message
+from tests.checkpoints import check_message
+from tests.permissions import as_any_user
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "some-org/some-model"

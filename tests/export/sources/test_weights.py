@@ -20,7 +20,7 @@ from dflash_export.sources.resolve import weights as weights_module
 from dflash_export.sources.weights import Weights, open_weights
 from dflash_export.targets.config import load_target_config
 from dflash_rt.errors import CheckpointError, DFlashError, UnsupportedModelError
-from tests.export.pair_maker import FAMILIES, SMOLLM2, check_message, open_target, save_target, target_config
+from tests.checkpoints import FAMILIES, SMOLLM2, check_message, open_target, save_target, target_config
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

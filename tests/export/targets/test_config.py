@@ -27,7 +27,7 @@ from dflash_export.targets.config import (
 )
 from dflash_rt.bundle.manifest import SamplingDefaults
 from dflash_rt.errors import CheckpointError, DFlashError, SourceError, UnsupportedModelError
-from tests.export.pair_maker import (
+from tests.checkpoints import (
     FAMILIES,
     SMOLLM2,
     byte_tokenizer,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.export._pairs import (
+from tests.pairs import (
     FAMILIES,
     LINEAR_ROPE,
     LLAMA3_ROPE,

@@ -27,7 +27,7 @@ from dflash_rt.sampling.distribution import GROUP, Distribution, distribution, p
 from dflash_rt.sampling.params import RANGES, SamplingParams
 from dflash_rt.sampling.random_numbers import Noise, Uniforms
 from dflash_rt.sampling.sampler import Sampler
-from tests.rt.talker import END, limits, prompts
+from tests.rt.scripted_generator import END, limits, prompts
 
 HOT = SamplingParams(temperature=1.0)
 

@@ -19,7 +19,7 @@ from dflash_rt.bundle.manifest import SamplingDefaults
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.sampling.sampler import Sampler
-from tests.export.pair_maker import edit_json, save_drafter, save_target
+from tests.checkpoints import edit_json, save_drafter, save_target
 
 PROMPT = [5, 17, 200, 3, 3, 90, 41, 8, 12, 5]
 DEFAULTS = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1}

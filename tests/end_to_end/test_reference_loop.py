@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
-from tests.export._pairs import (
+from tests.pairs import (
     LINEAR_ROPE,
     YARN_ROPE,
     Run,

@@ -20,9 +20,9 @@ from dflash_export.reference import load_drafter
 from dflash_export.sources.resolve import resolve_drafter
 from dflash_export.sources.weights import open_weights
 from dflash_rt.errors import CheckpointError, DFlashError, Problem, UnsupportedModelError, VerifyError
-from tests.export._pairs import TargetSpec, drafter_config, make_drafter
+from tests.checkpoints import check_message, open_target
 from tests.export.drafters.speculators_pairs import make_speculators, speculators_config
-from tests.export.pair_maker import check_message, open_target
+from tests.pairs import TargetSpec, drafter_config, make_drafter
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 SPEC = TargetSpec("qwen3", vocab=12)
@@ -176,7 +176,7 @@ def test_the_reference_loads_dflash2_and_not_speculators(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.export._pairs import make_target
+    from tests.pairs import make_target
 
     folder = tmp_path_factory.mktemp("target")
     make_target(folder / "model", SPEC)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
-from tests.export._pairs import TargetSpec, build, make_target, run_loop
 from tests.export.drafters.speculators_pairs import SpeculatorsLoop, make_speculators, speculators_config
+from tests.pairs import TargetSpec, build, make_target, run_loop
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LEAST_MARGIN = 1e-5  # as in test_reference_loop.py

@@ -14,7 +14,7 @@ from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence
-from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
 BLOCK, CHUNK = 5, 8
 

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.backends.state.window import Window
-from tests.export._pairs import (
+from tests.end_to_end.test_reference_loop import LEAST_MARGIN, SLIDING, Reference, window
+from tests.export.drafters.speculators_pairs import SpeculatorsLoop, make_speculators, speculators_config
+from tests.pairs import (
     TargetSpec,
     build,
     drafter_config,
@@ -23,8 +25,6 @@ from tests.export._pairs import (
     reference_drafter,
     run_loop,
 )
-from tests.export.drafters.speculators_pairs import SpeculatorsLoop, make_speculators, speculators_config
-from tests.export.test_reference_loop import LEAST_MARGIN, SLIDING, Reference, window
 
 
 @pytest.fixture(autouse=True)

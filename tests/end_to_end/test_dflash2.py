@@ -17,8 +17,8 @@ from dflash.model import DFlash2DraftModel
 
 from dflash_rt import Generator, SamplingParams
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
-from tests.export._pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
-from tests.export.test_reference_loop import CHUNK, FULL, LEAST_MARGIN, SLIDING, Reference, window
+from tests.end_to_end.test_reference_loop import CHUNK, FULL, LEAST_MARGIN, SLIDING, Reference, window
+from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 from tests.rt.sampling.test_distribution import p_value
 
 

@@ -36,8 +36,8 @@ from dflash_rt.cli.main import main
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.errors import BackendError, NumericalError
-from tests.export._pairs import Run, TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 from tests.export.drafters.speculators_pairs import make_speculators, speculators_config
+from tests.pairs import Run, TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 from tests.rt.fake_cuda import FakeRuntime
 
 FULL, SLIDING = "full_attention", "sliding_attention"
