@@ -10,9 +10,8 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import TYPE_CHECKING
 
 from dflash_rt.version import __version__
 
@@ -23,40 +22,17 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "build", "compile_engines", "verify"]
 
-
-class _Package(ModuleType):
-    """This package. Its functions are imported when they are asked for.
-
-    They bring torch, which takes seconds and is not needed for ``dflash-export --help``. Two have the names
-    of their modules, and Python makes a submodule an attribute of its package when it is imported; the
-    setters keep that from hiding the functions.
-    """
-
-    @property
-    def build(self) -> Any:
-        from dflash_export.exporter import build
-
-        return build
-
-    @build.setter
-    def build(self, module: ModuleType) -> None:
-        pass
-
-    @property
-    def compile_engines(self) -> Any:
-        from dflash_export.engines.compiler import compile_engines
-
-        return compile_engines
-
-    @property
-    def verify(self) -> Any:
-        from dflash_export.parity.run import verify
-
-        return verify
-
-    @verify.setter
-    def verify(self, module: ModuleType) -> None:
-        pass
+# Imported when first asked for: they bring torch, which takes seconds and which `--help` doesn't need.
+_HOMES = {"build": "exporter", "compile_engines": "engines.compiler", "verify": "parity.run"}
 
 
-sys.modules[__name__].__class__ = _Package
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

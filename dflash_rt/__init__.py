@@ -66,13 +66,13 @@ __all__ = [
 
 # Where each name lives, if not in errors.py. Imported when first asked for: `--help` doesn't wait for numpy.
 _HOMES = {
-    "Bundle": "bundle",
+    "Bundle": "bundle.folder",
     "Chunk": "stream",
     "GenerationResult": "stream",
     "GenerationStats": "stats",
     "Generator": "generator",
-    "SamplingParams": "sampling",
-    "TokenLogprob": "sampling",
+    "SamplingParams": "sampling.params",
+    "TokenLogprob": "sampling.params",
     "TokenStream": "stream",
 }
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-import dflash_export.build  # noqa: F401  (the package's attribute of this name is the function)
+import dflash_export.exporter  # noqa: F401  (what is patched below)
 from dflash_export.drafters.config import DrafterConfig, parse_drafter_config
 from dflash_export.graphs.finish import TracedGraph
 from dflash_export.graphs.target import trace_drafter, trace_target

@@ -53,7 +53,8 @@ def state():
     )
 
 before = state()
-import dflash_rt, dflash_rt.cli.main, dflash_rt.generator, dflash_export, dflash_export.cli, dflash_export.recipe
+import dflash_rt, dflash_rt.cli.main, dflash_rt.generator
+import dflash_export, dflash_export.cli, dflash_export.recipe
 assert state() == before
 """
 

@@ -3,8 +3,8 @@
 The host doesn't see when a device works. On a GPU events in the backend's own stream do; on the host's
 stand-in for a device, which works off a queue, an entry of the queue that looks at the clock.
 
-This file reaches into :class:`dflash_rt.backends.device.backend.DeviceBackend`: what it needs is of use to nobody
-else.
+This file reaches into :class:`~dflash_rt.backends.device.backend.DeviceBackend`: nobody else needs what it
+reads there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``dflash-rt bench --widths``: the width that adapts against every fixed width, over a mix of prompts.
 
-All contenders are our own, on the same weights. The run is interleaved as in :mod:`dflash_bench.run.measure`, step by
-step where the backend allows it, with the same text for each: greedy prompts have no choice, and sampled ones
-have a seed.
+All contenders are our own, on the same weights. The run is interleaved as in :mod:`dflash_bench.run.measure`,
+step by step where the backend allows it, with the same text for each: greedy prompts have no choice, and
+sampled ones have a seed.
 """
 
 from __future__ import annotations

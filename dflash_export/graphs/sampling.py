@@ -1,11 +1,12 @@
-"""Accept-and-sample as an ONNX graph: what ``dflash_rt.sampling.sampler`` does for a step, for all rows at once.
+"""What ``dflash_rt.sampling.sampler`` does for a step, as an ONNX graph: all rows at once.
 
 For a step that stays on a device, as inside a captured CUDA graph: the host sends random numbers and gets
 token ids. Opset 24, default operator domain only. There is no sort, so no limit on the vocabulary either
 (TensorRT's TopK ends at 3840): a threshold is found by bisection, which only counts and sums.
 
 Names and shapes; b is ``batch``, r is ``rows``, V is ``vocab``, m and g are ``members`` and ``groups``: the
-vocabulary is cut into g groups of m tokens, the last one maybe shorter (``dflash_rt.sampling.distribution.GROUP``):
+vocabulary is cut into g groups of m tokens, the last one maybe shorter
+(``dflash_rt.sampling.distribution.GROUP``):
 
 =====================  =====================  ===================================================
 input                  type                   meaning

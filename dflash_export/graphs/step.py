@@ -11,8 +11,8 @@ input           type                   meaning
 ``start``       int64 ``[b]``          position of the anchor
 ==============  =====================  ==========================================================
 
-Outputs, each int64 ``[b]``: ``accepted`` drafts, as :func:`dflash_rt.sampling.greedy.accept_greedy` counts them;
-``anchors`` and ``start.out`` of the next step; ``finite``, 1 if every logit is finite and 0 if not.
+Outputs, each int64 ``[b]``: ``accepted`` drafts, as :func:`dflash_rt.sampling.greedy.accept_greedy` counts
+them; ``anchors`` and ``start.out`` of the next step; ``finite``, 1 if every logit is finite and 0 if not.
 
 ``draft_check`` has input ``logits`` ``[b, r, Vd]`` of the head that drafts, and ``finite`` alone as output: a
 drafter whose caches hold a NaN would draft nonsense for ever, and no token would show it.

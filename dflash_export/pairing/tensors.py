@@ -33,6 +33,7 @@ def target_tensor_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]
 
 
 def target_tensor_problems(config: PreTrainedConfig, weights: Weights) -> list[Problem]:
+    """Tensors that a target lacks, has too many, or has in another shape than its config says."""
     expected = target_tensor_shapes(config)
     names = set(weights.names())
     tied = bool(config.tie_word_embeddings)

@@ -73,6 +73,7 @@ def _ratio(tokens: int, steps: int) -> float:
 
 
 def drafting_at(evidence: Sequence[Evidence], width: int) -> Drafting:
+    """What drafting at one width gained over all prompts."""
     runs = [item.runs[drafted_name(width)] for item in evidence]
     counts = [count for run in runs for count in run.accepted_per_step]
     return Drafting(

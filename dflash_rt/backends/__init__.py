@@ -99,7 +99,7 @@ def create_backend(
     """Make the backend called ``name`` for a bundle.
 
     ``threads`` is the number of CPU threads a backend may use; ``None`` leaves it to the backend. ``options``
-    are the backend's own: fields of :class:`dflash_rt.backends.device.backend.DeviceOptions` for those on a device
+    are the backend's own: fields of :class:`~dflash_rt.backends.device.backend.DeviceOptions` on a device
     (docs/gpu.md), ``integer_activations`` and ``fast_plain`` for ``onnxruntime`` (docs/quantize.md).
 
     Raises:

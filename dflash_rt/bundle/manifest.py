@@ -217,7 +217,7 @@ class TokenizerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingDefaults:
-    """Fields of :class:`dflash_rt.sampling.params.SamplingParams` that a target's own generation config can set."""
+    """Fields of :class:`~dflash_rt.sampling.params.SamplingParams` that a target's generation config sets."""
 
     temperature: Annotated[float, Range(0.0, 100.0)]
     top_p: Annotated[float, Range(0.0, 1.0)]

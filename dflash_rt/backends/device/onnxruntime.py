@@ -20,7 +20,7 @@ _ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 
 
 class OnnxRuntimeEngines:
-    """See :class:`dflash_rt.backends.device.protocols.Engines`. ``cuda``: on the GPU's stream; otherwise on the host.
+    """:class:`~dflash_rt.backends.device.protocols.Engines`; with ``cuda`` on the GPU's stream, else on the host.
 
     Every tensor is bound to its address, so that a run copies nothing. With CUDA a run only enqueues work on
     the device's own stream, and doesn't wait for it. ``fused`` takes that form of the target.

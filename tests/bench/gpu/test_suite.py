@@ -22,7 +22,7 @@ from dflash_export.engines.devices import present_gpu
 from dflash_rt import Bundle
 from dflash_rt.backends import create_backend
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.skipif(
     sys.version_info < (3, 11), reason="no onnxruntime with opset 24 for Python 3.10"

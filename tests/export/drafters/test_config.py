@@ -26,7 +26,7 @@ from dflash_export.sources.resolve import resolve_drafter
 from dflash_rt.errors import CheckpointError, DFlashError, UnsupportedModelError
 from tests.checkpoints import check_message, drafter_json, save_drafter
 
-DEMO = Path(__file__).parents[2] / "examples" / "smollm2-135m-instruct-dflash"
+DEMO = Path(__file__).parents[3] / "examples" / "smollm2-135m-instruct-dflash"
 ROPES: list[dict[str, Any]] = [
     {"rope_theta": 10000.0, "rope_scaling": None},
     {"rope_theta": 1e6},

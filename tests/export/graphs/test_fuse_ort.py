@@ -268,7 +268,7 @@ def test_an_export_does_without_onnxruntime(
 
 def test_the_exporter_is_imported_without_onnxruntime() -> None:
     """In a process of its own, where nothing has imported it before."""
-    script = "import sys; sys.modules['onnxruntime'] = None; import dflash_export.build"
+    script = "import sys; sys.modules['onnxruntime'] = None; import dflash_export.exporter"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

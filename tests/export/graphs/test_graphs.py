@@ -174,7 +174,7 @@ def test_inputs_and_outputs_are_those_of_the_manifest(pairs: Pairs, family: str)
 def test_files_say_nothing_of_this_machine(pairs: Pairs, family: str) -> None:
     bundle = pairs.bundle(family)
     here = [
-        str(Path(__file__).parents[2]),
+        str(Path(__file__).parents[3]),
         str(bundle.root.parent),
         torch.__path__[0],
         transformers.__path__[0],

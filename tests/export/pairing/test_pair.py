@@ -32,7 +32,7 @@ from tests.checkpoints import (
     target_config,
 )
 
-DEMO = Path(__file__).parents[2] / "examples" / "smollm2-135m-instruct-dflash"
+DEMO = Path(__file__).parents[3] / "examples" / "smollm2-135m-instruct-dflash"
 THINKING = "{% if enable_thinking is false %}<think></think>{% endif %}"
 
 

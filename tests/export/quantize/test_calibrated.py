@@ -31,7 +31,7 @@ from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_ta
 pytest.importorskip("modelopt", reason="targets are calibrated: pip install 'dflash-export[quantize]'")
 
 NO_TENSORRT = "engines are built: pip install 'dflash-export[tensorrt-rtx]'"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # qwen2 has biases on q, k and v; in mistral's no value head is shared, so that v_proj can take factors.
 FAMILIES = ("qwen2", "qwen3", "smollm2", "llama3", "mistral")
 SCHEMES = ("int4", "int8", "fp8")

@@ -40,7 +40,7 @@ from dflash_rt.errors import (
 )
 from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # Biases on q, k and v (qwen2), a head of its own: every kind of weight is there.
 SPEC = TargetSpec("qwen2", tied=False, vocab=40, hidden=64, layers=2, more={"intermediate_size": 96})
 PROMPT, NEW = [3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7]

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dflash_export.sources import weights as weights_module
 from dflash_export.sources.resolve import resolve_target
-from dflash_export.sources.resolve import weights as weights_module
 from dflash_export.sources.weights import Weights, open_weights
 from dflash_export.targets.config import load_target_config
 from dflash_rt.errors import CheckpointError, DFlashError, UnsupportedModelError

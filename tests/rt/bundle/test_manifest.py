@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dflash_rt.bundle.folder import manifest as manifest_module
+from dflash_rt.bundle import manifest as manifest_module
 from dflash_rt.bundle.manifest import REQUIRED_GRAPHS, FileRecord, Manifest, cache_names
 from dflash_rt.errors import ManifestError
 from tests.rt.bundle_maker import (
@@ -22,7 +22,7 @@ from tests.rt.bundle_maker import (
     with_draft_logits,
 )
 
-DOC = Path(__file__).parents[2] / "docs" / "bundle.md"
+DOC = Path(__file__).parents[3] / "docs" / "bundle.md"
 Document = dict[str, Any]
 
 
