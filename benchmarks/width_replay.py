@@ -26,9 +26,10 @@ from dflash_bench.prompts import mixed_prompts
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends.base import Inject
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
+from dflash_rt.decoding.policy import FixedWidth, WidthPolicy
 from dflash_rt.sampling.greedy import accept_greedy
-from dflash_rt.speculation.width import AcceptanceHistory, AdaptiveWidth, FixedWidth, StepCosts, WidthPolicy
-from dflash_rt.speculation.width_correction import RunningCosts
+from dflash_rt.speculation.width import AcceptanceHistory, AdaptiveWidth
+from dflash_rt.speculation.width_correction import RunningCosts, StepCosts
 
 NEW_TOKENS = 128
 RUNS = 20

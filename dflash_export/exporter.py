@@ -41,6 +41,7 @@ from dflash_export.targets.config import (
 from dflash_export.weights.plan import write_weights
 from dflash_rt import Bundle
 from dflash_rt.bundle.folder import hash_file
+from dflash_rt.bundle.graph_names import output_name
 from dflash_rt.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -55,8 +56,8 @@ from dflash_rt.bundle.manifest import (
     TargetInfo,
     TensorSpec,
     TokenizerSpec,
-    output_name,
 )
+from dflash_rt.bundle.read import manifest_json
 from dflash_rt.errors import ExportError, OutputError, RecipeError
 from dflash_rt.text.prompts import PromptEncoder
 from dflash_rt.text.tokenizer import Tokenizer
@@ -304,7 +305,7 @@ def build(
                 ),
                 files=_records(folder),
             )
-        _write_text(folder / MANIFEST_NAME, manifest.to_json())
+        _write_text(folder / MANIFEST_NAME, manifest_json(manifest))
     return Bundle.open(output)
 
 
@@ -341,7 +342,7 @@ def _limits(
             "prefill_chunk is out of range",
             found=prefill_chunk,
             expected=f"at most max_seq_len, {max_seq_len}",
-            todo="choose a smaller one, or leave it out",
+            remedy="choose a smaller one, or leave it out",
         )
     return Limits(max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
 
@@ -354,7 +355,7 @@ def _draft_width(draft_width: int | None, block_size: int, findings: Findings) -
             "draft_width is out of range",
             found=draft_width,
             expected=f"1 (no drafting) to the drafter's block_size, {block_size}",
-            todo="choose a width in that range; a drafter can't draft wider than it was trained for",
+            remedy="choose a width in that range; a drafter can't draft wider than it was trained for",
         )
     return draft_width
 
@@ -368,7 +369,7 @@ def _measured_tokens(wanted: int | None, limits: Limits) -> int:
             "measure_tokens is out of range",
             found=wanted,
             expected=f"less than max_seq_len, {limits.max_seq_len}: the prompt needs room, too",
-            todo="choose a smaller number",
+            remedy="choose a smaller number",
         )
     return wanted
 
@@ -382,7 +383,7 @@ def _check_disk(folder: Path, target: Weights, drafter: Weights, precision: str)
             "the disk is too full for the bundle",
             found=f"{free / 1e9:.2f} GB free",
             expected=f"{numbers * width / 1e9:.2f} GB",
-            todo="free disk space or choose another output",
+            remedy="free disk space or choose another output",
         )
 
 
@@ -410,7 +411,7 @@ def _save(path: Path, model: ir.Model) -> None:
             f"can't write {path}",
             found=error.strerror or error,
             expected="a writable folder with room for the bundle",
-            todo="free disk space or choose another output; nothing was left behind",
+            remedy="free disk space or choose another output; nothing was left behind",
         ) from error
     # By path, so that the checker also follows the pointers into the data files.
     onnx.checker.check_model(path, full_check=True)

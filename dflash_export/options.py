@@ -33,7 +33,7 @@ def check_options(**options: object) -> None:
             problems = [Problem("the output's name can't be recorded", _shown(folder), _TEXT, "pass a name")]
     if len(problems) == 1:
         only = problems[0]
-        raise RecipeError(only.what, found=only.found, expected=only.expected, todo=only.todo)
+        raise RecipeError(only.what, found=only.found, expected=only.expected, remedy=only.remedy)
     if problems:
         listed = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems, 1))
         raise RecipeError(f"options of the export are wrong\n{listed}")

@@ -35,7 +35,7 @@ def check_output(output: Path, *, force: bool) -> None:
             f"the output {output} exists already",
             found="a folder" if output.is_dir() else "a file",
             expected="a path where nothing is yet",
-            todo="choose another output, or pass --force to replace a bundle",
+            remedy="choose another output, or pass --force to replace a bundle",
         )
     try:
         replaceable = output.is_dir() and not output.is_symlink()
@@ -45,14 +45,14 @@ def check_output(output: Path, *, force: bool) -> None:
             f"--force won't replace {output}",
             found=f"a folder that can't be looked into: {error.strerror or error}",
             expected="a bundle or an empty folder",
-            todo="mend the permissions, choose another output, or move what is there away yourself",
+            remedy="mend the permissions, choose another output, or move what is there away yourself",
         ) from error
     if is_other:
         raise OutputError(
             f"--force won't replace {output}",
             found="something that is not a bundle",
             expected="a bundle or an empty folder",
-            todo="choose another output, or move what is there away yourself",
+            remedy="choose another output, or move what is there away yourself",
         )
 
 
@@ -188,5 +188,5 @@ def _cannot_write(output: Path, error: OSError) -> OutputError:
         f"can't write the bundle {output}",
         found=error.strerror or str(error),
         expected="a writable folder with room for the bundle",
-        todo="free disk space, mend the permissions, or choose another output; nothing was left behind",
+        remedy="free disk space, mend the permissions, or choose another output; nothing was left behind",
     )

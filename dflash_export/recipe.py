@@ -111,7 +111,7 @@ def locate_package_file(source: str) -> Path:
             "a package file is spelled wrongly",
             found=source,
             expected=f"{PACKAGE_PREFIX}NAME/FILE: a top-level package and a file inside its folder",
-            todo="correct the spelling",
+            remedy="correct the spelling",
         )
     spec = find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
@@ -123,7 +123,7 @@ def locate_package_file(source: str) -> Path:
         f"{source} can't be found",
         found=f"the package {package} without that file" if folders else f"no package {package}",
         expected=f"an installed Python package {package} that ships {inner}",
-        todo=f"install the package that provides {package}, or give a path or a hub id instead",
+        remedy=f"install the package that provides {package}, or give a path or a hub id instead",
     )
 
 
@@ -166,21 +166,21 @@ def _parse(path: Path) -> dict[str, Any]:
             f"the recipe {path} can't be read",
             found=error,
             expected="a YAML file",
-            todo="check the path; the recipes that ship are in engines/",
+            remedy="check the path; the recipes that ship are in engines/",
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(
             f"the recipe {path} is not plain YAML",
             found=_in_one_line(error),
             expected="lines of `key: value` in UTF-8",
-            todo="compare it with the recipes in engines/",
+            remedy="compare it with the recipes in engines/",
         ) from error
     if not isinstance(document, dict):
         raise RecipeError(
             f"the recipe {path} is not a mapping",
             found=type(document).__name__ if document is not None else "an empty file",
             expected="lines of `key: value`",
-            todo="compare it with the recipes in engines/",
+            remedy="compare it with the recipes in engines/",
         )
     return document
 
@@ -212,9 +212,9 @@ def _value_problems(document: Mapping[str, Any]) -> list[Problem]:
     for key, value in document.items():
         if key not in _RULES:
             continue  # reported as unknown
-        accepts, expected, todo = _RULES[key]
+        accepts, expected, remedy = _RULES[key]
         if not accepts(value):
-            problems.append(Problem(f"{key} is wrong", repr(value), expected, todo))
+            problems.append(Problem(f"{key} is wrong", repr(value), expected, remedy))
     return problems
 
 

@@ -97,7 +97,7 @@ def find_source(role: Role, info: SourceInfo, spec: str | os.PathLike[str] | Non
             f"the bundle doesn't record where its {role} lies",
             found=f"a local {info.kind}: {info.id}",
             expected=f"the path of the {role} that it was built from",
-            todo=f"name it with --{role} (or {role}=… in Python), or name the recipe with --recipe",
+            remedy=f"name it with --{role} (or {role}=… in Python), or name the recipe with --recipe",
         )
     recorded_hub_id = info.kind == "hub" and (spec is None or os.fspath(spec) == info.id)
     revision = info.revision if recorded_hub_id and not Path(info.id).exists() else None
@@ -123,7 +123,7 @@ def _require_recorded_files(role: Role, info: SourceInfo, source: Source) -> Non
             found="; ".join(problems),
             expected=f"the recorded files of {info.kind} {info.id}"
             + (f" at revision {info.revision}" if info.revision else ""),
-            todo=f"name the right {role}, or build the bundle again from this one",
+            remedy=f"name the right {role}, or build the bundle again from this one",
         )
 
 
@@ -314,5 +314,5 @@ def _cannot_load(role: Role, source: Source, found: str) -> VerifyError:
         f"PyTorch can't load the {role} {source.id}",
         found=" ".join(found.split())[:500],
         expected=f"transformers {transformers.__version__} loads what the bundle was built from",
-        todo="install the package versions that manifest.json records under provenance.packages",
+        remedy="install the package versions that manifest.json records under provenance.packages",
     )

@@ -69,10 +69,10 @@ class Problem:
     what: str
     found: str | None = None
     expected: str | None = None
-    todo: str | None = None
+    remedy: str | None = None
 
     def __str__(self) -> str:
-        labelled = (("found", self.found), ("expected", self.expected), ("what to do", self.todo))
+        labelled = (("found", self.found), ("expected", self.expected), ("what to do", self.remedy))
         lines = [f"  {label}: {text}" for label, text in labelled if text is not None]
         return "\n".join([self.what, *lines])
 
@@ -89,13 +89,13 @@ class DFlashError(Exception):
         *,
         found: object = None,
         expected: object = None,
-        todo: str | None = None,
+        remedy: str | None = None,
     ) -> None:
         self.problem = Problem(
             what,
             None if found is None else str(found),
             None if expected is None else str(expected),
-            todo,
+            remedy,
         )
         super().__init__(str(self.problem))
 

@@ -12,17 +12,18 @@ from typing import Any
 from dflash_rt.backends import create_backend
 from dflash_rt.backends.base import Backend
 from dflash_rt.bundle.folder import Bundle
+from dflash_rt.decoding.policy import FixedWidth, WidthPolicy
 from dflash_rt.errors import BackendError, BundleError, RequestError
 from dflash_rt.request import DraftWidth, ModelLimits, Request, check_count, check_ids
+from dflash_rt.request_lock import RequestLock
 from dflash_rt.sampling.params import SamplingParams
-from dflash_rt.speculation.width import AcceptanceHistory, AdaptiveWidth, FixedWidth, StepCosts, WidthPolicy
+from dflash_rt.speculation.width import AcceptanceHistory, AdaptiveWidth
 from dflash_rt.speculation.width_cache import CostKey, cost_key, load_step_costs, save_step_costs
-from dflash_rt.speculation.width_correction import RunningCosts
+from dflash_rt.speculation.width_correction import RunningCosts, StepCosts
 from dflash_rt.speculation.width_cost import measure_step_costs
 from dflash_rt.stream import GenerationResult, TokenStream
 from dflash_rt.text.prompts import Prompt, PromptEncoder
 from dflash_rt.text.stop_strings import TextAssembler
-from dflash_rt.turns import Turns
 
 __all__ = ["Generator"]
 
@@ -125,7 +126,7 @@ class Generator:
                 "the step costs don't fit the draft width",
                 found=None if costs is None else f"costs of {costs.widest} widths",
                 expected=f"costs of widths 1 to {limits.draft_width}",
-                todo="measure them with these limits, or leave them out",
+                remedy="measure them with these limits, or leave them out",
             )
         self._limits = limits
         self._backend = backend
@@ -136,7 +137,7 @@ class Generator:
         self._greedy_costs = None if costs is None else RunningCosts(costs)
         self._sampled_costs = None if costs is None else RunningCosts(costs)
         self._history = AcceptanceHistory(limits.draft_width)
-        self._turns = Turns()
+        self._lock = RequestLock()
 
     @property
     def limits(self) -> ModelLimits:
@@ -154,7 +155,7 @@ class Generator:
     @property
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
-        return self._turns.closed
+        return self._lock.closed
 
     def encode(self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
         """The token ids that :meth:`generate` would feed in for ``prompt``. Raises RequestError."""
@@ -221,7 +222,7 @@ class Generator:
             RequestError: another argument is wrong (base class of all above).
             GeneratorStateError: the generator is closed.
         """
-        self._turns.require_open()
+        self._lock.require_open()
         request = Request.check(
             self._limits,
             self._prompts.encode(prompt, chat_template_kwargs),
@@ -236,7 +237,7 @@ class Generator:
             request,
             text,
             prefill_chunk=self._limits.prefill_chunk,
-            turns=self._turns,
+            lock=self._lock,
             widths=self._widths(request),
         )
 
@@ -252,7 +253,7 @@ class Generator:
         A request that another thread is running is waited for; this thread's own open stream is closed. Step
         costs that are kept in the bundle, and that requests have shown to be others, are written there again.
         """
-        self._turns.close(self._close)
+        self._lock.close(self._close)
 
     def _close(self) -> None:
         kept, self._kept = self._kept, None
@@ -266,7 +267,7 @@ class Generator:
             self._backend.close()
 
     def __enter__(self) -> Generator:
-        self._turns.require_open()
+        self._lock.require_open()
         return self
 
     def __exit__(
@@ -286,7 +287,7 @@ def _open(bundle: str | os.PathLike[str] | Bundle, verify_files: bool) -> Bundle
         "this isn't a bundle",
         found=type(bundle).__name__,
         expected="the path of a bundle's folder, or a dflash_rt.Bundle",
-        todo="pass the folder that `dflash-export build` wrote",
+        remedy="pass the folder that `dflash-export build` wrote",
     )
 
 
@@ -314,13 +315,13 @@ def _backend(
                 f"{name} has no effect on a backend that is made already",
                 found=f"{name}={value} and a backend object",
                 expected="one of the two",
-                todo="set it where the backend is made",
+                remedy="set it where the backend is made",
             )
     if not callable(getattr(backend, "step", None)):
         raise BackendError(
             "this isn't a backend",
             found=type(backend).__name__,
             expected="a backend's name, or an object that follows dflash_rt.backends.base.Backend",
-            todo='pass backend="onnxruntime", or leave it out',
+            remedy='pass backend="onnxruntime", or leave it out',
         )
     return backend

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
-from dflash_rt.backends.base import IntArray
+from dflash_rt.arrays import IntArray
 from dflash_rt.errors import ContextLengthError, PromptError, RequestError, SamplingError
 from dflash_rt.sampling.params import SamplingParams
 
@@ -74,7 +74,7 @@ class ModelLimits:
                 "draft_width is larger than a draft block",
                 found=width,
                 expected=f"1 to {block_size}, the drafter's block_size",
-                todo=f"pass at most {block_size}; 1 is no drafting",
+                remedy=f"pass at most {block_size}; 1 is no drafting",
             )
         return cls(
             vocab_size=manifest.target.vocab_size,
@@ -129,14 +129,14 @@ class Request:
                 "the prompt is empty",
                 found="0 tokens",
                 expected="at least one token",
-                todo="pass some text, or start with the model's beginning-of-text token id",
+                remedy="pass some text, or start with the model's beginning-of-text token id",
             )
         if sampling is not None and not isinstance(sampling, SamplingParams):
             raise SamplingError(
                 "sampling has a wrong type",
                 found=f"{type(sampling).__name__}",
                 expected="dflash_rt.SamplingParams or None",
-                todo="pass sampling=SamplingParams(temperature=0.7), say, or leave it out",
+                remedy="pass sampling=SamplingParams(temperature=0.7), say, or leave it out",
             )
         if not isinstance(speculative, bool):
             raise _wrong("speculative", speculative, "True or False", "pass False for plain decoding")
@@ -180,7 +180,7 @@ def check_ids(
             f"{name} can't be read as token ids",
             found=found,
             expected="a list of ints, or an array of integers with one axis",
-            todo="convert it to a list of ints first",
+            remedy="convert it to a list of ints first",
         )
     for position, item in enumerate(items):
         if isinstance(item, bool) or not isinstance(item, Integral):
@@ -188,14 +188,14 @@ def check_ids(
                 f"{name} has something at position {position} that isn't a token id",
                 found=f"{item!r} ({type(item).__name__})",
                 expected="an int",
-                todo="pass token ids only; text goes in as one str, a chat as a list of messages",
+                remedy="pass token ids only; text goes in as one str, a chat as a list of messages",
             )
         if not 0 <= int(item) < vocab_size:
             raise error(
                 f"{name} has a token id at position {position} that is outside the vocabulary",
                 found=int(item),
                 expected=f"0 to {vocab_size - 1}",
-                todo="encode the text with the tokenizer of this bundle's target",
+                remedy="encode the text with the tokenizer of this bundle's target",
             )
     return [int(item) for item in items]
 
@@ -206,18 +206,18 @@ def _room(limits: ModelLimits, prompt_tokens: int, max_new_tokens: int | None) -
     if wanted <= most:
         return wanted
     if most > 0:
-        todo = f"pass at most max_new_tokens={most}, or shorten the prompt"
+        remedy = f"pass at most max_new_tokens={most}, or shorten the prompt"
     else:
-        todo = f"shorten the prompt to {limits.max_seq_len - 1} tokens or less"
+        remedy = f"shorten the prompt to {limits.max_seq_len - 1} tokens or less"
     raise ContextLengthError(
         "the prompt and its output don't fit the bundle's limit",
         found=f"{prompt_tokens} prompt tokens + max_new_tokens {wanted} = {prompt_tokens + wanted}",
         expected=f"at most max_seq_len {limits.max_seq_len}",
-        todo=f"{todo}; or build with a larger --max-seq-len",
+        remedy=f"{remedy}; or build with a larger --max-seq-len",
     )
 
 
-def _wrong(name: str, found: object, expected: str, todo: str) -> RequestError:
+def _wrong(name: str, found: object, expected: str, remedy: str) -> RequestError:
     return RequestError(
-        f"{name} is wrong", found=f"{found!r} ({type(found).__name__})", expected=expected, todo=todo
+        f"{name} is wrong", found=f"{found!r} ({type(found).__name__})", expected=expected, remedy=remedy
     )

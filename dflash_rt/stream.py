@@ -11,15 +11,15 @@ from typing import Literal, TypeAlias
 
 from dflash_rt.backends.base import Backend
 from dflash_rt.decoding.loop import Decoded, decode
+from dflash_rt.decoding.policy import FixedWidth, WidthPolicy
 from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.errors import GeneratorStateError
 from dflash_rt.request import Request
+from dflash_rt.request_lock import RequestLock
 from dflash_rt.sampling.params import TokenLogprob
 from dflash_rt.sampling.sampler import Sampler
-from dflash_rt.speculation.width import FixedWidth, WidthPolicy
 from dflash_rt.stats import GenerationStats
 from dflash_rt.text.stop_strings import TextAssembler
-from dflash_rt.turns import Turns
 
 __all__ = ["Chunk", "FinishReason", "GenerationResult", "TokenStream"]
 
@@ -82,14 +82,14 @@ class TokenStream(Iterator[Chunk]):
         text: TextAssembler,
         *,
         prefill_chunk: int,
-        turns: Turns,
+        lock: RequestLock,
         widths: WidthPolicy | None = None,
     ) -> None:
         self._state: Literal["new", "waiting", "running", "ended"] = "new"
         self._backend = backend
         self._request = request
         self._assembler = text
-        self._turns = turns
+        self._lock = lock
         self._sequence = Sequence(request.prompt)
         sampling = request.sampling
         self._sampler = Sampler(sampling, request.prompt) if sampling.needs_logits else None
@@ -125,7 +125,7 @@ class TokenStream(Iterator[Chunk]):
                 raise _misused("next() was called from inside the stream's own step")
             if self._state != "running":
                 raise StopIteration
-            self._turns.advance()
+            self._lock.advance()
             self._inside = True
             try:
                 chunk = self._advance()
@@ -148,7 +148,7 @@ class TokenStream(Iterator[Chunk]):
                 "the stream has no result",
                 found="it ended with an error" if self._state == "ended" else "it hasn't ended",
                 expected="a stream that was read to its end, or closed",
-                todo="read it to its end or close it; after an error, start a new one",
+                remedy="read it to its end or close it; after an error, start a new one",
             )
         return self._result
 
@@ -174,7 +174,7 @@ class TokenStream(Iterator[Chunk]):
         # Nobody is left to ask for the result; what matters is the turn.
         if self._state == "running":
             self._state = "ended"
-            self._turns.release()
+            self._lock.release()
 
     def _wait_for_turn(self) -> None:
         with self._mutex:
@@ -185,7 +185,7 @@ class TokenStream(Iterator[Chunk]):
             self._state = "waiting"
         taken = False
         try:
-            self._turns.take(self)  # not under the mutex: close() must get through while this waits
+            self._lock.take(self)  # not under the mutex: close() must get through while this waits
             taken = True
         finally:
             self._settle(taken)
@@ -195,7 +195,7 @@ class TokenStream(Iterator[Chunk]):
             if self._state == "waiting":
                 self._state = "running" if taken else "new"
             elif taken:  # closed while it waited
-                self._turns.release()
+                self._lock.release()
 
     def _advance(self) -> Chunk:
         began = time.perf_counter()
@@ -234,7 +234,7 @@ class TokenStream(Iterator[Chunk]):
                 self._result = self._make_result(reason)
         finally:
             if running:
-                self._turns.release()
+                self._lock.release()
 
     def _make_result(self, reason: FinishReason) -> GenerationResult:
         token_ids = tuple(token for chunk in self._chunks for token in chunk.token_ids)
@@ -271,5 +271,5 @@ def _misused(found: str) -> GeneratorStateError:
         "a stream was used twice at once",
         found=found,
         expected="one next() at a time",
-        todo="read a stream from one place; close() may be called from anywhere",
+        remedy="read a stream from one place; close() may be called from anywhere",
     )

@@ -36,7 +36,7 @@ class BackendSpec:
                 "unknown backend",
                 found=repr(text),
                 expected=f"one of {', '.join(BACKEND_NAMES)}, with or without {FUSED} and then {NO_GRAPH}",
-                todo="check the spelling",
+                remedy="check the spelling",
             )
         return cls(name, graph=rest == text, fused=name != rest)
 

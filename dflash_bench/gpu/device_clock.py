@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dflash_rt.backends.base import Backend, IntArray, StepOutput
+from dflash_rt.arrays import IntArray
+from dflash_rt.backends.base import Backend, StepOutput
 from dflash_rt.backends.device.backend import DeviceBackend
 from dflash_rt.backends.device.plan import Copy, Operation, Run
 from dflash_rt.backends.device.protocols import Device

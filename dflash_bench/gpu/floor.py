@@ -48,7 +48,7 @@ def step_bytes(bundle: Bundle, width: int, context: int) -> StepBytes:
             "a mixture of experts has no floor",
             found=manifest.target.model_type,
             expected="a target whose steps all read the same weights",
-            todo="measure another pair",
+            remedy="measure another pair",
         )
     graphs = ["target", "lm_head"]
     if width > 1:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from dflash_bench.machine import cpu_name, load_average, physical_cores
+from dflash_bench.machine import load_average
 from dflash_export.engines.devices import present_gpu
+from dflash_rt.machine import cpu_name, physical_cores
 
 __all__ = ["copy_bandwidth", "environment", "free_bytes", "gpu_name", "release_memory", "synchronise"]
 

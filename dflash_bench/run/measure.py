@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, TypeGuard, TypeVar
 
 from dflash_bench.floor import StepFloor, measure_read_bandwidth, step_floor
-from dflash_bench.machine import cpu_name, load_average, package_versions, physical_cores
+from dflash_bench.machine import load_average, package_versions
 from dflash_bench.prompts import default_prompts
 from dflash_bench.run.report import BESIDE, PLAIN, BenchReport, Conditions
 from dflash_bench.systems.base import (
@@ -32,6 +32,7 @@ from dflash_rt.backends import create_backend, takes_threads
 from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import PromptError, RequestError
 from dflash_rt.generator import Generator
+from dflash_rt.machine import cpu_name, physical_cores
 from dflash_rt.request import check_count
 from dflash_rt.text.prompts import Prompt
 
@@ -193,7 +194,7 @@ def check_counts(max_new_tokens: int, repeats: int) -> None:
             "max_new_tokens is too small to measure decoding",
             found=max_new_tokens,
             expected="at least 2: the first token is the prefill's",
-            todo="pass more",
+            remedy="pass more",
         )
 
 
@@ -294,7 +295,7 @@ def checked_widths(widths: Sequence[int], bundle: Bundle) -> tuple[int, ...]:
                 "a draft width can't be measured",
                 found=width,
                 expected=f"2 to {block_size}, the drafter's block_size",
-                todo="choose one in that range; plain decoding, which is width 1, is always measured",
+                remedy="choose one in that range; plain decoding, which is width 1, is always measured",
             )
     return chosen
 
@@ -336,7 +337,7 @@ def _open_beside(beside: str | os.PathLike[str] | Bundle, setup: BenchSetup) -> 
             "the bundle beside has another vocabulary",
             found=f"{other} tokens in {bundle.root}",
             expected=f"{mine} tokens, since both get the same token ids",
-            todo="name a bundle of the same target",
+            remedy="name a bundle of the same target",
         )
     checked_widths(setup.draft_widths, bundle)
     return bundle
@@ -363,7 +364,7 @@ def encode_prompts(generator: Generator, prompts: Sequence[Prompt], max_new_toke
             "there is no prompt to measure with",
             found="an empty list",
             expected="at least one prompt",
-            todo="pass some, or None for the built-in ones",
+            remedy="pass some, or None for the built-in ones",
         )
     encoded = [generator.encode(prompt) for prompt in prompts]
     for ids in encoded:

@@ -48,14 +48,14 @@ def check_plot(path: str | os.PathLike[str]) -> Path:
             "a plot needs matplotlib",
             found=error,
             expected="the package matplotlib",
-            todo="pip install 'dflash-export[bench]', or leave out the plot",
+            remedy="pip install 'dflash-export[bench]', or leave out the plot",
         ) from error
     if path.suffix.lower() != ".png":
         raise RequestError(
             "the plot has a wrong file name",
             found=str(path),
             expected="a name that ends in .png",
-            todo="choose such a name",
+            remedy="choose such a name",
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,5 +200,5 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
         f"the plot {path} can't be written",
         found=error.strerror or error,
         expected="a file in a writable folder",
-        todo="choose another path",
+        remedy="choose another path",
     )

@@ -246,7 +246,7 @@ def find_factories(names: Iterable[str]) -> dict[str, EntryPoint]:
             expected=", ".join([*known, ALL])
             if known
             else f"a package with entry points {ENTRY_POINT_GROUP}",
-            todo="check the spelling; hf, reference and genai come with dflash-export once it is installed",
+            remedy="check the spelling; hf, reference and genai come with dflash-export once it is installed",
         )
     return {name: known[name] for name in wanted}
 
@@ -289,7 +289,7 @@ def _load(name: str, entry: EntryPoint) -> ContenderFactory:
             f"{name} can't be imported",
             found=error,
             expected=f"what its package promises: {entry.value}",
-            todo="install what is missing; for hf and reference: pip install 'dflash-export[export]'",
+            remedy="install what is missing; for hf and reference: pip install 'dflash-export[export]'",
         ) from error
 
 

@@ -82,8 +82,8 @@ def _make_genai(name: str, setup: BenchSetup, precision: Precision) -> Sequence[
     try:
         library = importlib.import_module("onnxruntime_genai")
     except ImportError as error:
-        todo = "pip install --no-deps onnxruntime-genai==0.18.0 (Python 3.11 or newer)"
-        raise _missing(name, "onnxruntime-genai", todo) from error
+        remedy = "pip install --no-deps onnxruntime-genai==0.18.0 (Python 3.11 or newer)"
+        raise _missing(name, "onnxruntime-genai", remedy) from error
     folder = genai_model(setup, lambda: _target(setup, name), precision)
     return [_GenAI(name, library, folder, setup)]
 
@@ -199,7 +199,7 @@ class _GenAI:
                 "onnxruntime-genai can't run the target",
                 found=" ".join(str(error).split())[:300],
                 expected="a model that its kernels support",
-                todo=f"leave {name} out of --compare",
+                remedy=f"leave {name} out of --compare",
             ) from error
 
     def decode(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Outcome:
@@ -268,7 +268,7 @@ def _require_fp32(setup: BenchSetup, name: str) -> None:
             f"{name} decodes in fp32 and the bundle doesn't",
             found=f"a bundle of precision {precision}",
             expected="fp32: anything else would compare two different things",
-            todo=f"leave {name} out of --compare, or build the bundle with --precision fp32",
+            remedy=f"leave {name} out of --compare, or build the bundle with --precision fp32",
         )
 
 
@@ -280,12 +280,12 @@ def _needs_torch(name: str) -> Iterator[None]:
         raise _missing(name, error.name or "a package", "pip install 'dflash-export[export]'") from error
 
 
-def _missing(name: str, package: str, todo: str) -> BackendUnavailableError:
+def _missing(name: str, package: str, remedy: str) -> BackendUnavailableError:
     return BackendUnavailableError(
         f"{name} can't be compared with",
         found=f"{package} isn't installed",
         expected=f"the package {package}",
-        todo=f"{todo}; or leave it out of --compare",
+        remedy=f"{remedy}; or leave it out of --compare",
     )
 
 

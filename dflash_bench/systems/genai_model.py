@@ -52,7 +52,7 @@ def genai_model(setup: BenchSetup, load_target: Callable[[], Any], precision: Pr
             f"can't write {folder}",
             found=error.strerror or error,
             expected="a writable folder with room for two copies of the target",
-            todo="free disk space, or name another folder with --cache-folder",
+            remedy="free disk space, or name another folder with --cache-folder",
         ) from error
     return folder
 
@@ -112,5 +112,5 @@ def run_builder(checkpoint: Path, output: Path, precision: Precision = "fp32") -
             "onnxruntime-genai's builder can't convert the target",
             found=lines[-1] if lines else f"exit code {done.returncode}",
             expected=f"a target that onnxruntime-genai {version('onnxruntime-genai')} knows",
-            todo=f"leave {_NAMES[precision]} out of --compare",
+            remedy=f"leave {_NAMES[precision]} out of --compare",
         )

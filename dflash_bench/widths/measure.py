@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from dflash_bench.machine import load_average, physical_cores
+from dflash_bench.machine import load_average
 from dflash_bench.prompts import mixed_prompts
 from dflash_bench.run.measure import (
     Say,
@@ -27,6 +27,7 @@ from dflash_bench.run.measure import (
 from dflash_bench.systems.base import OurContender, OurRun, Outcome
 from dflash_bench.widths.report import WidthsReport
 from dflash_rt.bundle.folder import Bundle
+from dflash_rt.machine import physical_cores
 from dflash_rt.request import check_count
 from dflash_rt.sampling.params import SamplingParams
 from dflash_rt.text.prompts import Prompt

@@ -11,7 +11,7 @@ from typing import Any
 
 from dflash_bench.run.report import PLAIN, Conditions
 from dflash_bench.stats import Agreement, Outcomes, Ratio, Summary, agreement, ratio, summarise
-from dflash_rt.speculation.width import StepCosts
+from dflash_rt.speculation.width_correction import StepCosts
 
 __all__ = ["ADAPTIVE", "WidthsReport"]
 

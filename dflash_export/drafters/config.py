@@ -244,7 +244,7 @@ class DrafterConfig:
                 "transformers refuses the drafter's configuration",
                 found=f"{type(error).__name__}: {error}",
                 expected="values that Qwen3Config accepts",
-                todo="compare config.json with the published one",
+                remedy="compare config.json with the published one",
             ) from error
 
     def _dflash_config(self) -> dict[str, Any]:
@@ -383,7 +383,7 @@ def _layer_types(read: ConfigReader, layers: int) -> tuple[str, ...]:
             "the drafter has layers of a kind that isn't supported",
             found=repr(kinds),
             expected=f"a list of {' and '.join(_LAYER_TYPES)}",
-            todo="use a drafter that has only these",
+            remedy="use a drafter that has only these",
         )
         read.findings.add(error, "layer_types")
         return (_LAYER_TYPES[0],) * layers
@@ -395,7 +395,7 @@ def _rope(raw: Mapping[str, Any], positions: int, findings: Findings) -> dict[st
         rope = normalised_rope(raw, positions)
         errors: list[ExportError] = [
             UnsupportedModelError(
-                problem.what, found=problem.found, expected=problem.expected, todo=problem.todo
+                problem.what, found=problem.found, expected=problem.expected, remedy=problem.remedy
             )
             for problem in rope_problems(rope, "drafter")
         ]
@@ -418,6 +418,6 @@ def _check_causality(read: ConfigReader, config: DrafterConfig) -> None:
                 f"{name} contradicts what the reference implementation does with this file",
                 found=f"{name} {value}, and per layer {config.layer_is_causal} in the reference",
                 expected="the same for all layers: the reference reads only a top-level is_causal",
-                todo="set is_causal at the top level of config.json to what the drafter was trained with",
+                remedy="set is_causal at the top level of config.json to what the drafter was trained with",
             )
             read.findings.add(error, name)

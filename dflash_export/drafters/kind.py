@@ -23,7 +23,7 @@ _FOREIGN_KEYS = frozenset(
         "sliding_window_non_causal",
     }
 )
-_TODO = "use a DFlash or DFlash 2 drafter in z-lab's format, or a DFlash drafter in the speculators format"
+_REMEDY = "use a DFlash or DFlash 2 drafter in z-lab's format, or a DFlash drafter in the speculators format"
 
 
 def drafter_kind(raw: Mapping[str, Any]) -> DrafterKind:
@@ -43,7 +43,7 @@ def drafter_kind(raw: Mapping[str, Any]) -> DrafterKind:
             "this is not a DFlash drafter",
             found=f"architectures {architectures}, model_type {raw.get('model_type')!r}",
             expected=" or ".join(f"architectures ['{name}']" for name in _ARCHITECTURES),
-            todo="check that target and drafter weren't swapped, or " + _TODO,
+            remedy="check that target and drafter weren't swapped, or " + _REMEDY,
         )
     kind = kinds[0]
     if kind == "dflash-v1" and keys & DFLASH2_KEYS:
@@ -51,7 +51,7 @@ def drafter_kind(raw: Mapping[str, Any]) -> DrafterKind:
             "this drafter is half a DFlash 2 drafter",
             found=f"architecture DFlashDraftModel with {', '.join(sorted(keys & DFLASH2_KEYS))}",
             expected="architecture DFlash2DraftModel, or none of these keys",
-            todo="use the config.json that was published with the drafter",
+            remedy="use the config.json that was published with the drafter",
         )
     _refuse_variants(raw, keys)
     return kind
@@ -64,7 +64,7 @@ def _speculators_kind(raw: Mapping[str, Any]) -> DrafterKind:
             "this drafter of the speculators format isn't a DFlash drafter",
             found=f"speculators_model_type {found!r}",
             expected="speculators_model_type 'dflash'",
-            todo=_TODO,
+            remedy=_REMEDY,
         )
     return "speculators"
 
@@ -81,5 +81,5 @@ def _refuse_variants(raw: Mapping[str, Any], keys: set[str]) -> None:
             "this drafter differs from z-lab's format",
             found=", ".join([*foreign, f"model_type {raw.get('model_type', 'qwen3')!r}"]),
             expected="model_type 'qwen3', the target's whole vocabulary, weights that aren't quantised",
-            todo=_TODO,
+            remedy=_REMEDY,
         )

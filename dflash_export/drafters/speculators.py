@@ -22,7 +22,7 @@ from dflash_rt.errors import CheckpointError, UnsupportedModelError
 
 __all__ = ["parse_speculators_config"]
 
-_TODO = "use the config.json that was published with the drafter"
+_REMEDY = "use the config.json that was published with the drafter"
 # What DFlashSpeculatorConfig has, with the values that a file may leave out.
 _DEFAULTS: dict[str, Any] = {
     "block_size": 8,
@@ -83,7 +83,7 @@ def parse_speculators_config(raw: Mapping[str, Any], findings: Findings) -> Draf
             "the drafter is of another width than its target",
             found=f"target_hidden_size {width!r}, hidden_size {body.hidden_size}",
             expected="the same",
-            todo="use a drafter that is as wide as its target",
+            remedy="use a drafter that is as wide as its target",
         )
         findings.add(error, "target_hidden_size")
     return dataclasses.replace(
@@ -107,14 +107,14 @@ def _layer_config(read: ConfigReader) -> dict[str, Any]:
             "transformer_layer_config in the drafter's config.json is wrong",
             found=repr(layers),
             expected="an object",
-            todo=_TODO,
+            remedy=_REMEDY,
         )
     if layers.get("model_type", "qwen3") != "qwen3":
         raise UnsupportedModelError(
             "the drafter's layers are of a kind that isn't supported",
             found=f"model_type {layers['model_type']!r} in transformer_layer_config",
             expected="model_type 'qwen3'",
-            todo="use a drafter with Qwen3 layers",
+            remedy="use a drafter with Qwen3 layers",
         )
     defaults = Qwen3Config().to_dict()
     _refuse_unknown("transformer_layer_config", layers, _LAYER_KEYS | set(defaults))
@@ -139,7 +139,7 @@ def _feature_layers(read: ConfigReader) -> tuple[int, ...]:
             "the drafter taps the target's embedding",
             found=f"aux_hidden_state_layer_ids {list(ids)}, of which 0 is the embedding",
             expected="ids from 1: the output of the first layer",
-            todo="use a drafter that taps layers only",
+            remedy="use a drafter that taps layers only",
         )
         read.findings.add(error, "target_layer_ids")
         return (0,)
@@ -159,7 +159,7 @@ def _check_proposals(read: ConfigReader) -> None:
             "the drafter is meant to be run in another way",
             found=f"algorithm {algorithm!r} with proposals {kinds}",
             expected="algorithm 'dflash' with greedy proposals",
-            todo=_TODO,
+            remedy=_REMEDY,
         )
 
 
@@ -169,5 +169,5 @@ def _refuse_unknown(where: str, found: Mapping[str, Any], known: Set[str]) -> No
             f"{where} has keys that aren't known",
             found=", ".join(unknown),
             expected="keys of DFlashSpeculatorConfig and of transformers' configs",
-            todo="remove a key from config.json only if it has no effect on the model",
+            remedy="remove a key from config.json only if it has no effect on the model",
         )

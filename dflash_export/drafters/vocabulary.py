@@ -11,7 +11,7 @@ from dflash_rt.errors import Problem
 __all__ = ["MAPPING", "mapping_problems", "target_ids"]
 
 MAPPING = ("d2t", "t2d")
-_TODO = "use the weights that were published with the drafter"
+_REMEDY = "use the weights that were published with the drafter"
 
 
 def target_ids(drafter: DrafterConfig, weights: Weights) -> torch.Tensor:
@@ -31,14 +31,14 @@ def mapping_problems(drafter: DrafterConfig, weights: Weights) -> list[Problem]:
     own, vocab = drafter.draft_vocab_size, drafter.vocab_size
     if own is not None and own > vocab:
         found, expected = f"draft_vocab_size {own}", f"at most {vocab}"
-        return [Problem("the drafter's vocabulary is larger than the target's", found, expected, _TODO)]
+        return [Problem("the drafter's vocabulary is larger than the target's", found, expected, _REMEDY)]
     if own is None or own == vocab or not _are_whole(drafter, weights):
         return []
     dtypes = {name: weights.dtype(name) for name in MAPPING}
     if dtypes != {"d2t": torch.int64, "t2d": torch.bool}:
         found = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
         expected = "d2t torch.int64, t2d torch.bool"
-        return [Problem("the drafter's vocabulary mapping has other dtypes", found, expected, _TODO)]
+        return [Problem("the drafter's vocabulary mapping has other dtypes", found, expected, _REMEDY)]
     return _id_problems(target_ids(drafter, weights), weights.rows("t2d", 0, vocab))
 
 
@@ -53,11 +53,11 @@ def _id_problems(ids: torch.Tensor, marked_as_drafted: torch.Tensor) -> list[Pro
     if outside.numel():
         found = f"{outside.numel()} ids such as {int(outside[0])}"
         expected = f"0 to {vocab - 1}, each as i + d2t[i]"
-        return [Problem("the drafter maps to tokens that the target doesn't have", found, expected, _TODO)]
+        return [Problem("the drafter maps to tokens that the target doesn't have", found, expected, _REMEDY)]
     marked = torch.zeros(vocab, dtype=torch.bool)
     marked[ids] = True
     if not torch.equal(marked, marked_as_drafted) or int(marked.sum()) != own:
         found = f"{int(marked.sum())} different tokens behind d2t, others than those that t2d marks"
         expected = f"{own} tokens, the same in both"
-        return [Problem("the drafter's vocabulary mappings contradict each other", found, expected, _TODO)]
+        return [Problem("the drafter's vocabulary mappings contradict each other", found, expected, _REMEDY)]
     return []

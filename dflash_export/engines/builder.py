@@ -76,7 +76,7 @@ def _start(vendor: Vendor, logger: Any) -> Any:
             f"{vendor.backend} can't start",
             found="; ".join(logger.errors) or error,
             expected="a working GPU and driver" if vendor.needs_gpu else "a working library",
-            todo="check the driver with nvidia-smi",
+            remedy="check the driver with nvidia-smi",
         ) from error
 
 
@@ -139,7 +139,7 @@ def _add_profile(config: Any, profile: Any, job: EngineJob, index: int, errors: 
             f"no engine for {job.graph}: its profile {job.profiles[index].name} was not taken",
             found="; ".join(errors) or f"index {found}",
             expected=f"index {index}",
-            todo="report this graph, with the options that it was built with",
+            remedy="report this graph, with the options that it was built with",
         )
 
 
@@ -163,11 +163,11 @@ def _failed(job: EngineJob, errors: list[str]) -> EngineBuildError:
             f"no engine for {job.graph}: its attention has no fused kernel in {job.build.precision}",
             found=text,
             expected="a head size that is fused, such as 64, 128 or 256",
-            todo="build the bundle in fp32, or use another backend",
+            remedy="build the bundle in fp32, or use another backend",
         )
     return EngineBuildError(
         f"the engine for {job.graph} can't be built",
         found=text,
         expected="a network that this version of the library compiles",
-        todo="try a newer version of the library, more --workspace, or report this graph",
+        remedy="try a newer version of the library, more --workspace, or report this graph",
     )

@@ -172,7 +172,7 @@ class _Work:
 
 def _wrong(option: str, found: object, expected: str) -> EngineBuildError:
     return EngineBuildError(
-        f"{option} is out of range", found=found, expected=expected, todo="mend the option"
+        f"{option} is out of range", found=found, expected=expected, remedy="mend the option"
     )
 
 
@@ -195,7 +195,7 @@ def _check_precision(precision: str, quantize: str | None) -> None:
             f"no engines of a target in {quantize} with caches and activations in fp32",
             found="precision fp32",
             expected="bf16 or fp16: half the memory, and fused attention",
-            todo="build the bundle with --precision bf16",
+            remedy="build the bundle with --precision bf16",
         )
 
 
@@ -222,7 +222,7 @@ def _check_targets(
             "a device class and compute capabilities say the same thing",
             found=f"{chosen.name} and {', '.join(map(str, compute_capabilities))}",
             expected="one of them",
-            todo="leave one out",
+            remedy="leave one out",
         )
     if not vendor.needs_gpu:
         wanted = (chosen.compute_capability,) if chosen else tuple(sorted(set(compute_capabilities)))
@@ -232,7 +232,7 @@ def _check_targets(
             f"{vendor.backend} builds for the GPU that it runs on",
             found=f"compute capabilities {', '.join(map(str, compute_capabilities))}",
             expected="no choice",
-            todo="leave it out, or use the backend tensorrt-rtx",
+            remedy="leave it out, or use the backend tensorrt-rtx",
         )
     gpu = present_gpu()
     if gpu is None:
@@ -240,14 +240,14 @@ def _check_targets(
             f"{vendor.backend} builds engines on the GPU that will run them",
             found="no GPU",
             expected="a CUDA device and its driver",
-            todo="run `dflash-export compile` on the machine that will run the engines, or use tensorrt-rtx",
+            remedy="compile on the machine that will run the engines, or use tensorrt-rtx",
         )
     if chosen is not None and chosen.compute_capability != gpu.compute_capability:
         raise EngineBuildError(
             f"this machine is not a {chosen.title}",
             found=f"{gpu.name} (sm{gpu.compute_capability})",
             expected=f"sm{chosen.compute_capability}",
-            todo="build on that machine; TensorRT can't build for another GPU",
+            remedy="build on that machine; TensorRT can't build for another GPU",
         )
     if fp8:
         check_fp8(gpu.name, gpu.compute_capability)
@@ -262,7 +262,7 @@ def _known_targets(vendor: Vendor, wanted: tuple[int, ...], *, fp8: bool) -> tup
             f"{vendor.backend} {vendor.version} can't build for this GPU",
             found=", ".join(f"sm{number}" for number in unknown),
             expected=", ".join(f"sm{number}" for number in known),
-            todo="use the backend tensorrt on that machine",
+            remedy="use the backend tensorrt on that machine",
         )
     # TensorRT-RTX has no fp32 products for Turing (sm75), and nearly every bundle has some: the feature
     # projection of an fp16 bundle runs in fp32.
@@ -286,7 +286,7 @@ def _engine_spec(bundle: Bundle, graph: str, limits: EngineLimits) -> EngineSpec
             f"{spec.path} reads files that the bundle doesn't list",
             found=", ".join(unlisted),
             expected="files of the bundle",
-            todo="copy the bundle again, or build it again with `dflash-export build --force`",
+            remedy="copy the bundle again, or build it again with `dflash-export build --force`",
         )
     return EngineSpec(
         sources={name: manifest.files[name].sha256 for name in sorted(names)},
@@ -309,7 +309,7 @@ def _only_builder(parent: Path, progress: Progress) -> Iterator[None]:
             f"can't write to {parent}",
             found=error.strerror or error,
             expected="a writable bundle: its engines are kept in it",
-            todo="mend the permissions, or copy the bundle to where it can be written",
+            remedy="mend the permissions, or copy the bundle to where it can be written",
         ) from error
     with lock:
         try:
@@ -339,7 +339,7 @@ def _present(output: Path, progress: Progress) -> EngineSet | None:
             f"the damaged engines in {output} can't be removed",
             found=error.strerror or error,
             expected="a writable bundle",
-            todo="remove that folder",
+            remedy="remove that folder",
         ) from error
     return None
 

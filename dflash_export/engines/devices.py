@@ -87,14 +87,14 @@ def check_device(name: str, backend: str) -> DeviceClass:
             "unknown device class",
             found=name,
             expected=", ".join(DEVICE_CLASSES),
-            todo="choose one of these, or give --sm with the GPU's compute capability",
+            remedy="choose one of these, or give --sm with the GPU's compute capability",
         )
     if backend not in device.backends:
         raise EngineBuildError(
             f"{device.title} can't run engines of {backend}",
             found=backend,
             expected=", ".join(device.backends),
-            todo=f"choose --backend {device.backends[0]}",
+            remedy=f"choose --backend {device.backends[0]}",
         )
     return device
 
@@ -110,5 +110,5 @@ def check_fp8(name: str, compute_capability: int) -> None:
             f"{name} has no FP8",
             found=f"compute capability {compute_capability // 10}.{compute_capability % 10}",
             expected="8.9 (Ada) or newer",
-            todo="build the bundle with --int8 or --int4 instead of --fp8",
+            remedy="build the bundle with --int8 or --int4 instead of --fp8",
         )

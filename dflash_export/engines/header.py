@@ -65,7 +65,7 @@ def read_header(path: Path) -> onnx.ModelProto:
             f"{path} can't be read",
             found=str(error) or type(error).__name__,
             expected="an ONNX graph",
-            todo="copy the bundle again, or build it again with `dflash-export build --force`",
+            remedy="copy the bundle again, or build it again with `dflash-export build --force`",
         ) from error
 
 

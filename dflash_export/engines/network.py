@@ -133,6 +133,6 @@ def parse(trt: ModuleType, builder: Any, logger: Any, header: GraphHeader) -> tu
             f"{header.path.name} can't be parsed",
             found="; ".join(errors) or "; ".join(logger.errors) or "no message",
             expected="a graph that this version of TensorRT supports",
-            todo="use a newer version of TensorRT, or report this graph",
+            remedy="use a newer version of TensorRT, or report this graph",
         )
     return Network(trt, definition), parser

@@ -11,7 +11,7 @@ from dflash_rt.errors import EngineBuildError
 
 __all__ = ["check_network", "check_parsed_whole"]
 
-_TODO = "build the bundle again with this version of dflash-export; if it is refused again, report it"
+_REMEDY = "build the bundle again with this version of dflash-export; if it is refused again, report it"
 
 
 def check_network(
@@ -35,7 +35,7 @@ def check_network(
 
 
 def _refuse(graph: str, what: str, found: object, expected: str) -> EngineBuildError:
-    return EngineBuildError(f"no engine for {graph}: {what}", found=found, expected=expected, todo=_TODO)
+    return EngineBuildError(f"no engine for {graph}: {what}", found=found, expected=expected, remedy=_REMEDY)
 
 
 def _check_tensors(

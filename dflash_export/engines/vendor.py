@@ -71,7 +71,7 @@ class Vendor:
                     f"{name} is not for {self.backend}",
                     found="an option of TensorRT",
                     expected="engines for the listed GPUs and for this version of TensorRT-RTX",
-                    todo="leave it out; without --sm the engines are for every GPU that TensorRT-RTX knows",
+                    remedy="leave it out; without --sm the engines are for every GPU that TensorRT-RTX knows",
                 )
 
 
@@ -89,7 +89,10 @@ def load_vendor(backend: str) -> Vendor:
     """
     if backend not in _MODULES:
         raise EngineBuildError(
-            "unknown engine backend", found=backend, expected=", ".join(BACKENDS), todo="choose one of these"
+            "unknown engine backend",
+            found=backend,
+            expected=", ".join(BACKENDS),
+            remedy="choose one of these",
         )
     oldest = ".".join(map(str, _OLDEST[backend]))
     try:
@@ -99,7 +102,7 @@ def load_vendor(backend: str) -> Vendor:
             f"the {backend} library can't be imported",
             found=error,
             expected=f"the package {_MODULES[backend]}, version {oldest} or newer",
-            todo=f"pip install 'dflash-export[{backend}]'",
+            remedy=f"pip install 'dflash-export[{backend}]'",
         ) from error
     vendor = Vendor(backend, module)
     if tuple(int(part) for part in vendor.version.split(".")[:2] if part.isdigit()) < _OLDEST[backend]:
@@ -107,6 +110,6 @@ def load_vendor(backend: str) -> Vendor:
             f"{backend} is too old",
             found=vendor.version,
             expected=f"{oldest} or newer: the first with caches that are updated in place",
-            todo=f"pip install --upgrade 'dflash-export[{backend}]'",
+            remedy=f"pip install --upgrade 'dflash-export[{backend}]'",
         )
     return vendor

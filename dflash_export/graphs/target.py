@@ -27,7 +27,7 @@ from dflash_export.graphs.modules import (
 from dflash_export.graphs.step import accept_graph, draft_check_graph
 from dflash_export.graphs.trace import ATTENTION, GraphInput, emit_operators, fake_mode, trace
 from dflash_export.targets.config import target_facts
-from dflash_rt.bundle.manifest import cache_names, output_name
+from dflash_rt.bundle.graph_names import cache_names, output_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -19,6 +19,7 @@ from dflash_rt.bundle.manifest import (
     SourceInfo,
     TensorSpec,
 )
+from dflash_rt.bundle.read import manifest_json
 
 __all__ = ["FileStatus", "Inspection", "describe_quantization", "inspect_bundle"]
 
@@ -52,7 +53,7 @@ class Inspection:
             "files": dict(self.files),
             "unlisted": list(self.unlisted),
             "engines": [engines.to_dict() for engines in self.engines],
-            "manifest": json.loads(self.bundle.manifest.to_json()),
+            "manifest": json.loads(manifest_json(self.bundle.manifest)),
         }
 
     def table(self) -> str:

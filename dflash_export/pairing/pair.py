@@ -183,15 +183,15 @@ def _tap_problems(target: TargetFacts, drafter: DrafterConfig) -> list[Problem]:
 
 
 def _draft_problems(drafter: DrafterConfig, wrong: Set[str]) -> list[Problem]:
-    todo = "use the config.json that was published with the drafter"
+    remedy = "use the config.json that was published with the drafter"
     problems = rope_problems(drafter.rope_parameters, "drafter")
     problems += activation_problems(drafter.hidden_act, "drafter")
     if drafter.block_size < 2 and "block_size" not in wrong:
         found, expected = f"block_size {drafter.block_size}", "2 or more: the anchor and at least one draft"
-        problems.append(Problem("the drafter drafts nothing", found, expected, todo))
+        problems.append(Problem("the drafter drafts nothing", found, expected, remedy))
     if len(drafter.layer_types) != drafter.num_layers and "num_hidden_layers" not in wrong:
         found = f"{len(drafter.layer_types)} layer_types for {drafter.num_layers} layers"
-        problems.append(Problem("the drafter's layer_types don't fit", found, "one for each layer", todo))
+        problems.append(Problem("the drafter's layer_types don't fit", found, "one for each layer", remedy))
     slides = "sliding_attention" in drafter.layer_types
     if drafter.sliding_window is None and slides and not wrong & {"use_sliding_window", "sliding_window"}:
         # Qwen3Config drops the window when use_sliding_window is false; the reference's loop then fails.
@@ -199,29 +199,29 @@ def _draft_problems(drafter: DrafterConfig, wrong: Set[str]) -> list[Problem]:
             "sliding_attention layers, no window",
             "use_sliding_window true, sliding_window in rows",
         )
-        problems.append(Problem("the drafter's sliding layers have no window", found, expected, todo))
+        problems.append(Problem("the drafter's sliding layers have no window", found, expected, remedy))
     heads_known = not wrong & {"num_attention_heads", "num_key_value_heads"}
     if heads_known and drafter.num_attention_heads % drafter.num_key_value_heads:
         found = f"{drafter.num_attention_heads} heads, {drafter.num_key_value_heads} key/value heads"
-        problems.append(Problem("the drafter's heads don't fit together", found, "a multiple", todo))
+        problems.append(Problem("the drafter's heads don't fit together", found, "a multiple", remedy))
     if not wrong & {"hidden_size", "vocab_size", "conv_group_size", "selector_top_k"}:
         problems += _dflash2_problems(drafter)
     if drafter.head_dim % 2 and "head_dim" not in wrong:
         found = f"head_dim {drafter.head_dim}"
-        problems.append(Problem("the drafter's head size can't be rotated", found, "an even number", todo))
+        problems.append(Problem("the drafter's head size can't be rotated", found, "an even number", remedy))
     return problems
 
 
 def _dflash2_problems(drafter: DrafterConfig) -> list[Problem]:
-    todo, problems = "use the config.json that was published with the drafter", []
+    remedy, problems = "use the config.json that was published with the drafter", []
     taps, selector = drafter.convolution, drafter.selector
     if taps is not None and drafter.hidden_size % taps.group_size:
         found = f"conv_group_size {taps.group_size}, hidden_size {drafter.hidden_size}"
         expected = "a divisor of hidden_size"
-        problems.append(Problem("the drafter's convolution groups don't fit", found, expected, todo))
+        problems.append(Problem("the drafter's convolution groups don't fit", found, expected, remedy))
     if selector is not None and selector.top_k > drafter.vocab_size:
         found, expected = f"selector_top_k {selector.top_k}", f"at most the vocabulary, {drafter.vocab_size}"
-        problems.append(Problem("the drafter selects among too many candidates", found, expected, todo))
+        problems.append(Problem("the drafter selects among too many candidates", found, expected, remedy))
     return problems
 
 
@@ -280,22 +280,22 @@ def _mask_problems(
     never trained.
     """
     mask = drafter.mask_token_id
-    todo = "check mask_token_id against the drafter's model card and its revision"
+    remedy = "check mask_token_id against the drafter's model card and its revision"
     if mask >= target.vocab_size:
         found, expected = f"mask_token_id {mask}", f"below {target.vocab_size}"
-        return [Problem("the mask token is outside the target's vocabulary", found, expected, todo)]
+        return [Problem("the mask token is outside the target's vocabulary", found, expected, remedy)]
     row = embedding.row(mask)
     if row is None:
         return []
     if not bool(row.any()):
         found = f"embedding row {mask} is all zeros"
-        return [Problem("the mask token has no embedding", found, "a row that was trained", todo)]
+        return [Problem("the mask token has no embedding", found, "a row that was trained", remedy)]
     known = tokenizer_size is not None and mask < tokenizer_size < target.vocab_size
     if tokenizer_size is not None and known:
         padding = embedding.row(tokenizer_size)
         if padding is not None and torch.equal(row, padding):
             found = f"embedding row {mask} equals padding row {tokenizer_size}"
-            return [Problem("the mask token's embedding is padding", found, "a row that was trained", todo)]
+            return [Problem("the mask token's embedding is padding", found, "a row that was trained", remedy)]
     return []
 
 

@@ -75,7 +75,7 @@ class ErrorMeter:
                 f"logits of {self._name} are not finite",
                 found=f"{int((~np.isfinite(difference)).sum())} of {difference.size} values",
                 expected="finite logits",
-                todo="build the bundle with precision bf16 or fp32, and check the checkpoint",
+                remedy="build the bundle with precision bf16 or fp32, and check the checkpoint",
             )
         self._row_squares += np.square(difference, dtype=np.float64).mean(axis=1).tolist()
         self._values += difference.size

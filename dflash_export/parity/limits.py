@@ -129,7 +129,7 @@ def _require_consistent(repeated: ErrorStats, mixture: bool) -> None:
             "PyTorch's generate and PyTorch's one pass over the same tokens disagree",
             found=f"logits off by {typical:.1e} of their spread in a typical row, {worst:.1e} in the worst",
             expected=f"rounding: at most {_TYPICAL_REPEATED:.0e} and {_WORST_REPEATED:.0e}",
-            todo="use the versions of torch and transformers that the bundle was built with",
+            remedy="use the versions of torch and transformers that the bundle was built with",
         )
 
 

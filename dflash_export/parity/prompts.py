@@ -55,7 +55,7 @@ def default_prompts(generator: Generator, manifest: Manifest, max_new_tokens: in
             "no built-in prompt fits the bundle",
             found=f"max_seq_len {manifest.limits.max_seq_len}, max_new_tokens {max_new_tokens}",
             expected="room for a prompt and its output",
-            todo="lower max_new_tokens, or give shorter prompts",
+            remedy="lower max_new_tokens, or give shorter prompts",
         )
     return fitting
 
@@ -70,7 +70,7 @@ def encode_prompts(generator: Generator, prompts: Any, max_new_tokens: int) -> l
             "there are no prompts to compare",
             found=f"{prompts!r}"[:80],
             expected="a list of prompts: texts, chats or lists of token ids",
-            todo="pass a list, or leave prompts out for the built-in ones",
+            remedy="pass a list, or leave prompts out for the built-in ones",
         )
     encoded = []
     for prompt in prompts:

@@ -129,7 +129,7 @@ class Replay:
                 f"ONNX Runtime failed in graph {graph}",
                 found=error,
                 expected=f"a run of {rows} rows",
-                todo="check the bundle with `dflash-export inspect`; if it is whole, report this",
+                remedy="check the bundle with `dflash-export inspect`; if it is whole, report this",
             ) from error
         return outputs
 
@@ -165,5 +165,5 @@ def _load(path: Path, graph: str, threads: int | None) -> ort.InferenceSession:
             f"ONNX Runtime {ort.__version__} can't load graph {graph}",
             found=error,
             expected="a graph of opset 24 whose operators have CPU kernels of its precision",
-            todo="use onnxruntime 1.32 or newer; on a CPU, build the bundle with --precision fp32",
+            remedy="use onnxruntime 1.32 or newer; on a CPU, build the bundle with --precision fp32",
         ) from error

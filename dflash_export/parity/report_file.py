@@ -45,6 +45,6 @@ def _write(bundle: Bundle, name: str, text: str | None) -> Path:
             f"can't write a report into {folder}",
             found=error.strerror or error,
             expected="a folder that may be written, with some room",
-            todo="mend the permissions or free disk space, or pass write_report=False (--no-report)",
+            remedy="mend the permissions or free disk space, or pass write_report=False (--no-report)",
         ) from error
     return folder / name

@@ -106,7 +106,7 @@ class Calibration:
                 f"{path} can't be read",
                 found=str(error),
                 expected="the file that was written when the bundle was quantised",
-                todo="copy the bundle again, or build it again with `dflash-export build --force`",
+                remedy="copy the bundle again, or build it again with `dflash-export build --force`",
             ) from error
         layers = {}
         for key, importance in tensors.items():

@@ -149,7 +149,7 @@ class _Checker:
                 f"the bundle's {product.name} isn't the checkpoint's, quantised",
                 found=f"{int(worse.sum())} of {len(worse)} outputs are further from it than rounding can be",
                 expected=f"{weights} {blocks}, rounded to nearest",
-                todo="build the bundle again with `dflash-export build --force`",
+                remedy="build the bundle again with `dflash-export build --force`",
             )
 
 

@@ -162,7 +162,7 @@ def _check(
             "this model can't be quantised",
             found=f"{others[0]} {list(weights[others[0]].shape)}",
             expected="linear layers only; experts of a mixture and convolutions aren't supported",
-            todo="leave --quantize-drafter out if this is a drafter's, else build without quantisation",
+            remedy="leave --quantize-drafter out if this is a drafter's, else build without quantisation",
         )
     if form.block_size is None:
         return
@@ -174,7 +174,7 @@ def _check(
                 f"{name} can't be cut into blocks of {form.block_size}",
                 found=f"{count} inputs",
                 expected=f"a multiple of {form.block_size}",
-                todo=f"choose --quantize-block {' or '.join(fitting)}"
+                remedy=f"choose --quantize-block {' or '.join(fitting)}"
                 if fitting
                 else "build without --int4 and --int8-weight-only",
             )

@@ -42,7 +42,7 @@ def load_modelopt() -> Any:
             "nvidia-modelopt, which calibrates, can't be imported",
             found=error,
             expected="nvidia-modelopt 0.47 beside PyTorch",
-            todo="pip install 'dflash-export[quantize]', or choose --int8-weight-only, which needs none",
+            remedy="pip install 'dflash-export[quantize]', or choose --int8-weight-only, which needs none",
         ) from error
 
 

@@ -176,7 +176,7 @@ def _refuse_useless(given: Mapping[str, object], names: Collection[str], missing
             f"{' and '.join(useless)} without {missing}",
             found=f"no {missing}",
             expected=expected,
-            todo="leave the option out, or choose another way to quantise",
+            remedy="leave the option out, or choose another way to quantise",
         )
 
 

@@ -76,7 +76,7 @@ class ConfigReader:
                     "dflash_config has keys that aren't known",
                     found=", ".join(unknown),
                     expected=f"only {', '.join(sorted(nested))}",
-                    todo="remove a key from config.json only if it has no effect on the model",
+                    remedy="remove a key from config.json only if it has no effect on the model",
                 )
             )
 
@@ -90,7 +90,7 @@ class ConfigReader:
                 f"{name} is given twice, with different values",
                 found=f"{here!r} in dflash_config, {top!r} at the top level",
                 expected="one value",
-                todo="keep in config.json the one that the drafter was trained with",
+                remedy="keep in config.json the one that the drafter was trained with",
             )
             self.findings.add(error, name)
             return None
@@ -102,7 +102,7 @@ class ConfigReader:
                 f"{name} is missing from the drafter's config.json",
                 found="neither at the top level nor in dflash_config",
                 expected=f"{name}",
-                todo="use the config.json that was published with the drafter",
+                remedy="use the config.json that was published with the drafter",
             )
             self.findings.add(error, name)
             return None
@@ -184,5 +184,5 @@ def _wrong(name: str, value: object, expected: str) -> CheckpointError:
         f"{name} in the drafter's config.json is wrong",
         found=repr(value),
         expected=expected,
-        todo="use the config.json that was published with the drafter",
+        remedy="use the config.json that was published with the drafter",
     )

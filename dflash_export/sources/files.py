@@ -45,7 +45,7 @@ def safetensors_files(folder: Path) -> tuple[str, ...]:
             "there are two sets of weights",
             found=f"{SINGLE_FILE} and an index of {len(shards)} shards, in {folder}",
             expected="one or the other",
-            todo=f"remove the stale one of {SINGLE_FILE} and {INDEX_FILE}",
+            remedy=f"remove the stale one of {SINGLE_FILE} and {INDEX_FILE}",
         )
     return shards
 
@@ -61,7 +61,7 @@ def index_map(index: Path) -> dict[str, str]:
             f"{index.name} lists no tensors",
             found=f"weight_map is {type(weight_map).__name__} in {index}",
             expected="an object of tensor name to file name",
-            todo="download the file again",
+            remedy="download the file again",
         )
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard == Path(shard).name and "\\" not in shard
@@ -70,7 +70,7 @@ def index_map(index: Path) -> dict[str, str]:
                 f"{index.name} names a file that may not be loaded",
                 found=f"{shard!r} for tensor {name!r}",
                 expected="the plain name of a .safetensors file in the same folder",
-                todo="get the checkpoint from a source that you trust",
+                remedy="get the checkpoint from a source that you trust",
             )
     return weight_map
 
@@ -88,20 +88,20 @@ def _no_weights(folder: Path) -> CheckpointError:
             "this is an adapter, not a whole model",
             found=f"adapter_config.json in {folder}",
             expected=expected,
-            todo="merge the adapter into its base model and save that as safetensors",
+            remedy="merge the adapter into its base model and save that as safetensors",
         )
     if pickles:
         return CheckpointError(
             "this model has only pickled weights, and pickles are never loaded",
             found=f"{', '.join(pickles[:5])} in {folder}",
             expected=expected,
-            todo="convert the checkpoint to safetensors: load it where you trust it, save_pretrained() it",
+            remedy="convert the checkpoint to safetensors: load it where you trust it, save_pretrained() it",
         )
     return CheckpointError(
         "this folder holds no weights",
         found=f"{', '.join(others[:5]) or 'neither safetensors nor .gguf'} in {folder}",
         expected=expected,
-        todo="name the file itself for a .gguf target; otherwise download the whole model again",
+        remedy="name the file itself for a .gguf target; otherwise download the whole model again",
     )
 
 
@@ -111,7 +111,7 @@ def cannot_read(path: Path, error: OSError) -> CheckpointError:
         f"{path.name} of a model can't be read",
         found=f"{path}: {error.strerror or error}",
         expected="model files that exist and that you may read",
-        todo="mend the permissions or the disk that the model lies on, or copy the model elsewhere",
+        remedy="mend the permissions or the disk that the model lies on, or copy the model elsewhere",
     )
 
 
@@ -152,20 +152,20 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.name} is missing",
             found=f"no such file in {path.parent}",
             expected=f"a model folder with {path.name}",
-            todo="download the model again, or name the folder that holds it",
+            remedy="download the model again, or name the folder that holds it",
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(
             f"{path.name} can't be read as JSON",
             found=f"{path}: {error}",
             expected="UTF-8 text holding one JSON object",
-            todo="download the file again",
+            remedy="download the file again",
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(
             f"{path.name} doesn't hold a JSON object",
             found=f"{path}: a {type(value).__name__}",
             expected="one JSON object",
-            todo="download the file again",
+            remedy="download the file again",
         )
     return value

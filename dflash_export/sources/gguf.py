@@ -100,14 +100,14 @@ class GgufWeights(Weights):
                 "the checkpoint was closed",
                 found="a read after close()",
                 expected="reads while it is open",
-                todo="open it again",
+                remedy="open it again",
             )
         if name not in self._parts:
             raise CheckpointError(
                 f"the checkpoint has no tensor {name}",
                 found=f"{len(self._names)} other tensors in {self._path.name}",
                 expected="every tensor of the model",
-                todo="use a whole GGUF file of a supported family, or the safetensors checkpoint",
+                remedy="use a whole GGUF file of a supported family, or the safetensors checkpoint",
             )
         return self._parts[name]
 
@@ -123,14 +123,14 @@ def check_gguf_file(path: Path) -> None:
             magic = file.read(4)
     except OSError as error:
         raise CheckpointError(
-            f"{path.name} can't be read", found=error, expected="a GGUF file", todo="check the path"
+            f"{path.name} can't be read", found=error, expected="a GGUF file", remedy="check the path"
         ) from error
     if magic != _MAGIC:
         raise CheckpointError(
             f"{path.name} is not a GGUF file",
             found=f"{size:,} bytes that start with {magic!r}",
             expected=f"a file that starts with {_MAGIC!r}",
-            todo="download the file again; a file of about 130 bytes is a Git LFS pointer: run git lfs pull",
+            remedy="download it again; a file of about 130 bytes is a Git LFS pointer: run git lfs pull",
         )
 
 
@@ -151,7 +151,7 @@ def open_reader(path: Path) -> Any:
             f"{path.name} is truncated or damaged",
             found=f"{size:,} bytes; the reader says: {error}",
             expected="a whole GGUF file",
-            todo="download the file again and compare its size with the published one",
+            remedy="download the file again and compare its size with the published one",
         ) from error
     split = reader.get_field("split.count")
     if split is not None and int(split.contents()) > 1:
@@ -159,7 +159,7 @@ def open_reader(path: Path) -> Any:
             f"{path.name} is one part of a split GGUF model",
             found=f"part of {int(split.contents())}",
             expected="one file with all tensors",
-            todo="merge the parts with llama.cpp's gguf-split --merge",
+            remedy="merge the parts with llama.cpp's gguf-split --merge",
         )
     return reader
 
@@ -177,7 +177,7 @@ def _refuse_unread_rope(reader: Any) -> None:
             "this GGUF file scales RoPE, which transformers doesn't read from GGUF",
             found=", ".join(scaling + tensors),
             expected="plain RoPE; the result would be wrong at every position otherwise",
-            todo="export the safetensors checkpoint of the same model",
+            remedy="export the safetensors checkpoint of the same model",
         )
 
 
@@ -191,7 +191,7 @@ def _dequantize(tensor: Any, rows: slice) -> Any:
             f"tensor {tensor.name} is quantised in a way that can't be read",
             found=tensor.tensor_type.name,
             expected="a type that the gguf package dequantises",
-            todo="upgrade the gguf package, or use another file of the same model",
+            remedy="upgrade the gguf package, or use another file of the same model",
         ) from error
 
 

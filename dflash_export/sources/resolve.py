@@ -92,7 +92,7 @@ class Source:
                     f"{name} of {self.id} can't be read",
                     found=error,
                     expected="a readable file",
-                    todo="check that the file still exists and that you may read it",
+                    remedy="check that the file still exists and that you may read it",
                 ) from error
         return records
 
@@ -118,7 +118,7 @@ def _resolve(spec: str | os.PathLike[str], revision: str | None, *, role: str, a
             f"no {role} was named",
             found=repr(text),
             expected="a folder, a hub id org/name" + (", or a .gguf file" if allow_gguf else ""),
-            todo=f"name the {role}",
+            remedy=f"name the {role}",
         )
     path = Path(text)
     try:
@@ -129,7 +129,7 @@ def _resolve(spec: str | os.PathLike[str], revision: str | None, *, role: str, a
             f"the {role} can't be looked for",
             found=f"{text!r:.200}: {getattr(error, 'strerror', None) or error}",
             expected="a path that you may read, or a hub id of the form org/name",
-            todo="check the spelling and the permissions of the folders on the way",
+            remedy="check the spelling and the permissions of the folders on the way",
         ) from error
     if exists:
         source = _local(path, role=role, allow_gguf=allow_gguf)
@@ -138,7 +138,7 @@ def _resolve(spec: str | os.PathLike[str], revision: str | None, *, role: str, a
                 f"a revision can't be chosen for a local {role}",
                 found=f"revision {revision!r} together with the local path {text!r}",
                 expected="a revision only together with a hub id",
-                todo="leave out the revision, or name the hub id instead of the path",
+                remedy="leave out the revision, or name the hub id instead of the path",
             )
         return source
     if isinstance(spec, os.PathLike) or _looks_local(text):
@@ -146,14 +146,14 @@ def _resolve(spec: str | os.PathLike[str], revision: str | None, *, role: str, a
             f"the {role} doesn't exist",
             found=f"no file or folder at {text!r}",
             expected="an existing path",
-            todo="check the spelling; a hub id has the form org/name",
+            remedy="check the spelling; a hub id has the form org/name",
         )
     if not _HUB_ID.fullmatch(text):
         raise SourceError(
             f"the {role} is neither a path nor a hub id",
             found=repr(text),
             expected="an existing path, or a hub id of the form org/name",
-            todo="write ./NAME for a folder, or ORG/NAME for a hub id",
+            remedy="write ./NAME for a folder, or ORG/NAME for a hub id",
         )
     return _fetch(text, revision, role=role)
 
@@ -178,13 +178,13 @@ def _local(path: Path, *, role: str, allow_gguf: bool) -> Source:
             f"the {role} is a pickle, and pickles are never loaded",
             found=path.name,
             expected="a folder with safetensors" + (", or a .gguf file" if allow_gguf else ""),
-            todo="convert the checkpoint to safetensors and name the folder that holds it",
+            remedy="convert the checkpoint to safetensors and name the folder that holds it",
         )
     raise SourceError(
         f"the {role} can't be read from this file",
         found=path.name,
         expected="a folder with safetensors" + (", or a .gguf file" if allow_gguf else "; no .gguf drafters"),
-        todo="name the folder that holds config.json and the safetensors",
+        remedy="name the folder that holds config.json and the safetensors",
     )
 
 
@@ -197,7 +197,7 @@ def _fetch(repo_id: str, revision: str | None, *, role: str) -> Source:
             f"the {role} has no safetensors",
             found=f"neither {SINGLE_FILE} nor {INDEX_FILE} in {repo_id}",
             expected="weights as safetensors; pickles are never loaded",
-            todo="use a repository that has safetensors, or convert this one",
+            remedy="use a repository that has safetensors, or convert this one",
         )
     shards = safetensors_files(first)
     missing = [name for name in shards if not (first / name).is_file()]
@@ -207,7 +207,7 @@ def _fetch(repo_id: str, revision: str | None, *, role: str) -> Source:
             f"the {role} is incomplete",
             found=f"no {', '.join(absent[:5])} in {repo_id}",
             expected=f"all {len(shards)} files that {INDEX_FILE} lists",
-            todo="fetch the repository again while the hub can be reached, or tell its owner",
+            remedy="fetch the repository again while the hub can be reached, or tell its owner",
         )
     return Source("hub", repo_id, commit, folder)
 
@@ -225,7 +225,7 @@ def _snapshot(repo_id: str, revision: str | None, names: list[str], role: str) -
             f"the {role} can't be fetched",
             found=f"{wanted}: {type(error).__name__}: {_first_line(error)}",
             expected="a repository that exists, that you may read, and that can be reached",
-            todo="check the id, the revision, your login and the network, or name a local folder",
+            remedy="check the id, the revision, your login and the network, or name a local folder",
         ) from error
 
 

@@ -68,7 +68,7 @@ class SafetensorsWeights(Weights):
                         f"tensor {name} is stored twice",
                         found=f"in {self._entries[name].file} and in {file}",
                         expected="each tensor in one file",
-                        todo="download the checkpoint again",
+                        remedy="download the checkpoint again",
                     )
                 self._entries[name] = entry
         if is_file(folder / INDEX_FILE):
@@ -128,7 +128,7 @@ class SafetensorsWeights(Weights):
                 f"the checkpoint has no tensor {name}",
                 found=f"{len(self._entries)} other tensors in {self._folder}",
                 expected="every tensor of the model",
-                todo="download the checkpoint again, or check that config.json belongs to it",
+                remedy="download the checkpoint again, or check that config.json belongs to it",
             ) from None
 
     def _fill(self, out: torch.Tensor, entry: _Entry, offset: int) -> None:
@@ -151,7 +151,7 @@ class SafetensorsWeights(Weights):
                     f"{entry.file} became shorter while it was read",
                     found=f"{done} of {len(view)} bytes of one tensor",
                     expected="a file that doesn't change during the export",
-                    todo="leave the checkpoint alone while it is exported, and start again",
+                    remedy="leave the checkpoint alone while it is exported, and start again",
                 )
             done += count
 
@@ -161,7 +161,7 @@ class SafetensorsWeights(Weights):
                 "the checkpoint was closed",
                 found="a read after close()",
                 expected="reads while it is open",
-                todo="open it again",
+                remedy="open it again",
             )
         if name not in self._open_files:
             path = self._folder / name
@@ -203,7 +203,7 @@ def _check_experts(
             f"the experts of {block} don't fit together",
             found=f"{kind}_proj: {what}",
             expected=f"{count} matrices of one shape and dtype",
-            todo="download the checkpoint again",
+            remedy="download the checkpoint again",
         )
 
 
@@ -221,7 +221,7 @@ def _check_index(wanted: dict[str, str], entries: dict[str, _Entry]) -> None:
             f"{INDEX_FILE} and its shards disagree",
             found="; ".join(problems[:5]) + more,
             expected="exactly the tensors that the index lists, each in its shard",
-            todo="download the checkpoint again",
+            remedy="download the checkpoint again",
         )
 
 
@@ -273,5 +273,7 @@ def _check_with_library(path: Path) -> None:
         raise _bad(path, error, "what the safetensors library accepts") from error
 
 
-def _bad(path: Path, found: object, expected: str, todo: str = "download the file again") -> CheckpointError:
-    return CheckpointError(f"{path.name} can't be used", found=found, expected=expected, todo=todo)
+def _bad(
+    path: Path, found: object, expected: str, remedy: str = "download the file again"
+) -> CheckpointError:
+    return CheckpointError(f"{path.name} can't be used", found=found, expected=expected, remedy=remedy)

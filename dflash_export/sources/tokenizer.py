@@ -71,7 +71,7 @@ def _from_transformers(source: Source, folder: Path, extra: Mapping[str, Any]) -
             "the tokenizer can't be converted to tokenizer.json",
             found=f"{source.id}: {type(error).__name__}: {error}",
             expected=f"{TOKENIZER_FILE}, or files that transformers can convert",
-            todo=f"install the package that the error names, or put a {TOKENIZER_FILE} beside config.json "
+            remedy=f"install the package that the error names, or put a {TOKENIZER_FILE} beside config.json "
             "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one)",
         ) from error
     # Not its save(), which raises a bare Exception when the disk is full.
@@ -112,7 +112,7 @@ def _tokenizer_size(path: Path) -> int:
             f"{TOKENIZER_FILE} can't be used",
             found=error,
             expected="a file that the tokenizers library loads",
-            todo="download the file again",
+            remedy="download the file again",
         ) from error
     return max(vocabulary.values(), default=-1) + 1
 
@@ -135,7 +135,7 @@ def _token_text(settings: Mapping[str, Any], name: str) -> str | None:
             f"{name} in tokenizer_config.json is wrong",
             found=repr(settings.get(name)),
             expected="a string, an object with content, or null",
-            todo="download the file again",
+            remedy="download the file again",
         )
     return value
 
@@ -151,7 +151,7 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
                 f"{CHAT_TEMPLATE_FILE} is not UTF-8",
                 found=error,
                 expected="text in UTF-8",
-                todo="download the file again",
+                remedy="download the file again",
             ) from error
     template = settings.get("chat_template")
     if template is None and is_file(folder / "chat_template.json"):
@@ -172,5 +172,5 @@ def _pick_template(template: object, owner: str) -> str:
         f"{owner} has no default chat template",
         found=", ".join(names),
         expected="one template, or several with one named default",
-        todo=f"write the one to use into {CHAT_TEMPLATE_FILE} beside config.json",
+        remedy=f"write the one to use into {CHAT_TEMPLATE_FILE} beside config.json",
     )

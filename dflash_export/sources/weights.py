@@ -83,7 +83,7 @@ class Weights(ABC):
                 f"tensor {name} is not stored in floating point",
                 found=stored,
                 expected="float32, float16 or bfloat16",
-                todo="use the checkpoint that was not quantised",
+                remedy="use the checkpoint that was not quantised",
             )
         tensor = self._read(name)
         if not _all_finite(tensor):
@@ -91,7 +91,7 @@ class Weights(ABC):
                 f"tensor {name} holds values that are not finite",
                 found=f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} are NaN or infinite",
                 expected="finite numbers only",
-                todo="download the checkpoint again; if it stays so, it is broken at its origin",
+                remedy="download the checkpoint again; if it stays so, it is broken at its origin",
             )
         if tensor.dtype == dtype:
             return tensor
@@ -101,7 +101,7 @@ class Weights(ABC):
                 f"tensor {name} doesn't fit {dtype}",
                 found=f"a value of magnitude {float(tensor.abs().max()):.4g}",
                 expected=f"at most {torch.finfo(dtype).max:.4g}",
-                todo="export with precision bf16 or fp32",
+                remedy="export with precision bf16 or fp32",
             )
         return converted
 

@@ -104,8 +104,8 @@ def raw_problems(raw: Mapping[str, Any]) -> list[Problem]:
         found = f"model_type {model_type!r}, architectures {architectures}"
         if "auto_map" in raw:
             found += ", with code of its own (auto_map), which is never run"
-        todo = "use a target of those families"
-        return [Problem("this target's family isn't supported", found, supported, todo)]
+        remedy = "use a target of those families"
+        return [Problem("this target's family isn't supported", found, supported, remedy)]
     problems = []
     if architectures and architectures != [SUPPORTED_FAMILIES[model_type]]:
         problems.append(

@@ -150,7 +150,7 @@ def stop_token_ids(source: Source, config: PreTrainedConfig) -> tuple[int, ...]:
                 f"eos_token_id in {where} is wrong",
                 found=repr(eos),
                 expected=f"token ids in [0, {config.vocab_size})",
-                todo=f"correct {where}",
+                remedy=f"correct {where}",
             )
     return tuple(dict.fromkeys(ids))
 
@@ -178,7 +178,7 @@ def sampling_defaults(source: Source) -> SamplingDefaults:
             f"generation_config.json: {error.problem.what}",
             found=error.problem.found,
             expected=error.problem.expected,
-            todo="correct generation_config.json, or remove it for greedy decoding",
+            remedy="correct generation_config.json, or remove it for greedy decoding",
         ) from error
     return SamplingDefaults(
         temperature=float(params.temperature),
@@ -233,7 +233,7 @@ def _build_config(source: Source, extra: dict[str, str]) -> PreTrainedConfig:
             "transformers can't read the target's configuration",
             found=f"{source.id}: {type(error).__name__}: {error}",
             expected=f"a valid config of one of {', '.join(SUPPORTED_FAMILIES)}",
-            todo="compare it with the published one and download it again",
+            remedy="compare it with the published one and download it again",
         ) from error
     return config
 
@@ -243,6 +243,6 @@ def _raise_all(problems: list[Problem]) -> None:
         return
     if len(problems) == 1:
         only = problems[0]
-        raise UnsupportedModelError(only.what, found=only.found, expected=only.expected, todo=only.todo)
+        raise UnsupportedModelError(only.what, found=only.found, expected=only.expected, remedy=only.remedy)
     listed = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems, 1))
     raise UnsupportedModelError(f"this target can't be exported faithfully\n{listed}")

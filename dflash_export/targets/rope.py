@@ -64,7 +64,7 @@ def normalised_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> dic
                 f"{name} in the drafter's config.json is wrong",
                 found=repr(value),
                 expected="an object or null",
-                todo="use the config.json that was published with the drafter",
+                remedy="use the config.json that was published with the drafter",
             )
     rope = dict(scaling or parameters or {})
     theta = raw.get("rope_theta")
@@ -74,7 +74,7 @@ def normalised_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> dic
             "the drafter's RoPE is given twice, with different values",
             found=f"rope_theta {theta!r}, rope_scaling {scaling!r}, rope_parameters {parameters!r}",
             expected="one of the two forms, or the same values in both",
-            todo="keep in config.json what the drafter was trained with",
+            remedy="keep in config.json what the drafter was trained with",
         )
     old_type = rope.pop("type", "default")
     rope.setdefault("rope_type", old_type)
@@ -92,8 +92,10 @@ def normalised_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> dic
 def _unknown_type(kind: object, owner: str) -> Problem:
     if isinstance(kind, str) and kind in _RUNNING_LENGTH:
         why = f"{kind!r}: frequencies that change with the running length, under rows already cached"
-        todo = "use a model with a fixed RoPE, or set rope_type to one of the listed if that is what you run"
-        return Problem(f"the {owner}'s RoPE can't be exported", why, f"one of {', '.join(_KEYS)}", todo)
+        remedy = (
+            "use a model with a fixed RoPE, or set rope_type to one of the listed if that is what you run"
+        )
+        return Problem(f"the {owner}'s RoPE can't be exported", why, f"one of {', '.join(_KEYS)}", remedy)
     return Problem(
         f"the {owner}'s RoPE type is not known",
         repr(kind),

@@ -142,5 +142,5 @@ def _cannot_write(path: Path, error: OSError) -> OutputError:
         f"can't write {path}",
         found=error.strerror or str(error),
         expected="a writable folder with room for the bundle",
-        todo="free disk space or choose another output folder; nothing was left behind",
+        remedy="free disk space or choose another output folder; nothing was left behind",
     )

@@ -114,14 +114,14 @@ def create_backend(
             "unknown backend",
             found=repr(name),
             expected="one of " + ", ".join(BACKEND_NAMES),
-            todo="check the spelling, or upgrade dflash_rt",
+            remedy="check the spelling, or upgrade dflash_rt",
         ) from None
     if threads is not None and not takes_threads(name):
         raise RequestError(
             f"threads has no effect on the backend {name}",
             found=f"threads={threads}",
             expected="no number of CPU threads",
-            todo="leave it out",
+            remedy="leave it out",
         )
     return factory(bundle, threads, dict(options or {}))
 
@@ -147,7 +147,7 @@ def _device_options(name: str, options: Mapping[str, Any]) -> DeviceOptions:
 
 def _wrong_option(option: str, value: object, expected: str) -> RequestError:
     return RequestError(
-        f"the backend option {option} is wrong", found=repr(value), expected=expected, todo="mend it"
+        f"the backend option {option} is wrong", found=repr(value), expected=expected, remedy="mend it"
     )
 
 
@@ -158,7 +158,7 @@ def _refuse_options(name: str, options: Mapping[str, Any], known: tuple[str, ...
             f"the backend {name} has no such option",
             found=", ".join(unknown),
             expected=", ".join(known) or "no options",
-            todo="leave it out, or check its spelling",
+            remedy="leave it out, or check its spelling",
         )
 
 
@@ -171,5 +171,5 @@ def _importing(package: str, backend: str) -> Iterator[None]:
             f"the {backend} backend can't be imported",
             found=error,
             expected=f"the {package} package, in a version that dflash_rt's setup asks for",
-            todo=f"pip install {package}",
+            remedy=f"pip install {package}",
         ) from error

@@ -34,7 +34,7 @@ def zeros(shape: Sequence[int], dtype: str, what: str) -> npt.NDArray[Any]:
             f"there isn't enough memory for {what}",
             found=f"no room for {math.prod(shape) * np.dtype(storage).itemsize} more bytes",
             expected="memory for the caches and buffers of one sequence",
-            todo="free memory, shorten the prompt or max_new_tokens, or build with a smaller --max-seq-len "
+            remedy="free memory, shorten the prompt or max_new_tokens, or build with a smaller --max-seq-len "
             "or --prefill-chunk",
         ) from error
 

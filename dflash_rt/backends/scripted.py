@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from dflash_rt.backends.base import DraftSampling, FloatArray, Inject, IntArray, StepOutput
+from dflash_rt.arrays import FloatArray, IntArray
+from dflash_rt.backends.base import Inject, StepOutput
 from dflash_rt.errors import BackendError
+from dflash_rt.sampling.proposal import DraftSampling
 
 __all__ = ["Drafter", "Logits", "ScriptedBackend", "Target", "follow"]
 
@@ -331,5 +333,5 @@ def _broken(what: str, found: object, expected: object) -> BackendError:
         f"the backend protocol is broken: {what}",
         found=found,
         expected=expected,
-        todo="see dflash_rt.backends.base for the order of calls",
+        remedy="see dflash_rt.backends.base for the order of calls",
     )

@@ -33,29 +33,16 @@ drops rows from the beginning of the caches moves the others there and adds the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dflash_rt.bundle.manifest import Manifest
+from dflash_rt.bundle.graph_names import cache_names, output_name
+from dflash_rt.bundle.manifest import Manifest
 
 __all__ = [
     "DRAFTER_GRAPHS",
     "FLOAT_DTYPES",
-    "GRAPH_NAMES",
     "LINKS",
-    "REQUIRED_GRAPHS",
-    "STEP_GRAPHS",
-    "cache_names",
     "expected_tensors",
-    "key_name",
-    "output_name",
-    "value_name",
 ]
 
-REQUIRED_GRAPHS = ("embed", "target", "lm_head", "inject", "draft")
-# What a device does between the models. Bundles that were exported before there was a need lack them.
-STEP_GRAPHS = ("accept", "draft_check")
-GRAPH_NAMES = (*REQUIRED_GRAPHS, "draft_logits", "draft_embed", "draft_lm_head", "select", *STEP_GRAPHS)
 # Kind of drafter -> graphs that its bundles have besides, and those that they may have.
 DRAFTER_GRAPHS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dflash-v1": ((), ("draft_logits",)),
@@ -84,26 +71,6 @@ Tensors = dict[str, tuple[tuple[str, ...], Shape]]
 
 _INT64 = ("int64",)
 _FLOAT32 = ("float32",)
-
-
-def key_name(layer: int) -> str:
-    """Input name of a layer's key cache."""
-    return f"key.{layer}"
-
-
-def value_name(layer: int) -> str:
-    """Input name of a layer's value cache."""
-    return f"value.{layer}"
-
-
-def output_name(name: str) -> str:
-    """Output name of what a graph takes in and gives back changed: a cache, ``logits``, a ``start``."""
-    return f"{name}.out"
-
-
-def cache_names(num_layers: int) -> tuple[str, ...]:
-    """Input names of all caches of a model with ``num_layers`` layers: keys and values layer by layer."""
-    return tuple(name for layer in range(num_layers) for name in (key_name(layer), value_name(layer)))
 
 
 def expected_tensors(graph: str, manifest: Manifest) -> tuple[Tensors, Tensors]:

@@ -62,7 +62,7 @@ SmVersion: TypeAlias = Annotated[int, Bounds(10, 9999)]
 EngineFileName: TypeAlias = Annotated[str, Pattern(r"[a-z_]{1,64}\.engine", "a name like target.engine")]
 
 _AMPERE = 80  # the oldest GPU of engines that are built hardware compatible
-_TODO = "build the engines again with `dflash-export compile`; engines.json isn't meant to be edited"
+_REMEDY = "build the engines again with `dflash-export compile`; engines.json isn't meant to be edited"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +154,11 @@ class EngineSet:
                 f"{ENGINES_NAME} is too large",
                 found=f"{len(text)} characters",
                 expected=f"at most {MAX_BYTES} bytes",
-                todo=_TODO,
+                remedy=_REMEDY,
             )
-        document = parse_json(text, ENGINES_NAME, _TODO, EngineError)
+        document = parse_json(text, ENGINES_NAME, _REMEDY, EngineError)
         _check_version(document)
-        problems = Problems(ENGINES_NAME, _TODO, EngineError)
+        problems = Problems(ENGINES_NAME, _REMEDY, EngineError)
         engines = cast(EngineSet, read(cls, document, "", problems))
         problems.raise_if_any()
         _check(engines, problems)
@@ -190,7 +190,7 @@ def _check_version(document: Any) -> None:
             f"{ENGINES_NAME} has a format version that this package can't read",
             found=f"format_version {shown(version)}, which is newer",
             expected=f"format_version {FORMAT_VERSION}",
-            todo="upgrade dflash_rt, or build the engines again with `dflash-export compile`",
+            remedy="upgrade dflash_rt, or build the engines again with `dflash-export compile`",
         )
 
 
@@ -357,14 +357,14 @@ def read_engines(folder: Path) -> EngineSet:
         wrong = [f"{file.name}: {found}" for file, found in _file_problems(folder, engines)]
     except (OSError, UnicodeDecodeError) as error:
         raise EngineError(
-            f"{path} can't be read", found=error, expected="the record of an engine set", todo=_TODO
+            f"{path} can't be read", found=error, expected="the record of an engine set", remedy=_REMEDY
         ) from error
     if wrong:
         raise EngineError(
             f"the engines in {folder} aren't what {ENGINES_NAME} says",
             found="; ".join(wrong),
             expected="every engine, unchanged, inside the folder",
-            todo="build the engines again with `dflash-export compile`",
+            remedy="build the engines again with `dflash-export compile`",
         )
     return engines
 
@@ -387,7 +387,10 @@ def engine_folders(bundle: Bundle) -> tuple[Path, ...]:
         return ()
     except OSError as error:
         raise EngineError(
-            f"{parent} can't be read", found=error.strerror, expected="a folder", todo="check its permissions"
+            f"{parent} can't be read",
+            found=error.strerror,
+            expected="a folder",
+            remedy="check its permissions",
         ) from error
     return tuple(parent / name for name in entries if not name.startswith(".") and (parent / name).is_dir())
 
@@ -444,4 +447,4 @@ def _no_engines(
         found += "; can't be read: " + ", ".join(broken)
     engines = None if closest is None else closest[3]
     command = compile_command(bundle.root, machine, engines, max_seq_len=max_seq_len, batch=batch)
-    return EngineError(what, found=found, expected=f"engines for {present}", todo=f"run: {command}")
+    return EngineError(what, found=found, expected=f"engines for {present}", remedy=f"run: {command}")

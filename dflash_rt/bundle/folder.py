@@ -12,13 +12,13 @@ from pathlib import Path, PurePosixPath
 from dflash_rt.bundle.manifest import (
     ENGINES_FOLDER,
     MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
     REPORTS_FOLDER,
     FileRecord,
     Manifest,
     is_file_path,
 )
 from dflash_rt.bundle.onnx_scan import external_locations
+from dflash_rt.bundle.read import MAX_MANIFEST_BYTES, read_manifest
 from dflash_rt.errors import BundleError, IntegrityError, ManifestError
 
 __all__ = ["Bundle", "Progress", "hash_file"]
@@ -54,7 +54,7 @@ class Bundle:
                 ``verify_files`` also: a graph names a file that isn't listed.
         """
         root = _resolve_folder(Path(path))
-        bundle = cls(root, Manifest.from_json(_read_manifest(root)))
+        bundle = cls(root, read_manifest(_read_manifest(root)))
         problems = [_file_problem(root, name, record) for name, record in bundle.manifest.files.items()]
         _raise_if_any(root, [problem for problem in problems if problem is not None])
         if verify_files:
@@ -73,7 +73,7 @@ class Bundle:
                 f"the bundle has no file {name!r}",
                 found=", ".join(sorted(self.manifest.files)),
                 expected="a name that manifest.json lists",
-                todo="use a name from `bundle.manifest.files`",
+                remedy="use a name from `bundle.manifest.files`",
             )
         return self.root / name
 
@@ -84,7 +84,7 @@ class Bundle:
                 f"the bundle has no graph {graph!r}",
                 found=", ".join(sorted(self.manifest.graphs)),
                 expected="a graph that the manifest lists",
-                todo="use a name from `bundle.manifest.graphs`",
+                remedy="use a name from `bundle.manifest.graphs`",
             )
         return self.path_of(self.manifest.graphs[graph].path)
 
@@ -116,7 +116,7 @@ class Bundle:
                 f"the chat template {spec.chat_template} can't be read",
                 found=error,
                 expected="UTF-8 text",
-                todo=_REBUILD,
+                remedy=_REBUILD,
             ) from error
 
     def verify_files(self, progress: Progress | None = None) -> None:
@@ -192,22 +192,22 @@ def hash_file(path: Path, *, name: str | None = None, progress: Progress | None 
             f"{path} can't be read",
             found=error.strerror or error,
             expected="a readable file",
-            todo="check its permissions and the disk",
+            remedy="check its permissions and the disk",
         ) from error
     return FileRecord(size, digest.hexdigest())
 
 
 def _resolve_folder(path: Path) -> Path:
     """The absolute folder. Raises BundleError when there is none."""
-    todo = "give the folder that `dflash-export build -o` wrote"
+    remedy = "give the folder that `dflash-export build -o` wrote"
     try:
         root = path.resolve(strict=True)
         is_folder = stat.S_ISDIR(root.stat().st_mode)
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a NUL in the path
         found = "nothing there" if isinstance(error, FileNotFoundError) else str(error)
-        raise BundleError(f"no bundle at {path}", found=found, expected="a folder", todo=todo) from error
+        raise BundleError(f"no bundle at {path}", found=found, expected="a folder", remedy=remedy) from error
     if not is_folder:
-        raise BundleError(f"no bundle at {path}", found="a file", expected="a folder", todo=todo)
+        raise BundleError(f"no bundle at {path}", found="a file", expected="a folder", remedy=remedy)
     return root
 
 
@@ -221,7 +221,7 @@ def _read_manifest(root: Path) -> str:
             f"the manifest of {root} can't be used",
             found=problem,
             expected="a regular file in the folder",
-            todo=_REBUILD,
+            remedy=_REBUILD,
         )
     try:
         with path.open("rb") as file:
@@ -231,12 +231,12 @@ def _read_manifest(root: Path) -> str:
                 "manifest.json is too large",
                 found=f"more than {MAX_MANIFEST_BYTES} bytes",
                 expected=f"at most {MAX_MANIFEST_BYTES} bytes",
-                todo=_REBUILD,
+                remedy=_REBUILD,
             )
         return data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(
-            "manifest.json can't be read", found=error, expected="UTF-8 text", todo=_REBUILD
+            "manifest.json can't be read", found=error, expected="UTF-8 text", remedy=_REBUILD
         ) from error
 
 
@@ -252,7 +252,7 @@ def _no_manifest(root: Path) -> BundleError:
         f"{root} is not a bundle",
         found=found,
         expected="a folder with manifest.json",
-        todo="build one with `dflash-export build --target … --drafter … -o FOLDER`",
+        remedy="build one with `dflash-export build --target … --drafter … -o FOLDER`",
     )
 
 
@@ -283,5 +283,5 @@ def _raise_if_any(root: Path, problems: list[str]) -> None:
     raise IntegrityError(
         "\n  ".join([f"the bundle {root} isn't what its manifest says", *shown]),
         expected="every listed file, unchanged, inside the folder",
-        todo=_REBUILD,
+        remedy=_REBUILD,
     )

@@ -8,41 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias, cast
+from typing import Annotated, Literal, TypeAlias
 
-from dflash_rt.bundle.contract import (
+from dflash_rt.bundle.graph_names import (
     GRAPH_NAMES,
-    REQUIRED_GRAPHS,
-    STEP_GRAPHS,
-    cache_names,
-    key_name,
-    output_name,
-    value_name,
 )
 from dflash_rt.bundle.schema import (
     Bounds,
     OneOf,
     Pattern,
-    Problems,
     Range,
-    dump_json,
-    parse_json,
-    plain,
-    read,
-    shown,
 )
-from dflash_rt.errors import ManifestError
 
 __all__ = [
     "ENGINES_FOLDER",
     "FORMAT",
     "FORMAT_VERSION",
-    "GRAPH_NAMES",
     "MANIFEST_NAME",
-    "MAX_MANIFEST_BYTES",
     "REPORTS_FOLDER",
-    "REQUIRED_GRAPHS",
-    "STEP_GRAPHS",
     "CalibrationInfo",
     "DrafterInfo",
     "FileRecord",
@@ -58,11 +41,7 @@ __all__ = [
     "TargetInfo",
     "TensorSpec",
     "TokenizerSpec",
-    "cache_names",
     "is_file_path",
-    "key_name",
-    "output_name",
-    "value_name",
 ]
 
 FORMAT = "dflash-bundle"
@@ -70,7 +49,7 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 REPORTS_FOLDER = "reports"
 ENGINES_FOLDER = "engines"
-MAX_MANIFEST_BYTES = 16 * 2**20
+
 
 DType: TypeAlias = Literal["int64", "float32", "float16", "bfloat16", "bool"]
 JsonScalar: TypeAlias = str | int | float | bool | None
@@ -312,70 +291,3 @@ class Manifest:
     generation: GenerationDefaults
     provenance: Provenance
     files: Mapping[FilePath, FileRecord]
-
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        """Read and check a manifest.
-
-        Raises:
-            ManifestError: it is not JSON, of another format or version, or breaks a rule of docs/bundle.md.
-                All broken rules are reported together; rules between fields wait until each is readable.
-        """
-        if len(text) > MAX_MANIFEST_BYTES:
-            raise ManifestError(
-                "manifest.json is too large",
-                found=f"{len(text)} characters",
-                expected=f"at most {MAX_MANIFEST_BYTES} bytes",
-                todo="check that this is a bundle's manifest",
-            )
-        document = parse_json(text)
-        _check_format(document)
-        problems = Problems()
-        manifest = cast(Manifest, read(cls, document, "", problems))
-        problems.raise_if_any()
-        from dflash_rt.bundle.rules import check_manifest
-
-        check_manifest(manifest, problems)
-        problems.raise_if_any()
-        return manifest
-
-    def to_json(self) -> str:
-        """JSON text, always the same for the same manifest; :meth:`from_json` reads it back as an equal one.
-
-        Raises ManifestError if it couldn't be read back: such a manifest is never written.
-        """
-        try:
-            text = dump_json(plain(self)) + "\n"
-        except (TypeError, ValueError) as error:
-            raise ManifestError(
-                "the manifest can't be written as JSON",
-                found=error,
-                expected="strings, whole numbers, finite numbers, true, false and null",
-                todo="convert the value to a plain Python type before building the manifest",
-            ) from error
-        Manifest.from_json(text)
-        return text
-
-
-def _check_format(document: Any) -> None:
-    """Raise ManifestError unless the document is a manifest of the version that this package reads."""
-    name = document.get("format") if isinstance(document, dict) else document
-    if name != FORMAT:
-        raise ManifestError(
-            "manifest.json is not the manifest of a DFlash bundle",
-            found=f"format {shown(name)}" if isinstance(document, dict) else shown(document),
-            expected=f"an object with format {FORMAT!r}",
-            todo="give the folder that `dflash-export build` wrote",
-        )
-    version = document.get("format_version")
-    if type(version) is int and version == FORMAT_VERSION:
-        return
-    newer = type(version) is int and version > FORMAT_VERSION
-    older = type(version) is int and version < FORMAT_VERSION
-    age = ", which is newer" if newer else ", which is older" if older else ""
-    raise ManifestError(
-        "manifest.json has a format version that this package can't read",
-        found=f"format_version {shown(version)}{age}",
-        expected=f"format_version {FORMAT_VERSION}",
-        todo="upgrade dflash_rt" if newer else "build the bundle again with `dflash-export build --force`",
-    )

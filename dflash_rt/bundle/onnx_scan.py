@@ -90,7 +90,7 @@ def _not_onnx(path: Path, error: Exception) -> IntegrityError:
         f"{path.name} can't be read as an ONNX file",
         found=error,
         expected="a graph that ONNX Runtime loads",
-        todo="copy the bundle again, or build it again with `dflash-export build --force`",
+        remedy="copy the bundle again, or build it again with `dflash-export build --force`",
     )
 
 

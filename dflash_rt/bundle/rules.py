@@ -5,15 +5,8 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Iterator, Sequence
 
-from dflash_rt.bundle.contract import (
-    DRAFTER_GRAPHS,
-    LINKS,
-    REQUIRED_GRAPHS,
-    STEP_GRAPHS,
-    Tensors,
-    expected_tensors,
-    output_name,
-)
+from dflash_rt.bundle.contract import DRAFTER_GRAPHS, LINKS, Tensors, expected_tensors
+from dflash_rt.bundle.graph_names import REQUIRED_GRAPHS, STEP_GRAPHS, output_name
 from dflash_rt.bundle.manifest import (
     ENGINES_FOLDER,
     MANIFEST_NAME,

@@ -38,7 +38,7 @@ MAX_STRING = 4096
 _MAX_REPORTED = 20
 # Control characters would reach a terminal through `inspect`; unpaired surrogates can't be written as UTF-8.
 _BAD_CHARACTER = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-_TODO = "build the bundle again with `dflash-export build`; manifest.json isn't meant to be edited"
+_REMEDY = "build the bundle again with `dflash-export build`; manifest.json isn't meant to be edited"
 _INVALID = object()
 
 
@@ -112,10 +112,10 @@ class Problems:
     """Collects what is wrong, so that one error can report it all."""
 
     def __init__(
-        self, document: str = "manifest.json", todo: str = _TODO, error: type[DFlashError] = ManifestError
+        self, document: str = "manifest.json", remedy: str = _REMEDY, error: type[DFlashError] = ManifestError
     ) -> None:
         self._items: list[tuple[str, str, str]] = []
-        self._document, self._todo, self._error = document, todo, error
+        self._document, self._remedy, self._error = document, remedy, error
 
     def __len__(self) -> int:
         return len(self._items)
@@ -130,12 +130,12 @@ class Problems:
         if len(self._items) == 1:
             path, found, expected = self._items[0]
             what = f"{self._document}: {path} is wrong"
-            raise self._error(what, found=found, expected=expected, todo=self._todo)
+            raise self._error(what, found=found, expected=expected, remedy=self._remedy)
         lines = [f"  {path}: found {found}, expected {wanted}" for path, found, wanted in self._items]
         if len(lines) > _MAX_REPORTED:
             lines[_MAX_REPORTED:] = [f"  and {len(lines) - _MAX_REPORTED} more"]
         what = "\n".join([f"{self._document} has {len(self)} problems", *lines])
-        raise self._error(what, todo=self._todo)
+        raise self._error(what, remedy=self._remedy)
 
 
 def shown(value: object) -> str:
@@ -161,7 +161,7 @@ def child(path: str, key: str | int) -> str:
 def parse_json(
     text: str,
     document: str = "manifest.json",
-    todo: str = _TODO,
+    remedy: str = _REMEDY,
     error: type[DFlashError] = ManifestError,
 ) -> Any:
     """Parse JSON text without the leniencies of :func:`json.loads`.
@@ -181,7 +181,7 @@ def parse_json(
         found = "lists or objects nested too deeply"
     except ValueError as reason:  # includes JSONDecodeError
         found = str(reason)
-    raise error(f"{document} is not valid JSON", found=found, expected="one JSON object", todo=todo)
+    raise error(f"{document} is not valid JSON", found=found, expected="one JSON object", remedy=remedy)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def read_text(path: Path) -> str:
             f"{name} can't be read",
             found=error,
             expected="UTF-8 text",
-            todo="check the path and the encoding",
+            remedy="check the path and the encoding",
         ) from error
     return text.removesuffix("\n").removesuffix("\r")
 
@@ -186,7 +186,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
     else:
         prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise PromptError(f"{path} holds no prompt", expected="at least one", todo="add one")
+        raise PromptError(f"{path} holds no prompt", expected="at least one", remedy="add one")
     return prompts[:limit]
 
 
@@ -197,14 +197,14 @@ def as_chats(prompts: Sequence[str]) -> list[list[dict[str, str]]]:
 
 def _prompts_from_json(path: Path, text: str) -> list[str]:
     expected = 'a JSON list of strings, or of objects like {"prompt": "..."}'
-    todo = "correct the file, or use a text file with one prompt a line"
+    remedy = "correct the file, or use a text file with one prompt a line"
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"{path} is not JSON", found=error, expected=expected, todo=todo) from error
+        raise PromptError(f"{path} is not JSON", found=error, expected=expected, remedy=remedy) from error
     if not isinstance(items, list):
         raise PromptError(
-            f"{path} is not a list of prompts", found=type(items).__name__, expected=expected, todo=todo
+            f"{path} is not a list of prompts", found=type(items).__name__, expected=expected, remedy=remedy
         )
     prompts = []
     for index, item in enumerate(items):
@@ -215,7 +215,7 @@ def _prompts_from_json(path: Path, text: str) -> list[str]:
                 f"item {index} of {path} is not a prompt",
                 found=json.dumps(item, ensure_ascii=False)[:200],
                 expected=expected,
-                todo=todo,
+                remedy=remedy,
             )
         prompts.append(prompt)
     return prompts

@@ -36,10 +36,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dflash_rt.backends.base import Backend, Inject, as_ahead
+from dflash_rt.decoding.policy import FixedWidth, WidthPolicy
 from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.sampling.greedy import accept_greedy
 from dflash_rt.sampling.sampler import Sampler
-from dflash_rt.speculation.width import FixedWidth, WidthPolicy
 
 __all__ = ["Decoded", "decode"]
 

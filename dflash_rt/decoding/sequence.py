@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dflash_rt.backends.base import Inject, IntArray
+from dflash_rt.arrays import IntArray
+from dflash_rt.backends.base import Inject
 
 __all__ = ["Sequence"]
 

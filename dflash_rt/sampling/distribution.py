@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dflash_rt.backends.base import FloatArray, IntArray
+from dflash_rt.arrays import FloatArray, IntArray
 from dflash_rt.sampling.params import SamplingParams, TokenLogprob
 
 __all__ = ["GROUP", "Distribution", "distribution", "noise_size", "penalised", "race", "token_logprob"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dflash_rt.backends.base import IntArray
+from dflash_rt.arrays import IntArray
 
 __all__ = ["accept_greedy", "accept_in_order"]
 

@@ -111,5 +111,5 @@ def _wrong(name: str, value: object, expected: str) -> SamplingError:
         f"{name} is wrong",
         found=f"{value!r} ({type(value).__name__})",
         expected=expected,
-        todo=f"correct {name}, or leave it out",
+        remedy=f"correct {name}, or leave it out",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dflash_rt.backends.base import FloatArray, IntArray
+from dflash_rt.arrays import FloatArray, IntArray
 from dflash_rt.errors import NumericalError
 from dflash_rt.sampling.distribution import Distribution
 
@@ -60,7 +60,7 @@ def _matched(
             "the drafter gave probabilities that are none",
             found=f"a sum of {total} over {q.size} candidates",
             expected="finite probabilities whose sum is 1",
-            todo="check the bundle with `dflash-export inspect`; if it is whole, report this",
+            remedy="check the bundle with `dflash-export inspect`; if it is whole, report this",
         )
     q /= total  # what the drafter's own sum in float32 left over
     weights = p.weights.astype(np.float64)

@@ -24,10 +24,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dflash_rt.backends.base import DraftSampling, FloatArray, IntArray, Proposal
+from dflash_rt.arrays import FloatArray, IntArray
 from dflash_rt.sampling.distribution import Distribution, distribution, penalised, token_logprob
 from dflash_rt.sampling.greedy import accept_in_order
 from dflash_rt.sampling.params import SamplingParams, TokenLogprob
+from dflash_rt.sampling.proposal import DraftSampling, Proposal
 from dflash_rt.sampling.random_numbers import Noise, Uniforms
 from dflash_rt.sampling.rejection import verify_sampled
 

@@ -41,18 +41,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from math import log
 from operator import mul, truediv
-from typing import TYPE_CHECKING, Protocol
 
-from dflash_rt.errors import RequestError
+from dflash_rt.speculation.width_correction import RunningCosts
 
-if TYPE_CHECKING:
-    from dflash_rt.speculation.width_correction import RunningCosts
-
-__all__ = ["AcceptanceHistory", "AdaptiveWidth", "FixedWidth", "StepCosts", "WidthPolicy"]
+__all__ = ["AcceptanceHistory", "AdaptiveWidth"]
 
 _FIRST_GUESS, _GUESS_WEIGHT = 0.5, 2.0  # of q, before anything was seen: right after two drafts, so to say
 _FADE = 0.97  # of what a history holds, with each drafted step
@@ -65,67 +60,6 @@ _STAKE = 0.5
 _NARROW = 1.25  # what a step may lose in any case, in what width 2 may lose
 _CHECK = 32
 _SURE = 3.0
-
-
-class WidthPolicy(Protocol):
-    """Chooses the width of each step of one request."""
-
-    @property
-    def widest(self) -> int:
-        """No step will be wider. 1: the drafter never runs, and needs no features."""
-
-    def choose(self) -> int:
-        """Rows of the next step's verify pass, 1 (plain decoding) to :attr:`widest`.
-
-        Called once a step, perhaps before the step before it is observed.
-        """
-
-    def observe(self, width: int, accepted: int, seconds: float | None = None) -> None:
-        """A step of ``width`` rows is done; its first ``accepted`` drafts were confirmed.
-
-        It took ``seconds``, all between two tokens included but the caller; ``None`` if that isn't known.
-        """
-
-
-@dataclass(frozen=True)
-class FixedWidth:
-    """The same width at every step."""
-
-    widest: int
-
-    def choose(self) -> int:
-        """Always :attr:`widest`."""
-        return self.widest
-
-    def observe(self, width: int, accepted: int, seconds: float | None = None) -> None:
-        """Nothing to learn."""
-
-
-@dataclass(frozen=True)
-class StepCosts:
-    """Seconds of a step at width 1, 2, … ``widest``, everything between two tokens included."""
-
-    seconds: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        # Written so that NaN is refused, too.
-        if not self.seconds or not all(0 < seconds < float("inf") for seconds in self.seconds):
-            raise RequestError(
-                "the costs of steps are wrong",
-                found=self.seconds,
-                expected="a positive number of seconds for each width from 1 on",
-                todo="measure them with dflash_rt.speculation.width_cost.measure_step_costs",
-            )
-
-    @property
-    def widest(self) -> int:
-        """The largest width whose cost is known."""
-        return len(self.seconds)
-
-    @property
-    def relative(self) -> tuple[float, ...]:
-        """Costs in plain steps: 1.0 first."""
-        return tuple(seconds / self.seconds[0] for seconds in self.seconds)
 
 
 class _Counts:

@@ -16,11 +16,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
-from dflash_bench.machine import cpu_name, physical_cores
 from dflash_rt.bundle.manifest import REPORTS_FOLDER
 from dflash_rt.bundle.schema import Bounds, Problems, Range, dump_json, parse_json, plain, read
 from dflash_rt.errors import BundleError, DFlashError
-from dflash_rt.speculation.width import StepCosts
+from dflash_rt.machine import cpu_name, physical_cores
+from dflash_rt.speculation.width_correction import StepCosts
 from dflash_rt.version import __version__
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ STEP_COSTS_NAME = "step_costs.json"
 _FORMAT_VERSION = 1
 _MAX_BYTES = 2**20
 _MAX_ENTRIES = 16
-_TODO = "nothing: it is measured again; delete the file to be rid of this line"
+_REMEDY = "nothing: it is measured again; delete the file to be rid of this line"
 _LOG = logging.getLogger("dflash_rt")
 
 
@@ -136,8 +136,8 @@ def _read(path: Path) -> tuple[_Entry, ...]:
             data = file.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise OSError(f"it is larger than {_MAX_BYTES} bytes")
-        document = parse_json(data.decode("utf-8"), STEP_COSTS_NAME, _TODO, BundleError)
-        problems = Problems(STEP_COSTS_NAME, _TODO, BundleError)
+        document = parse_json(data.decode("utf-8"), STEP_COSTS_NAME, _REMEDY, BundleError)
+        problems = Problems(STEP_COSTS_NAME, _REMEDY, BundleError)
         found = cast(_Document, read(_Document, document, "", problems))
         problems.raise_if_any()
     except FileNotFoundError:

@@ -17,11 +17,12 @@ array takes longer.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import accumulate
 
-from dflash_rt.speculation.width import StepCosts
+from dflash_rt.errors import RequestError
 
-__all__ = ["RunningCosts"]
+__all__ = ["RunningCosts", "StepCosts"]
 
 # Standard deviations of natural logarithms.
 _SPREAD = 0.15  # of a cost as it was measured, and in the long run
@@ -32,6 +33,33 @@ _MEMORY = 500  # pairs of steps after which most of what was learned has become 
 _EDGE = 2.5  # standard deviations
 _CAUTION = 0.5  # standard deviations
 _LEAST_SECONDS = 1e-9
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of a step at width 1, 2, … ``widest``, everything between two tokens included."""
+
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        # Written so that NaN is refused, too.
+        if not self.seconds or not all(0 < seconds < float("inf") for seconds in self.seconds):
+            raise RequestError(
+                "the costs of steps are wrong",
+                found=self.seconds,
+                expected="a positive number of seconds for each width from 1 on",
+                remedy="measure them with dflash_rt.speculation.width_cost.measure_step_costs",
+            )
+
+    @property
+    def widest(self) -> int:
+        """The largest width whose cost is known."""
+        return len(self.seconds)
+
+    @property
+    def relative(self) -> tuple[float, ...]:
+        """Costs in plain steps: 1.0 first."""
+        return tuple(seconds / self.seconds[0] for seconds in self.seconds)
 
 
 class RunningCosts:

@@ -14,7 +14,7 @@ from dflash_rt.backends.base import Backend
 from dflash_rt.decoding.loop import Decoded, decode
 from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.request import ModelLimits
-from dflash_rt.speculation.width import StepCosts
+from dflash_rt.speculation.width_correction import StepCosts
 
 __all__ = ["measure_step_costs"]
 

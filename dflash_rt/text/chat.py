@@ -44,7 +44,7 @@ def render(
             "the bundle has no chat template",
             found="chat messages",
             expected="a str or token ids",
-            todo="pass a plain prompt, or export the target with its chat template",
+            remedy="pass a plain prompt, or export the target with its chat template",
         )
     variables = _variables(kwargs or {})
     variables |= {name: token for name, token in _tokens(bos_token, eos_token) if token is not None}
@@ -71,7 +71,7 @@ def _refuse_printed_parts(text: str, messages: Sequence[Mapping[str, Any]]) -> N
                 "the chat template doesn't take content in parts",
                 found="a list as content, which would appear in the prompt as Python prints it",
                 expected="content: a string",
-                todo="join the parts of each message into one string",
+                remedy="join the parts of each message into one string",
             )
 
 
@@ -80,7 +80,7 @@ def _failed(found: str, expected: str) -> ChatTemplateError:
         "the chat template failed",
         found=found,
         expected=expected,
-        todo="check the messages and chat_template_kwargs against the template, or pass a plain prompt",
+        remedy="check the messages and chat_template_kwargs against the template, or pass a plain prompt",
     )
 
 
@@ -97,7 +97,7 @@ def _variables(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             "chat_template_kwargs sets what the renderer sets itself",
             found=", ".join(reserved),
             expected="other names than " + ", ".join(_RESERVED),
-            todo="leave these names out",
+            remedy="leave these names out",
         )
     plain = _plain(kwargs, "chat_template_kwargs")
     return {"tools": None, "documents": None, "add_generation_prompt": True, **plain}
@@ -142,7 +142,7 @@ def _shown(message: Mapping[str, Any], key: str) -> str:
 
 def _bad(what: str, found: str, expected: str) -> PromptError:
     return PromptError(
-        what, found=found, expected=expected, todo='pass for example [{"role": "user", "content": "Hello"}]'
+        what, found=found, expected=expected, remedy='pass for example [{"role": "user", "content": "Hello"}]'
     )
 
 

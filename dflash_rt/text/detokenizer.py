@@ -69,7 +69,7 @@ def no_panic() -> Iterator[None]:
             "the tokenizer failed",
             found=str(error)[:200],
             expected="a tokenizer that can encode any text and decode any ids",
-            todo="check tokenizer.json against the original model's",
+            remedy="check tokenizer.json against the original model's",
         ) from error
 
 
@@ -79,7 +79,7 @@ def bad_id(found: object) -> PromptError:
         "a token id can't be decoded",
         found=repr(found)[:80],
         expected="integers from 0 to 2**32 - 1",
-        todo="pass the token ids that the model or the tokenizer gave",
+        remedy="pass the token ids that the model or the tokenizer gave",
     )
 
 

@@ -69,7 +69,7 @@ class PromptEncoder:
                 "chat_template_kwargs can't be used",
                 found=f"{kwargs!r}, with {'a chat' if is_chat else 'a prompt that is no chat'}",
                 expected="a dict, together with a list of messages",
-                todo="pass messages such as [{'role': 'user', 'content': …}], or leave it out",
+                remedy="pass messages such as [{'role': 'user', 'content': …}], or leave it out",
             )
         if isinstance(prompt, str):
             return self._tokenizer_for("text").encode(prompt, add_special_tokens=True)
@@ -89,7 +89,7 @@ class PromptEncoder:
             "the prompt has a wrong type",
             found=type(prompt).__name__,
             expected="a str, a list of messages, or a list of token ids",
-            todo="convert it first; a tensor with .tolist(), bytes with .decode()",
+            remedy="convert it first; a tensor with .tolist(), bytes with .decode()",
         )
 
     def _tokenizer_for(self, what: str) -> Tokenizer:
@@ -98,6 +98,6 @@ class PromptEncoder:
                 "the bundle has no tokenizer",
                 found=f"{what} as the prompt",
                 expected="a list of token ids",
-                todo="encode the prompt yourself, or export the target with its tokenizer",
+                remedy="encode the prompt yourself, or export the target with its tokenizer",
             )
         return self.tokenizer

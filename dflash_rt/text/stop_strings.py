@@ -40,7 +40,7 @@ class StopStrings:
                 "text was fed after a stop string",
                 found=f"{self._found!r} ended the text",
                 expected="no more text",
-                todo="check `found` after every piece",
+                remedy="check `found` after every piece",
             )
         text = self._held + piece
         for i, character in enumerate(piece, start=len(self._held) + 1):
@@ -109,7 +109,7 @@ class TextAssembler:
                 "stop strings need a tokenizer",
                 found="a bundle without one",
                 expected="no stop strings",
-                todo="use stop_token_ids, or export the target with its tokenizer",
+                remedy="use stop_token_ids, or export the target with its tokenizer",
             )
         self._decoder = None if tokenizer is None else tokenizer.incremental()
 
@@ -153,5 +153,5 @@ def _bad_stops(found: object) -> RequestError:
         "the stop strings can't be used",
         found=repr(found)[:80],
         expected="a list of strings that aren't empty",
-        todo='pass for example stop=["\\n\\n"]',
+        remedy='pass for example stop=["\\n\\n"]',
     )

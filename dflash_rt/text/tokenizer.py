@@ -26,7 +26,7 @@ class Tokenizer:
                 f"the tokenizer {os.fspath(path)} can't be loaded",
                 found=str(error)[:200],
                 expected="a tokenizer.json as the tokenizers library writes it",
-                todo="copy the bundle again, or build it again with `dflash-export build --force`",
+                remedy="copy the bundle again, or build it again with `dflash-export build --force`",
             ) from error
         # Both would change a prompt without a word.
         self._tokenizer.no_truncation()
@@ -49,7 +49,7 @@ class Tokenizer:
                 "the prompt isn't text",
                 found=type(text).__name__,
                 expected="str",
-                todo="pass a str, chat messages or token ids",
+                remedy="pass a str, chat messages or token ids",
             )
         try:
             text.encode("utf-8")
@@ -58,7 +58,7 @@ class Tokenizer:
                 "the prompt can't be written as UTF-8",
                 found=f"an unpaired surrogate at character {error.start}",
                 expected="valid Unicode text",
-                todo="decode the text with the right encoding, or with errors='replace'",
+                remedy="decode the text with the right encoding, or with errors='replace'",
             ) from error
         with no_panic():
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

@@ -46,7 +46,7 @@ def save_state(
             f"can't write the checkpoint {path}",
             found=error,
             expected="a writable folder with room for three times the float32 weights",
-            todo="free disk space and run the command again",
+            remedy="free disk space and run the command again",
         ) from error
 
 
@@ -68,14 +68,14 @@ def load_state(
             f"the checkpoint {path} can't be read",
             found=error,
             expected="a checkpoint of this command",
-            todo="delete it to begin again",
+            remedy="delete it to begin again",
         ) from error
     if found != run:
         raise RecipeError(
             f"{path} is of another run",
             found=_difference(run, found),
             expected=_difference(found, run),
-            todo="repeat that run's options and data to go on, or choose another output folder",
+            remedy="repeat that run's options and data to go on, or choose another output folder",
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -144,7 +144,7 @@ def read_sequences(folder: Path) -> Sequences:
                 f"{path} can't be read",
                 found=error,
                 expected="a data file as the data command writes it",
-                todo="delete the file and make it again with the same command",
+                remedy="delete the file and make it again with the same command",
             ) from error
         keep = own - prompt >= 2
         ids += [piece for piece, kept in zip(pieces, keep.tolist(), strict=True) if kept]
@@ -155,7 +155,7 @@ def read_sequences(folder: Path) -> Sequences:
             "there is nothing to train on",
             found=f"no answers of two tokens or more in {folder}",
             expected="data files",
-            todo="make data first",
+            remedy="make data first",
         )
     order = torch.randperm(len(ids), generator=generator(0, 0))
     shuffled = torch.cat([ids[index] for index in order.tolist()])

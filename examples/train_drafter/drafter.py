@@ -66,7 +66,7 @@ def new_drafter(
             "the drafter would have more layers than the target",
             found=f"{layers} layers for a target of {facts.num_layers}",
             expected=f"1 to {facts.num_layers}; published drafters have 5 to 8",
-            todo="lower --layers",
+            remedy="lower --layers",
         )
     taps = build_target_layer_ids(facts.num_layers, layers) if feature_layers is None else feature_layers
     raw = _config_json(target.model.config, layers, block_size, mask_token_id, list(taps))
@@ -149,7 +149,7 @@ def continued_drafter(folder: str, *, block_size: int | None) -> Drafter:
             "this drafter can't be trained here",
             found=f"layers {', '.join(config.layer_types)}",
             expected="full attention that isn't causal, in every layer",
-            todo="start a new drafter, without --init-from",
+            remedy="start a new drafter, without --init-from",
         )
     raw = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
     if block_size is not None:
@@ -177,7 +177,7 @@ def write_drafter(folder: Path, drafter: Drafter) -> None:
             f"can't write the drafter to {folder}",
             found=error,
             expected="a writable folder",
-            todo="free disk space or choose another output",
+            remedy="free disk space or choose another output",
         ) from error
 
 

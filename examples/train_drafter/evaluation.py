@@ -69,7 +69,7 @@ def evaluate(
                 "no prompt was long enough to measure",
                 found=f"{len(prompts)} answers without a step",
                 expected="answers of two tokens or more",
-                todo="give other prompts, or a higher max_new_tokens",
+                remedy="give other prompts, or a higher max_new_tokens",
             )
         each = [sum(steps) / len(steps) for steps in runs]
         tokens, steps = sum(map(sum, runs)), sum(map(len, runs))

@@ -68,16 +68,16 @@ def make_data(
     settings |= {"max_new_tokens": max_new_tokens, "stop_token_ids": stops, "batch": batch, "seed": seed}
     write_settings(folder / SETTINGS_FILE, settings)
     plan = plan_batches([len(prompt) for prompt in prompts], batch, seed)
-    todo = [number for number in range(len(plan)) if not _file(folder, number).is_file()]
-    if sealed and todo:
+    remedy = [number for number in range(len(plan)) if not _file(folder, number).is_file()]
+    if sealed and remedy:
         raise OutputError(
             f"training has begun on part of the data in {folder}",
-            found=f"{len(plan) - len(todo)} of {len(plan)} batches",
+            found=f"{len(plan) - len(remedy)} of {len(plan)} batches",
             expected="all of them, or no checkpoint: a run trains on the same data from its start to its end",
-            todo="go on with the train command, or delete the checkpoint to begin again on more data",
+            remedy="go on with the train command, or delete the checkpoint to begin again on more data",
         )
     tokens, before = 0, None
-    for done, number in enumerate(todo, len(plan) - len(todo)):
+    for done, number in enumerate(remedy, len(plan) - len(remedy)):
         if not budget.allows_another(before):
             log(f"data: out of time with {done} of {len(plan)} batches; the same command goes on")
             return False
@@ -217,7 +217,7 @@ def write_settings(path: Path, settings: dict[str, Any]) -> None:
             f"{path} can't be used",
             found=error,
             expected="a folder that is new, or made by this command",
-            todo="choose another output folder",
+            remedy="choose another output folder",
         ) from error
     found, wanted = ({key: json.dumps(value) for key, value in old.items()} for old in (recorded, settings))
     changed = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
@@ -226,7 +226,7 @@ def write_settings(path: Path, settings: dict[str, Any]) -> None:
             f"{path.parent} was made with other settings",
             found=", ".join(f"{key} {wanted.get(key)}" for key in changed)[:500],
             expected=", ".join(f"{key} {found.get(key)}" for key in changed)[:500],
-            todo="repeat the settings to go on, or choose another output folder",
+            remedy="repeat the settings to go on, or choose another output folder",
         )
 
 
@@ -250,5 +250,5 @@ def _save(path: Path, prompts: list[list[int]], answers: list[list[int]]) -> Non
             f"can't write {path}",
             found=error,
             expected="a writable folder with room for the data",
-            todo="free disk space; the batches before this one are kept",
+            remedy="free disk space; the batches before this one are kept",
         ) from error

@@ -75,7 +75,7 @@ def read_words(path: Path) -> dict[str, tuple[str, ...]]:
                 f"line {number} of {path.name} is wrong",
                 found=line[:80],
                 expected="slot: word | word | …, each slot and each of its words once",
-                todo="correct the line",
+                remedy="correct the line",
             )
         words[slot] = found
     return words
@@ -96,7 +96,7 @@ def read_templates(words: Mapping[str, Sequence[str]], path: Path) -> list[Templ
                 f"line {number} of {path.name} has a slot that can't be filled",
                 found=", ".join(sorted(missing)) or line[:80],
                 expected=f"slots of words.txt: {', '.join(sorted(words))}",
-                todo="correct the slot, or add words to its list",
+                remedy="correct the slot, or add words to its list",
             )
         templates.append(Template(text, slots))
     return templates
@@ -128,7 +128,7 @@ def training_prompts(
             "the templates don't give that many prompts",
             found=f"{count} prompts wanted",
             expected=f"at most about {len(prompts)}",
-            todo="ask for fewer prompts, or add templates and words",
+            remedy="ask for fewer prompts, or add templates and words",
         )
     return prompts
 
@@ -142,7 +142,7 @@ def own_prompts(path: Path, held_out: Collection[str]) -> list[str]:
             f"{path} has held-out prompts in it",
             found=f"{len(leaks)}, such as {leaks[0][:80]!r}",
             expected="training prompts that the evaluation doesn't ask",
-            todo="remove them from one of the two files",
+            remedy="remove them from one of the two files",
         )
     return prompts
 

@@ -44,7 +44,7 @@ def opening(target: Target) -> list[int]:
             "the target can't be asked for prompts",
             found="a chat template that writes nothing before a user's message",
             expected="a template that marks where a user's turn begins",
-            todo="leave out --self-prompts, and give --prompt-file or --prompts",
+            remedy="leave out --self-prompts, and give --prompt-file or --prompts",
         )
     return chats[0][:shared]
 
@@ -102,7 +102,7 @@ def self_prompts(
                 "the target writes too few prompts of its own",
                 found=f"{len(prompts) - before} new ones in the last {tried}, {len(prompts)} in all",
                 expected=f"{count} distinct ones that end within {_LONGEST} tokens",
-                todo="lower --self-prompts, and add --prompts or a --prompt-file",
+                remedy="lower --self-prompts, and add --prompts or a --prompt-file",
             )
         tried, before = 0, len(prompts)
     return prompts[:count]
@@ -142,6 +142,6 @@ def write_prompts(path: Path, make: Callable[[], list[str]], settings: dict[str,
             f"the prompts in {path} can't be used",
             found=error,
             expected="a file that this command wrote, or a writable folder",
-            todo="delete the file to have prompts written anew, or choose another output folder",
+            remedy="delete the file to have prompts written anew, or choose another output folder",
         ) from error
     return prompts

@@ -107,7 +107,7 @@ def _prompts(run: Run, given: Mapping[str, Any], batch: int) -> tuple[list[str],
             "--beginnings has nothing to begin",
             found="no --self-prompts",
             expected="both or neither: they are the first words of prompts that the target writes",
-            todo="give --self-prompts, or leave out --beginnings",
+            remedy="give --self-prompts, or leave out --beginnings",
         )
     if wanted is None:  # unless only the target is asked for prompts
         wanted = 0 if written and own is None else 20_000
@@ -140,7 +140,7 @@ def _prompts(run: Run, given: Mapping[str, Any], batch: int) -> tuple[list[str],
             "there is nothing to ask the target",
             found="--prompts 0 without --self-prompts",
             expected="some prompts",
-            todo="give --prompts, --self-prompts or --prompt-file",
+            remedy="give --prompts, --self-prompts or --prompt-file",
         )
     return list(dict.fromkeys(prompts)), sources
 
@@ -198,7 +198,7 @@ def _compiled(run: Run, wanted: bool | None) -> bool:
             "--compile needs CUDA",
             found=f"device {run.device}",
             expected="a CUDA device: FlexAttention has no backward pass elsewhere",
-            todo="leave out --compile for the dense mask",
+            remedy="leave out --compile for the dense mask",
         )
     return run.on_cuda if wanted is None else wanted
 
@@ -211,7 +211,7 @@ def _first_drafter(run: Run, given: Mapping[str, Any]) -> Drafter:
                 "a drafter that exists can't be given another shape",
                 found=", ".join(f"--{name.replace('_', '-')}" for name in surplus) + " with --init-from",
                 expected="one or the other",
-                todo="leave out --init-from for a new drafter",
+                remedy="leave out --init-from for a new drafter",
             )
         return continued_drafter(given["init_from"], block_size=given["block_size"])
     if given["mask_token_id"] is None:
@@ -219,7 +219,7 @@ def _first_drafter(run: Run, given: Mapping[str, Any]) -> Drafter:
             "a new drafter needs a mask token",
             found="no --mask-token-id",
             expected="the id of a token of the target that no text contains, such as a reserved one",
-            todo="look for one in the target's tokenizer.json and give --mask-token-id",
+            remedy="look for one in the target's tokenizer.json and give --mask-token-id",
         )
     return new_drafter(
         run.target,
@@ -239,7 +239,7 @@ def _integers(option: str, text: str) -> list[int]:
             f"{option} is wrong",
             found=text,
             expected="whole numbers with commas between them",
-            todo="write it like 1,14,27",
+            remedy="write it like 1,14,27",
         ) from error
 
 
@@ -279,7 +279,7 @@ def evaluate(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
             "there is no drafter to evaluate",
             found=f"no {' and no '.join(missing)} in {run.output}",
             expected="the folder of a run that has trained",
-            todo="train first",
+            remedy="train first",
         )
     prompts = run.target.encode(run.held_out[: given["limit"]])
     record: dict[str, Any] = {"prompts": len(prompts), "max_new_tokens": given["evaluation_tokens"]}

@@ -71,7 +71,7 @@ def open_target(
                 "the target can't be asked anything",
                 found="no tokenizer" if files is None else "no chat template",
                 expected="a tokenizer with a chat template: the drafter is trained on the target's answers",
-                todo="use an instruction-tuned target, or put chat_template.jinja beside its config.json",
+                remedy="use an instruction-tuned target, or put chat_template.jinja beside its config.json",
             )
         encoder = PromptEncoder(
             Tokenizer(Path(folder) / files.path),

@@ -56,7 +56,7 @@ class TrainOptions:
                 "training has no end",
                 found="neither steps nor minutes",
                 expected="at least one: the learning rate falls to zero at the end",
-                todo="give --steps or --minutes",
+                remedy="give --steps or --minutes",
             )
 
 
@@ -108,7 +108,7 @@ class Trainer:
                 "there is too little data",
                 found=f"{len(sequences)} sequences, {options.validation} of them for validation",
                 expected="more sequences than those for validation",
-                todo="make more data, or lower --validation",
+                remedy="make more data, or lower --validation",
             )
         self.drafter, self.options, self.outcome = drafter, options, Outcome()
         self._config = drafter.config
@@ -303,7 +303,7 @@ class Trainer:
             f"training diverged: {what} not finite at step {self.outcome.step}",
             found=found,
             expected="finite numbers; nothing was written over the last checkpoint",
-            todo="delete state.safetensors, if there is one, and train again with a lower --learning-rate; "
+            remedy="delete state.safetensors, if there is one, and train again with a lower --learning-rate; "
             "the data stays",
         )
 

@@ -243,7 +243,7 @@ def test_only_fp32_bundles_are_compared(name: str, pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "gone", "todo"),
+    ("name", "gone", "remedy"),
     [
         ("hf", "torch", "pip install 'dflash-export[export]'"),
         ("reference", "torch", "pip install 'dflash-export[export]'"),
@@ -252,13 +252,13 @@ def test_only_fp32_bundles_are_compared(name: str, pair: Pair) -> None:
     ],
 )
 def test_missing_packages(
-    name: str, gone: str, todo: str, pair: Pair, monkeypatch: pytest.MonkeyPatch
+    name: str, gone: str, remedy: str, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "dflash_export.reference", raising=False)
     monkeypatch.setitem(sys.modules, gone, None)
     with pytest.raises(BackendUnavailableError, match=f"{name} can't be compared with") as caught:
         FACTORIES[name](pair.setup())
-    assert todo in str(caught.value)
+    assert remedy in str(caught.value)
 
 
 def test_the_wrong_target_is_refused(pair: Pair, tmp_path: Path) -> None:

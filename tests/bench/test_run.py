@@ -23,7 +23,7 @@ from dflash_bench.floor import (
     step_floor,
     weight_bytes,
 )
-from dflash_bench.machine import cpu_name, load_average, package_versions, physical_cores
+from dflash_bench.machine import load_average, package_versions
 from dflash_bench.prompts import default_prompts
 from dflash_bench.run.measure import measure, our_contenders, run_bench
 from dflash_bench.run.plot import check_plot, draw_plot
@@ -49,8 +49,9 @@ from dflash_rt.errors import (
     RequestError,
     VerifyError,
 )
+from dflash_rt.machine import cpu_name, physical_cores
 from tests.rt.bundle_maker import manifest_document, write_bundle
-from tests.rt.scripted_generator import saying
+from tests.rt.scripted_generator import scripted_generator
 
 ROOT = Path(__file__).parents[2]
 ANSWER = "Blue light is scattered more than red light."
@@ -59,7 +60,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def ours(width: int) -> OurContender:
-    return OurContender(saying(ANSWER, prompt=PROMPT, draft_width=width))
+    return OurContender(scripted_generator(ANSWER, prompt=PROMPT, draft_width=width))
 
 
 class Other:
@@ -578,7 +579,7 @@ class Other:
     def close(self): self.closed.append(self.name)
 def make_one(setup): return [Other("one")]
 def make_each(setup): return [Other(f"each-{width}") for width in setup.draft_widths]
-def make_none(setup): raise VerifyError("there is no checkpoint", found="a\\nb", todo="name one")
+def make_none(setup): raise VerifyError("there is no checkpoint", found="a\\nb", remedy="name one")
 """
 ENTRIES = f"""[{ENTRY_POINT_GROUP}]
 one = bench_plugin:make_one

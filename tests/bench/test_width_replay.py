@@ -6,7 +6,8 @@ from pathlib import Path
 
 from benchmarks.width_replay import Answer, record, replay, replay_adaptive, steps, table
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
-from dflash_rt.speculation.width import FixedWidth, StepCosts
+from dflash_rt.decoding.policy import FixedWidth
+from dflash_rt.speculation.width_correction import StepCosts
 from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 
 COSTS = StepCosts((2.0, 3.0, 4.0))

@@ -20,7 +20,7 @@ from dflash_rt.backends.scripted import ScriptedBackend
 from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import OutputError, PromptError, RequestError
 from dflash_rt.sampling.params import SamplingParams
-from dflash_rt.speculation.width import StepCosts
+from dflash_rt.speculation.width_correction import StepCosts
 from tests.rt.bundle_maker import manifest_document, write_bundle
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -16,7 +16,7 @@ import pytest
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.backends.host_arrays import zeros
-from dflash_rt.bundle.manifest import STEP_GRAPHS
+from dflash_rt.bundle.graph_names import STEP_GRAPHS
 from dflash_rt.errors import BackendError, NumericalError
 from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
 

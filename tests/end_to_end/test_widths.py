@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from dflash_rt import Bundle, Generator
-from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
+from dflash_rt.arrays import IntArray
+from dflash_rt.backends.base import Inject, StepOutput
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence
+from dflash_rt.sampling.proposal import DraftSampling
 from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
 BLOCK, CHUNK = 5, 8

@@ -149,7 +149,7 @@ def test_the_command_asks_the_target(target: Target, folder: Path, tmp_path: Pat
 
 
 def fail() -> list[str]:
-    raise RecipeError("too few", found=0, expected=9, todo="ask for fewer")
+    raise RecipeError("too few", found=0, expected=9, remedy="ask for fewer")
 
 
 def test_an_interrupted_run_finds_its_prompts_again(tmp_path: Path) -> None:

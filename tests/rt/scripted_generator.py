@@ -75,7 +75,7 @@ def prompts(**changes: Any) -> PromptEncoder:
     return PromptEncoder(**({"tokenizer": byte_tokenizer(), "chat_template": TEMPLATE} | changes))
 
 
-def saying(
+def scripted_generator(
     answer: str | list[int],
     *,
     prompt: list[int] | None = None,

@@ -42,7 +42,7 @@ from tests.rt.scripted_generator import (
     limits,
     mostly_right,
     prompts,
-    saying,
+    scripted_generator,
     write_byte_tokenizer,
 )
 
@@ -55,7 +55,7 @@ IDS = encode(ANSWER)
 
 @pytest.mark.parametrize("speculative", [True, False])
 def test_generate(speculative: bool) -> None:
-    with saying(ANSWER) as generator:
+    with scripted_generator(ANSWER) as generator:
         result = generator.generate([1], speculative=speculative)
     assert result.text == ANSWER
     assert result.token_ids == (*IDS, END)  # the stop token counts as a token and has no text
@@ -66,7 +66,7 @@ def test_generate(speculative: bool) -> None:
 
 
 def test_stream_gives_the_same_in_chunks() -> None:
-    with saying(ANSWER) as generator:
+    with scripted_generator(ANSWER) as generator:
         whole = generator.generate([1])
         stream = generator.stream([1])
         chunks = list(stream)
@@ -78,13 +78,15 @@ def test_stream_gives_the_same_in_chunks() -> None:
 
 
 def test_a_chunk_tells_what_was_drafted() -> None:
-    with saying([10, 11, 12, 13, 14, 15, 16, 17], drafter=lambda prefix, count: [11, 12, 0, 0]) as generator:
+    with scripted_generator(
+        [10, 11, 12, 13, 14, 15, 16, 17], drafter=lambda prefix, count: [11, 12, 0, 0]
+    ) as generator:
         chunks = list(generator.stream([1], max_new_tokens=5))
     assert [(c.token_ids, c.drafted) for c in chunks] == [((10,), 0), ((11, 12, 13), 2), ((14,), 0)]
 
 
 def test_never_half_a_character() -> None:
-    with saying(ANSWER) as generator:
+    with scripted_generator(ANSWER) as generator:
         for speculative in (True, False):
             pieces = [chunk.text for chunk in generator.stream([1], speculative=speculative)]
             assert "".join(pieces) == ANSWER
@@ -94,37 +96,37 @@ def test_never_half_a_character() -> None:
 
 
 def test_a_character_cut_by_the_length_limit_is_marked() -> None:
-    with saying("ab€") as generator:
+    with scripted_generator("ab€") as generator:
         result = generator.generate([1], max_new_tokens=4)
     assert result.text == "ab\ufffd"
     assert result.finish_reason == "length"
 
 
 def test_length_limit() -> None:
-    with saying(ANSWER) as generator:
+    with scripted_generator(ANSWER) as generator:
         for limit in range(1, 12):
             result = generator.generate([1], max_new_tokens=limit)
             assert (result.token_ids, result.finish_reason) == (tuple(IDS[:limit]), "length")
 
 
 def test_without_max_new_tokens_the_limit_of_the_bundle_holds() -> None:
-    with saying("x" * 100, max_seq_len=30) as generator:
+    with scripted_generator("x" * 100, max_seq_len=30) as generator:
         result = generator.generate([1])
     assert (len(result.token_ids), result.finish_reason) == (29, "length")
 
 
 def test_prompt_may_fill_all_but_one() -> None:
     prompt = encode("p" * 29)
-    with saying("xyz", prompt=prompt, max_seq_len=30) as generator:
+    with scripted_generator("xyz", prompt=prompt, max_seq_len=30) as generator:
         assert generator.generate(prompt).text == "x"
 
 
 def test_stop_token_ids() -> None:
-    with saying("abcabc" + "d" * 20, max_seq_len=20) as generator:
+    with scripted_generator("abcabc" + "d" * 20, max_seq_len=20) as generator:
         b, c = encode("bc")
         assert generator.generate([1], stop_token_ids=[c, b]).text == "ab"  # ordinary tokens have text
         assert generator.generate([1], stop_token_ids=np.array([c])).token_ids == tuple(encode("abc"))
-    with saying([END, END, 5]) as generator:
+    with scripted_generator([END, END, 5]) as generator:
         assert generator.generate([1]).token_ids == (END,)  # the first token
         assert generator.generate([1], stop_token_ids=[], max_new_tokens=3).token_ids == (END, END, 5)
 
@@ -152,7 +154,7 @@ def stopped_text(answer: str, stops: list[str]) -> tuple[str, int]:
 )
 def test_stop_strings_anywhere(answer: str, stops: list[str], width: int, wrong_every: int) -> None:
     ids = encode(answer)
-    generator = saying(
+    generator = scripted_generator(
         ids, block_size=6, draft_width=width, drafter=mostly_right([1], ids, wrong_every=wrong_every)
     )
     text, count = stopped_text(answer, stops)
@@ -166,14 +168,16 @@ def test_stop_strings_anywhere(answer: str, stops: list[str], width: int, wrong_
 
 
 def test_stop_string_over_two_chunks_is_never_emitted() -> None:
-    with saying("one\n\ntwo", drafter=lambda prefix, count: [0] * count) as generator:  # one token a chunk
+    with scripted_generator(
+        "one\n\ntwo", drafter=lambda prefix, count: [0] * count
+    ) as generator:  # one token a chunk
         chunks = list(generator.stream([1], stop="\n\n"))
     assert [chunk.text for chunk in chunks] == ["o", "n", "e", "", ""]
     assert chunks[-1].token_ids == tuple(encode("\n"))
 
 
 def test_stop_string_in_an_accepted_block_cuts_its_tokens() -> None:
-    with saying(
+    with scripted_generator(
         "abcdefgh", drafter=lambda prefix, count: encode("abcdefgh\n\n\n")[len(prefix) - 1 :][:count]
     ) as generator:
         stream = generator.stream([1], stop=["zz", "cd"])
@@ -185,19 +189,19 @@ def test_stop_string_in_an_accepted_block_cuts_its_tokens() -> None:
 
 
 def test_text_held_for_a_stop_string_comes_at_the_end() -> None:
-    with saying("ab<en") as generator:
+    with scripted_generator("ab<en") as generator:
         assert generator.generate([1], stop=["<end>"]).text == "ab<en"
         assert generator.generate([1], stop=["<end>"], max_new_tokens=4).text == "ab<e"
 
 
 def test_stop_string_in_the_text_that_only_the_end_makes_certain() -> None:
-    with saying("ab€") as generator:
+    with scripted_generator("ab€") as generator:
         result = generator.generate([1], stop=["\ufffd"], max_new_tokens=3)
     assert (result.text, result.finish_reason) == ("ab", "stop")
 
 
 def test_stop_string_wins_over_length_on_the_last_token() -> None:
-    with saying("abcd") as generator:
+    with scripted_generator("abcd") as generator:
         result = generator.generate([1], stop=["bc"], max_new_tokens=3)
     assert (result.text, result.finish_reason, len(result.token_ids)) == ("a", "stop", 3)
 
@@ -206,7 +210,7 @@ def test_stop_string_wins_over_length_on_the_last_token() -> None:
 
 
 def test_text_and_chat_prompts() -> None:
-    generator = saying("x")
+    generator = scripted_generator("x")
     assert generator.encode("hi") == [BEGIN, *encode("hi")]
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     assert generator.encode(chat) == encode("user: hi\nassistant: yo\n>")
@@ -219,10 +223,10 @@ def test_text_and_chat_prompts() -> None:
 
 def test_prompt_texts_are_what_the_backend_gets() -> None:
     prompt = [BEGIN, *encode("Why is the sky blue?")]  # three prefill chunks
-    with saying(ANSWER, prompt=prompt) as generator:
+    with scripted_generator(ANSWER, prompt=prompt) as generator:
         assert generator.generate("Why is the sky blue?").text == ANSWER
     chat = encode("user: hi :)\n>")
-    with saying(ANSWER, prompt=chat) as generator:
+    with scripted_generator(ANSWER, prompt=chat) as generator:
         message = {"role": "user", "content": "hi"}
         assert generator.generate([message], chat_template_kwargs={"mood": " :)"}).text == ANSWER
 
@@ -230,11 +234,11 @@ def test_prompt_texts_are_what_the_backend_gets() -> None:
 def test_the_caller_s_objects_stay_as_they_are() -> None:
     ids, stops, stop_ids = [1], ["zz"], [7]
     chat, kwargs = [{"role": "user", "content": "hi"}], {"mood": "!"}
-    generator = saying("x", prompt=encode("user: hi!\n>"))
+    generator = scripted_generator("x", prompt=encode("user: hi!\n>"))
     generator.generate(
         chat, stop=stops, stop_token_ids=stop_ids, chat_template_kwargs=kwargs, max_new_tokens=2
     )
-    saying("x").generate(ids)
+    scripted_generator("x").generate(ids)
     assert (ids, stops, stop_ids) == ([1], ["zz"], [7])
     assert (chat, kwargs) == ([{"role": "user", "content": "hi"}], {"mood": "!"})
 
@@ -314,7 +318,7 @@ LEAVING = [
 
 @pytest.mark.parametrize("leave", LEAVING)
 def test_reuse_after_leaving_anywhere(leave: Callable[[Generator, int], None]) -> None:
-    with saying(ANSWER) as generator:
+    with scripted_generator(ANSWER) as generator:
         for after in range(7):
             leave(generator, after)
             assert generator.generate([1], max_new_tokens=9).token_ids == tuple(IDS[:9])
@@ -323,7 +327,7 @@ def test_reuse_after_leaving_anywhere(leave: Callable[[Generator, int], None]) -
 @pytest.mark.parametrize("call", range(6))
 @pytest.mark.parametrize("error", [NumericalError("not finite"), RuntimeError("vendor"), KeyboardInterrupt()])
 def test_reuse_after_an_error_anywhere(call: int, error: BaseException) -> None:
-    with saying(ANSWER, prompt=IDS[:10], raise_at={call: error}) as generator:
+    with scripted_generator(ANSWER, prompt=IDS[:10], raise_at={call: error}) as generator:
         with pytest.raises(type(error)) as caught:
             generator.generate(IDS[:10])
         assert caught.value is error
@@ -331,7 +335,7 @@ def test_reuse_after_an_error_anywhere(call: int, error: BaseException) -> None:
 
 
 def test_a_stream_that_failed() -> None:
-    with saying(ANSWER, raise_at={1: NumericalError("not finite")}) as generator:
+    with scripted_generator(ANSWER, raise_at={1: NumericalError("not finite")}) as generator:
         stream = generator.stream([1])
         next(stream)
         with pytest.raises(NumericalError):
@@ -343,7 +347,7 @@ def test_a_stream_that_failed() -> None:
 
 
 def test_no_result_before_the_end() -> None:
-    with saying(ANSWER) as generator, generator.stream([1]) as stream:
+    with scripted_generator(ANSWER) as generator, generator.stream([1]) as stream:
         for moment in ("before the first chunk", "after it"):
             with pytest.raises(GeneratorStateError, match="it hasn't ended"):
                 _ = stream.result
@@ -352,7 +356,7 @@ def test_no_result_before_the_end() -> None:
 
 
 def test_a_stream_that_never_ran_costs_nothing() -> None:
-    with saying(ANSWER) as generator:
+    with scripted_generator(ANSWER) as generator:
         waiting = generator.stream([1])
         assert generator.generate([1], max_new_tokens=2).token_ids == tuple(IDS[:2])
         waiting.close()
@@ -387,7 +391,7 @@ def test_next_from_inside_a_step_is_refused() -> None:
 
 
 def test_close() -> None:
-    generator = saying(ANSWER)
+    generator = scripted_generator(ANSWER)
     backend: Any = generator._backend
     waiting = generator.stream([1])
     assert not generator.closed
@@ -418,7 +422,7 @@ def test_the_backend_is_closed_once() -> None:
 
 
 def test_close_ends_this_thread_s_open_stream() -> None:
-    generator = saying(ANSWER)
+    generator = scripted_generator(ANSWER)
     stream = generator.stream([1])
     first = next(stream)
     generator.close()
@@ -428,7 +432,7 @@ def test_close_ends_this_thread_s_open_stream() -> None:
 
 
 def test_leaving_the_context_by_an_error_with_an_open_stream() -> None:
-    generator = saying(ANSWER)
+    generator = scripted_generator(ANSWER)
 
     def loop() -> None:
         with generator:
@@ -466,7 +470,7 @@ def test_stats() -> None:
         right = next(rights)
         return [answer[len(prefix) - 1 + i] if i < right else 0 for i in range(count)]
 
-    with saying(answer, drafter=drafter) as generator:
+    with scripted_generator(answer, drafter=drafter) as generator:
         stats = generator.generate([1], max_new_tokens=14).stats
     assert stats.accepted_per_step == (0, 4, 2, 4)  # 1 + 1 + 5 + 3 + 4 of 5: the limit cut the last one
     assert stats.accepted_by_position == (3, 3, 2, 2)
@@ -483,7 +487,7 @@ def test_stats() -> None:
 
 
 def test_stats_without_a_step_and_without_drafts() -> None:
-    with saying(ANSWER) as generator:
+    with scripted_generator(ANSWER) as generator:
         one = generator.generate([1], max_new_tokens=1).stats
         plain = generator.generate([1], max_new_tokens=4, speculative=False).stats
     assert (one.steps, one.tokens_per_step, one.tokens_per_second, one.backend_seconds) == (0, 0.0, 0.0, 0.0)
@@ -496,7 +500,7 @@ def test_stats_without_a_step_and_without_drafts() -> None:
 
 
 def test_clocks_stand_still_between_chunks() -> None:
-    with saying(ANSWER) as generator:
+    with scripted_generator(ANSWER) as generator:
         began, slept = time.perf_counter(), 0.0
         stream = generator.stream([1], max_new_tokens=6)
         for _ in stream:
@@ -507,7 +511,7 @@ def test_clocks_stand_still_between_chunks() -> None:
 
 
 def test_clocks_of_one_request_leave_out_the_others() -> None:
-    with saying(ANSWER) as generator:
+    with scripted_generator(ANSWER) as generator:
         generator.generate([1])
         result = generator.generate([1], max_new_tokens=2)
     assert result.stats.backend_seconds <= result.stats.decode_seconds
@@ -692,7 +696,7 @@ BAD_REQUESTS: dict[str, tuple[object, dict[str, Any], type[DFlashError], str]] =
 @pytest.mark.parametrize("name", BAD_REQUESTS)
 def test_bad_requests_are_refused_before_any_work(name: str) -> None:
     prompt, arguments, error, message = BAD_REQUESTS[name]
-    generator = saying(ANSWER)
+    generator = scripted_generator(ANSWER)
     for call in (generator.stream, generator.generate):
         with pytest.raises(error, match=message) as caught:
             call(prompt, **arguments)  # type: ignore[arg-type]
@@ -704,8 +708,8 @@ def test_bad_requests_are_refused_before_any_work(name: str) -> None:
 
 
 def test_empty_text_is_empty_only_if_it_has_no_tokens() -> None:
-    assert saying("x").encode("") == [BEGIN]
-    assert saying("x", prompt=[BEGIN]).generate("").text == "x"
+    assert scripted_generator("x").encode("") == [BEGIN]
+    assert scripted_generator("x", prompt=[BEGIN]).generate("").text == "x"
 
 
 @pytest.mark.parametrize("prompt", ["hi", CHAT])
@@ -725,7 +729,7 @@ def test_a_chat_needs_a_template() -> None:
 
 @pytest.mark.parametrize("name", ["typical_p", "n", "max_tokens"])
 def test_unknown_arguments(name: str) -> None:
-    generator = saying(ANSWER)
+    generator = scripted_generator(ANSWER)
     for call in (generator.generate, generator.stream, SamplingParams):
         arguments: tuple[Any, ...] = () if call is SamplingParams else ([1],)
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
@@ -734,11 +738,11 @@ def test_unknown_arguments(name: str) -> None:
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.0, np.float32(0)])
 def test_sampling_greedy(value: Any) -> None:
-    assert saying(ANSWER).generate([1], sampling=SamplingParams(temperature=value)).text == ANSWER
+    assert scripted_generator(ANSWER).generate([1], sampling=SamplingParams(temperature=value)).text == ANSWER
 
 
 def test_results_can_t_be_changed() -> None:
-    result = saying(ANSWER).generate([1])
+    result = scripted_generator(ANSWER).generate([1])
     for thing, name in ((result, "text"), (result.stats, "new_tokens"), (Chunk("", (1,), 0, None), "text")):
         with pytest.raises(AttributeError):
             setattr(thing, name, "other")

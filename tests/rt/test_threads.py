@@ -16,7 +16,7 @@ from dflash_rt.backends.scripted import ScriptedBackend
 from dflash_rt.errors import BackendError, GeneratorStateError
 from dflash_rt.generator import Generator
 from dflash_rt.stream import TokenStream
-from tests.rt.scripted_generator import limits, saying
+from tests.rt.scripted_generator import limits, scripted_generator
 
 PATIENCE = 20.0  # seconds until a wait counts as a deadlock
 
@@ -114,7 +114,7 @@ def test_results_equal_those_of_one_thread() -> None:
 
 
 def test_a_request_waits_for_another_thread_s_stream() -> None:
-    generator = saying("answer")
+    generator = scripted_generator("answer")
     stream = generator.stream([1])
     next(stream)
     later = generator.stream([1])
@@ -125,7 +125,7 @@ def test_a_request_waits_for_another_thread_s_stream() -> None:
 
 
 def test_a_second_request_of_the_same_thread_is_refused() -> None:
-    generator = saying("answer")
+    generator = scripted_generator("answer")
     second = generator.stream([1])
 
     def nested() -> None:
@@ -158,7 +158,7 @@ def test_waiting_time_is_not_counted() -> None:
 
 
 def test_a_stream_may_go_on_in_another_thread() -> None:
-    generator = saying("answer")
+    generator = scripted_generator("answer")
     stream = generator.stream([1])
     begin = next(stream).text
     assert begin + Task(lambda: "".join(chunk.text for chunk in stream)).result() == "answer"
@@ -180,7 +180,7 @@ def test_the_thread_that_handed_its_stream_on_can_wait_for_it() -> None:
 
 
 def test_closing_a_stream_from_another_thread_lets_the_next_one_in() -> None:
-    generator = saying("answer")
+    generator = scripted_generator("answer")
     stream = generator.stream([1])
     next(stream)
     task = Task(lambda: generator.generate([1]).text)
@@ -252,7 +252,7 @@ def test_two_threads_may_share_a_stream() -> None:
 
 
 def test_a_stream_forgotten_by_a_dead_thread_lets_the_next_one_in() -> None:
-    generator = saying("answer")
+    generator = scripted_generator("answer")
 
     def forget() -> None:
         cycle: list[object] = [generator.stream([1])]

@@ -28,11 +28,14 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from dflash_rt.backends.base import DraftSampling, FloatArray, Inject, IntArray, Proposal, StepOutput
+from dflash_rt.arrays import FloatArray, IntArray
+from dflash_rt.backends.base import Inject, StepOutput
 from dflash_rt.backends.host_arrays import STORAGE, HostBuffer, zeros
 from dflash_rt.backends.state.window import Window
-from dflash_rt.bundle.manifest import STEP_GRAPHS, GraphSpec, TensorSpec, output_name
+from dflash_rt.bundle.graph_names import STEP_GRAPHS, output_name
+from dflash_rt.bundle.manifest import GraphSpec, TensorSpec
 from dflash_rt.errors import BackendError, NumericalError
+from dflash_rt.sampling.proposal import DraftSampling, Proposal
 
 if TYPE_CHECKING:
     from dflash_rt.bundle.folder import Bundle
@@ -78,14 +81,14 @@ class OnnxRuntimeBackend:
                 "fast_plain changes nothing here",
                 found="float activations" if manifest.quantization else "a bundle that isn't quantised",
                 expected="a quantised bundle whose activations are rounded",
-                todo="leave it out: plain steps are as fast as they can be, and equal to drafted ones",
+                remedy="leave it out: plain steps are as fast as they can be, and equal to drafted ones",
             )
         if fused and bundle.fused_path("target") is None:
             raise BackendError(
                 "the bundle has no fused target",
                 found=f"{manifest.target.model_type} in {manifest.precision}",
                 expected="an fp32 target of a form that can be fused (docs/bundle.md)",
-                todo="leave fused out: it is used wherever it is there",
+                remedy="leave fused out: it is used wherever it is there",
             )
         # What kept step costs are told apart by.
         self.name = "onnxruntime" + ("-fast-plain" if fast_plain else "")
@@ -169,7 +172,7 @@ class OnnxRuntimeBackend:
                 "a sequence outgrew the bundle",
                 found=f"{rows} rows",
                 expected=f"at most {self._limit - self._block_size}",
-                todo="shorten the prompt or max_new_tokens, or build with a larger --max-seq-len",
+                remedy="shorten the prompt or max_new_tokens, or build with a larger --max-seq-len",
             )
         # An eighth more than before keeps the copies of a long run below nine times its last cache.
         wanted = max(needed, self._capacity + self._capacity // 8)
@@ -327,7 +330,7 @@ class OnnxRuntimeBackend:
                 "a step gave logits that are not finite",
                 found=f"{int(bad.sum())} of {bad.size} values of {stage} are NaN or infinite",
                 expected="finite logits",
-                todo="check the bundle with `dflash-export inspect`; in fp16, build with bf16 or fp32",
+                remedy="check the bundle with `dflash-export inspect`; in fp16, build with bf16 or fp32",
             )
 
     def _run(self, graph: str, stage: str, batch: int, rows: int) -> None:
@@ -343,7 +346,7 @@ class OnnxRuntimeBackend:
                 f"ONNX Runtime failed in graph {graph}",
                 found=str(error),
                 expected=f"a run of {batch} x {rows} rows",
-                todo="check the bundle with `dflash-export inspect`; if it is whole, report this",
+                remedy="check the bundle with `dflash-export inspect`; if it is whole, report this",
             ) from error
         self._stage_seconds[stage] = self._stage_seconds.get(stage, 0.0) + time.perf_counter() - begin
 
@@ -470,5 +473,5 @@ def _load(graph: str, path: str, threads: int | None, integer_activations: bool)
             f"ONNX Runtime {ort.__version__} can't load graph {graph}",
             found=str(error),
             expected="a graph of opset 24 whose operators have CPU kernels of its precision",
-            todo="use onnxruntime 1.32 or newer; on a CPU, build the bundle with --precision fp32",
+            remedy="use onnxruntime 1.32 or newer; on a CPU, build the bundle with --precision fp32",
         ) from error

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dflash_rt.backends.base import DraftSampling, FloatArray, Inject, IntArray, Proposal, StepOutput
+from dflash_rt.arrays import FloatArray, IntArray
+from dflash_rt.backends.base import Inject, StepOutput
 from dflash_rt.backends.device.budget import Budget
 from dflash_rt.backends.device.memory import Memory, Report
 from dflash_rt.backends.device.planner import Planner
 from dflash_rt.backends.device.protocols import Bytes, Device, Engines, Mark
 from dflash_rt.backends.device.runner import Runner
 from dflash_rt.errors import BackendError, NumericalError
+from dflash_rt.sampling.proposal import DraftSampling, Proposal
 
 if TYPE_CHECKING:
     from dflash_rt.bundle.folder import Bundle
@@ -149,7 +151,7 @@ class DeviceBackend:
                 "a sequence outgrew the caches",
                 found=f"{rows} rows",
                 expected=f"at most {self.max_seq_len}",
-                todo="shorten the prompt or max_new_tokens, or build with a larger --max-seq-len",
+                remedy="shorten the prompt or max_new_tokens, or build with a larger --max-seq-len",
             )
 
     def settle(self, widths: Iterable[int]) -> None:
@@ -230,7 +232,7 @@ class DeviceBackend:
                 "too many steps were launched",
                 found=f"{len(self._launched)} that weren't read",
                 expected=f"at most {_DEPTH}",
-                todo="collect one first",
+                remedy="collect one first",
             )
         if anchors is not None:
             self._forget()
@@ -271,7 +273,7 @@ class DeviceBackend:
                 "there are no logits to read",
                 found="a step that was launched after the last one that was read",
                 expected="a step, a prefill, or a collected step with none after it",
-                todo="use step() where logits are wanted",
+                remedy="use step() where logits are wanted",
             )
         self._memory.read("logits", self._logits)
         self._device.wait(self._device.mark())
@@ -326,7 +328,7 @@ class DeviceBackend:
                 "a pass would write behind the caches",
                 found=f"a block of {self._planner.block_size} rows from {end} on",
                 expected=f"an end of at most {self.capacity}",
-                todo="shorten the prompt or max_new_tokens, or build with a larger --max-seq-len",
+                remedy="shorten the prompt or max_new_tokens, or build with a larger --max-seq-len",
             )
 
     def _forget(self) -> None:
@@ -377,7 +379,7 @@ class DeviceBackend:
                 "a step gave logits that are not finite",
                 found="; ".join(f"values of {stage} are NaN or infinite" for stage in bad),
                 expected="finite logits",
-                todo="check the bundle with `dflash-export inspect`; in fp16, build with bf16 or fp32",
+                remedy="check the bundle with `dflash-export inspect`; in fp16, build with bf16 or fp32",
             )
 
     @contextmanager
@@ -396,6 +398,6 @@ def _shortest(wanted: int | None, *limits: int) -> int:
             "max_seq_len is out of range",
             found=wanted,
             expected=f"1 to {longest}, the limit of the bundle or its engines",
-            todo="mend the option, or build with a larger --max-seq-len",
+            remedy="mend the option, or build with a larger --max-seq-len",
         )
     return wanted

@@ -54,7 +54,7 @@ class Budget:
             "the bundle doesn't fit into the device's memory",
             found=str(self),
             expected=f"at most {_megabytes(available)} ({what})",
-            todo=f"choose a shorter max_seq_len, 16-bit precision, or a larger device, or {advice}",
+            remedy=f"choose a shorter max_seq_len, 16-bit precision, or a larger device, or {advice}",
         )
 
 

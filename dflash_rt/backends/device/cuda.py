@@ -61,7 +61,7 @@ class CudaDevice:
                 f"the backend {backend} needs a GPU",
                 found=self._text(status) if count is None else "no GPU",
                 expected="an NVIDIA GPU and its driver",
-                todo='check with nvidia-smi, or use backend="onnxruntime"',
+                remedy='check with nvidia-smi, or use backend="onnxruntime"',
             )
         self.check("cudaSetDevice", 0)
         properties = self.check("cudaGetDeviceProperties", 0)
@@ -201,7 +201,7 @@ class CudaDevice:
                 f"{function} failed",
                 found=self._text(status),
                 expected="success",
-                todo="check the GPU with nvidia-smi and its free memory; then make a new generator",
+                remedy="check the GPU with nvidia-smi and its free memory; then make a new generator",
             )
 
     def _text(self, status: Any) -> str:
@@ -218,5 +218,5 @@ def _import_runtime(backend: str) -> Any:
             f"the backend {backend} needs cuda-python",
             found=error,
             expected="the package cuda-python, version 13.0 or newer",
-            todo=f"pip install 'dflash-export[{extra}]'",
+            remedy=f"pip install 'dflash-export[{extra}]'",
         ) from error

@@ -63,7 +63,7 @@ class HostDevice:
                 "the device is out of memory",
                 found=f"{free} bytes free",
                 expected=f"{nbytes} bytes",
-                todo="choose a shorter max_seq_len",
+                remedy="choose a shorter max_seq_len",
             )
         memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
         self._memory.append(memory)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dflash_rt.backends.base import IntArray
+from dflash_rt.arrays import IntArray
 from dflash_rt.backends.device.plan import Copy, Layout
 from dflash_rt.backends.device.protocols import Bytes, Device, Mark
 

@@ -20,7 +20,7 @@ _ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 
 
 class OnnxRuntimeEngines:
-    """:class:`~dflash_rt.backends.device.protocols.Engines`; with ``cuda`` on the GPU's stream, else on the host.
+    """:class:`~dflash_rt.backends.device.protocols.Engines` on the GPU with ``cuda``, else on the host.
 
     Every tensor is bound to its address, so that a run copies nothing. With CUDA a run only enqueues work on
     the device's own stream, and doesn't wait for it. ``fused`` takes that form of the target.
@@ -38,7 +38,7 @@ class OnnxRuntimeEngines:
                 found=f"{bundle.manifest.target.model_type} in {bundle.manifest.precision}",
                 expected=f"a target in {'fp16 or bf16' if cuda else 'fp32'} of a form that can be fused "
                 "(docs/bundle.md)",
-                todo="leave the option fused out, or build the bundle in that precision",
+                remedy="leave the option fused out, or build the bundle in that precision",
             )
         self._fused = fused
         self._bundle = bundle
@@ -84,7 +84,7 @@ class OnnxRuntimeEngines:
                     found=str(error),
                     expected="a run over "
                     + ", ".join(f"{item.tensor} {item.shape}" for item in run.inputs[:2]),
-                    todo="check the bundle with `dflash-export inspect`; if it is whole, report this",
+                    remedy="check the bundle with `dflash-export inspect`; if it is whole, report this",
                 ) from error
 
         return work
@@ -124,7 +124,7 @@ class OnnxRuntimeEngines:
                 f"ONNX Runtime {ort.__version__} can't load graph {graph}",
                 found=str(error),
                 expected="a graph of opset 24 whose operators have kernels of its precision",
-                todo=f"use {'onnxruntime-gpu 1.31' if self._cuda else 'onnxruntime 1.32'} or newer; "
+                remedy=f"use {'onnxruntime-gpu 1.31' if self._cuda else 'onnxruntime 1.32'} or newer; "
                 "on a CPU, build the bundle with --precision fp32",
             ) from error
         # ONNX Runtime falls back to the CPU with a warning only; tensors on the GPU would then be copied.
@@ -133,6 +133,6 @@ class OnnxRuntimeEngines:
                 f"ONNX Runtime can't run graph {graph} on the GPU",
                 found="execution providers " + ", ".join(session.get_providers()),
                 expected="CUDAExecutionProvider",
-                todo="check the driver with nvidia-smi, and that CUDA and cuDNN fit this onnxruntime-gpu",
+                remedy="check the driver with nvidia-smi, and that CUDA and cuDNN fit this onnxruntime-gpu",
             )
         return session

@@ -15,7 +15,8 @@ from dflash_rt.backends.device.plan import (
     item_size,
     sized,
 )
-from dflash_rt.bundle.manifest import STEP_GRAPHS, Manifest, TensorSpec
+from dflash_rt.bundle.graph_names import STEP_GRAPHS
+from dflash_rt.bundle.manifest import Manifest, TensorSpec
 from dflash_rt.errors import BackendError
 
 __all__ = ["STATE", "Planner"]
@@ -51,7 +52,7 @@ class Planner:
                 "the bundle can't run on a device",
                 found=f"no graph {', '.join(missing)}",
                 expected="the graphs that end a step there",
-                todo="build the bundle again with `dflash-export build --force`",
+                remedy="build the bundle again with `dflash-export build --force`",
             )
         self._graphs = manifest.graphs
         # More would need a place for each slot's features: those of few rows lie closer than a block's.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dflash_rt.backends.base import FloatArray
+from dflash_rt.arrays import FloatArray
 from dflash_rt.backends.device.memory import Memory, Report
 from dflash_rt.backends.device.plan import Copy, Operation, Run
 from dflash_rt.backends.device.planner import STATE, Planner
@@ -148,7 +148,7 @@ class Runner:
                 f"the captured graph of a step of {width} rows isn't that step",
                 found="it left other values in " + ", ".join(differing),
                 expected="those of the same operations one by one, from the same state",
-                todo="run without graphs (cuda_graph=False), and report this; kernels whose results vary "
+                remedy="run without graphs (cuda_graph=False), and report this; kernels whose results vary "
                 "from run to run look the same where two tokens are nearly as likely",
             )
         step.compared += 1

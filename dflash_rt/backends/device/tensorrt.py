@@ -108,7 +108,7 @@ class TensorRTEngines:
             graph, context = self._unasked.pop()
             asked = getattr(context, "is_stream_capturable", None)  # not in every version
             if asked is not None and not asked(self._stream):
-                raise self._failed(f"{graph} can't be captured in a CUDA graph", todo=_WITHOUT_GRAPHS)
+                raise self._failed(f"{graph} can't be captured in a CUDA graph", remedy=_WITHOUT_GRAPHS)
 
     def close(self) -> None:
         """Keep the kernels that were made, and drop engines and runtime."""
@@ -156,13 +156,13 @@ class TensorRTEngines:
         wanted = "prefill" if run.prefill else "block"
         return names.index(wanted) if wanted in names else 0
 
-    def _failed(self, what: str, more: str = "", todo: str | None = None) -> BackendError:
+    def _failed(self, what: str, more: str = "", remedy: str | None = None) -> BackendError:
         errors = "; ".join(text for text in (*self._logger.errors[-3:], more) if text)
         return BackendError(
             f"{self._backend} {self._trt.__version__}: {what}",
             found=errors or "no message",
             expected="an engine of this bundle, built for this GPU",
-            todo=todo or self._advice(),
+            remedy=remedy or self._advice(),
         )
 
     def _advice(self) -> str:
@@ -183,7 +183,7 @@ def _import(backend: str) -> Any:
             f"the {backend} library can't be imported",
             found=error,
             expected=f"the package {_MODULES[backend]}",
-            todo=f"pip install 'dflash-export[{backend}]'",
+            remedy=f"pip install 'dflash-export[{backend}]'",
         ) from error
 
 

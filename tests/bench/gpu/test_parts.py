@@ -168,7 +168,7 @@ def test_a_part_that_does_not_fit_is_skipped_with_its_reason() -> None:
 
 def test_a_part_that_fails_does_not_stop_the_next() -> None:
     def ours() -> None:
-        raise BackendError("no kernel", todo="use another GPU")
+        raise BackendError("no kernel", remedy="use another GPU")
 
     def foreign() -> None:
         raise ZeroDivisionError("of a library")

@@ -73,7 +73,7 @@ def assert_one(problems: list[Problem], *fragments: str) -> None:
     assert len(problems) == 1, "\n".join(map(str, problems))
     assert problems[0].found is not None
     assert problems[0].expected is not None
-    assert problems[0].todo is not None
+    assert problems[0].remedy is not None
     for fragment in fragments:
         assert fragment in str(problems[0]), f"{fragment!r} is not in:\n{problems[0]}"
 

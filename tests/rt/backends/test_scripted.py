@@ -8,7 +8,8 @@ import threading
 import numpy as np
 import pytest
 
-from dflash_rt.backends.base import Backend, Inject, IntArray
+from dflash_rt.arrays import IntArray
+from dflash_rt.backends.base import Backend, Inject
 from dflash_rt.backends.scripted import ScriptedBackend, follow
 from dflash_rt.errors import BackendError, NumericalError
 

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from dflash_rt.bundle import manifest as manifest_module
-from dflash_rt.bundle.manifest import REQUIRED_GRAPHS, FileRecord, Manifest, cache_names
+from dflash_rt.bundle.graph_names import REQUIRED_GRAPHS, cache_names
+from dflash_rt.bundle.manifest import FileRecord, Manifest
+from dflash_rt.bundle.read import manifest_json, read_manifest
 from dflash_rt.errors import ManifestError
 from tests.rt.bundle_maker import (
     OWN_VOCAB,
@@ -27,7 +29,7 @@ Document = dict[str, Any]
 
 
 def read(document: object) -> Manifest:
-    return Manifest.from_json(json.dumps(document))
+    return read_manifest(json.dumps(document))
 
 
 def test_a_valid_manifest_is_read_as_it_is() -> None:
@@ -73,7 +75,7 @@ def test_a_quantised_target(cost: dict[str, Any] | None) -> None:
     manifest = read(document)
     assert manifest.quantization is not None
     assert dataclasses.asdict(manifest.quantization) == document["quantization"]
-    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert read_manifest(manifest_json(manifest)) == manifest
 
 
 def test_manifest_without_tokenizer_and_with_draft_logits() -> None:
@@ -97,13 +99,13 @@ def test_to_json_is_deterministic_and_read_back_equal() -> None:
     document["files"] = dict(reversed(document["files"].items()))
     document = dict(reversed(document.items()))
     other = read(document)
-    assert manifest.to_json() == other.to_json()
-    assert Manifest.from_json(manifest.to_json()) == manifest
-    assert json.loads(manifest.to_json()) == manifest_document()
+    assert manifest_json(manifest) == manifest_json(other)
+    assert read_manifest(manifest_json(manifest)) == manifest
+    assert json.loads(manifest_json(manifest)) == manifest_document()
 
 
 def test_to_json_has_exactly_this_layout() -> None:
-    text = read(manifest_document()).to_json()
+    text = manifest_json(read(manifest_document()))
     assert text.startswith('{\n  "format": "dflash-bundle",\n  "format_version": 2,\n  "name": "tiny",\n')
     assert '\n  "limits": {"max_seq_len": 64, "prefill_chunk": 8},\n' in text
     tensor = '{"name": "key.0", "dtype": "float32", "shape": ["batch", 2, "capacity", 4]}'
@@ -125,7 +127,7 @@ def test_to_json_has_exactly_this_layout() -> None:
 def test_to_json_refuses_what_could_not_be_read_back(changes: dict[str, Any], words: list[str]) -> None:
     broken = dataclasses.replace(read(manifest_document()), **changes)
     with pytest.raises(ManifestError) as caught:
-        broken.to_json()
+        manifest_json(broken)
     assert all(word in str(caught.value) for word in words)
 
 
@@ -173,7 +175,7 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
 def test_text_that_is_no_manifest_is_refused(case: str) -> None:
     text, words = TEXTS[case]
     with pytest.raises(ManifestError) as caught:
-        Manifest.from_json(text)
+        read_manifest(text)
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert "what to do: " in message
@@ -395,7 +397,7 @@ def test_a_wrong_manifest_is_refused_with_its_path(case: str) -> None:
 @pytest.mark.parametrize("make", [speculators_document, dflash2_document])
 def test_other_kinds_of_drafter(make: Callable[[], Document]) -> None:
     manifest = read(make())
-    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert read_manifest(manifest_json(manifest)) == manifest
 
 
 KIND_CASES: dict[str, tuple[Callable[[], Document], Callable[[Document], None], list[str]]] = {

@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
+from dflash_rt.arrays import IntArray
+from dflash_rt.backends.base import Inject, StepOutput
 from dflash_rt.backends.scripted import Drafter, ScriptedBackend, Target, follow
 from dflash_rt.decoding.loop import Decoded, decode
+from dflash_rt.decoding.policy import WidthPolicy
 from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.errors import BackendError, NumericalError
 from dflash_rt.sampling.params import SamplingParams
+from dflash_rt.sampling.proposal import DraftSampling
 from dflash_rt.sampling.sampler import Sampler
-from dflash_rt.speculation.width import WidthPolicy
 
 PROMPT = [100, 101, 102]
 TEXT = [*PROMPT, *range(103, 160)]  # what the target says, the prompt included

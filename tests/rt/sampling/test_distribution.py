@@ -25,17 +25,19 @@ import torch
 import transformers
 from transformers.generation import logits_process
 
-from dflash_rt.backends.base import Backend, DraftSampling, Inject, IntArray, StepOutput
+from dflash_rt.arrays import IntArray
+from dflash_rt.backends.base import Backend, Inject, StepOutput
 from dflash_rt.backends.scripted import ScriptedBackend
 from dflash_rt.decoding.loop import decode
+from dflash_rt.decoding.policy import WidthPolicy
 from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.generator import Generator
 from dflash_rt.request import ModelLimits
 from dflash_rt.sampling.distribution import Distribution, distribution, penalised, race
 from dflash_rt.sampling.params import SamplingParams
+from dflash_rt.sampling.proposal import DraftSampling
 from dflash_rt.sampling.random_numbers import Noise
 from dflash_rt.sampling.sampler import Sampler
-from dflash_rt.speculation.width import WidthPolicy
 
 LEVEL = 1e-6
 RUNS = 200_000

@@ -19,10 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_rt.backends.base import DraftSampling, Inject, IntArray, Proposal, StepOutput
+from dflash_rt.arrays import IntArray
+from dflash_rt.backends.base import Inject, StepOutput
 from dflash_rt.errors import NumericalError
 from dflash_rt.sampling.distribution import Distribution
 from dflash_rt.sampling.params import SamplingParams
+from dflash_rt.sampling.proposal import DraftSampling, Proposal
 from dflash_rt.sampling.random_numbers import Uniforms
 from dflash_rt.sampling.rejection import residual, verify_sampled
 from dflash_rt.sampling.sampler import Sampler

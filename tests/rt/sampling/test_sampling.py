@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process
 
-from dflash_rt.backends.base import FloatArray
+from dflash_rt.arrays import FloatArray
 from dflash_rt.backends.scripted import ScriptedBackend
 from dflash_rt.bundle.manifest import SamplingDefaults
 from dflash_rt.errors import BackendError, SamplingError

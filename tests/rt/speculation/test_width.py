@@ -11,12 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
+from dflash_rt.arrays import IntArray
+from dflash_rt.backends.base import Inject, StepOutput
 from dflash_rt.backends.scripted import Drafter, ScriptedBackend, follow
+from dflash_rt.decoding.policy import FixedWidth, WidthPolicy
 from dflash_rt.errors import RequestError
 from dflash_rt.generator import Generator
 from dflash_rt.request import ModelLimits
 from dflash_rt.sampling.params import SamplingParams
+from dflash_rt.sampling.proposal import DraftSampling
 from dflash_rt.speculation.width import (
     _ALLOWANCE,
     _ALLOWANCE_RATE,
@@ -24,11 +27,8 @@ from dflash_rt.speculation.width import (
     _MOST_ALLOWANCE,
     AcceptanceHistory,
     AdaptiveWidth,
-    FixedWidth,
-    StepCosts,
-    WidthPolicy,
 )
-from dflash_rt.speculation.width_correction import RunningCosts
+from dflash_rt.speculation.width_correction import RunningCosts, StepCosts
 from dflash_rt.stream import GenerationResult
 
 COSTS = StepCosts((0.010, 0.014, 0.015, 0.016, 0.017))

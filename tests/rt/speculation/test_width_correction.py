@@ -10,8 +10,8 @@ from statistics import fmean, median
 
 import pytest
 
-from dflash_rt.speculation.width import AcceptanceHistory, AdaptiveWidth, StepCosts
-from dflash_rt.speculation.width_correction import RunningCosts
+from dflash_rt.speculation.width import AcceptanceHistory, AdaptiveWidth
+from dflash_rt.speculation.width_correction import RunningCosts, StepCosts
 
 # The demo pair's: cost of a step by width, and the chance of each draft by kind of prompt.
 TRUE = (1.0, 1.48, 1.55, 1.75, 1.78, 1.82, 1.93, 2.05)

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 import dflash_rt.speculation.width_cost
-from dflash_rt.backends.base import DraftSampling, Inject, IntArray, StepOutput
+from dflash_rt.arrays import IntArray
+from dflash_rt.backends.base import Inject, StepOutput
 from dflash_rt.backends.scripted import ScriptedBackend, follow
 from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import BackendError, RequestError
 from dflash_rt.generator import Generator
 from dflash_rt.request import ModelLimits
-from dflash_rt.speculation.width import StepCosts
+from dflash_rt.sampling.proposal import DraftSampling
 from dflash_rt.speculation.width_cache import (
     STEP_COSTS_NAME,
     CostKey,
@@ -27,6 +28,7 @@ from dflash_rt.speculation.width_cache import (
     load_step_costs,
     save_step_costs,
 )
+from dflash_rt.speculation.width_correction import StepCosts
 from dflash_rt.speculation.width_cost import _order, measure_step_costs
 from tests.rt.bundle_maker import manifest_document, write_bundle
 

@@ -9,14 +9,14 @@ from typing import Protocol
 
 from dflash_rt.errors import GeneratorStateError
 
-__all__ = ["Turns"]
+__all__ = ["RequestLock"]
 
 
 class _Closable(Protocol):
     def close(self) -> None: ...
 
 
-class Turns:
+class RequestLock:
     """A lock held by a request, not by a thread: a stream may end in another thread than it began in.
 
     Requests of other threads wait; the order in which they get their turn isn't promised. A second request
@@ -44,7 +44,7 @@ class Turns:
                 "the generator is closed",
                 found="a request after close()",
                 expected="requests before it",
-                todo="make a new Generator, or keep this one open for longer",
+                remedy="make a new Generator, or keep this one open for longer",
             )
 
     def take(self, request: _Closable) -> None:
@@ -59,7 +59,7 @@ class Turns:
                 "this thread has an open stream on this generator",
                 found="another request before the end of the stream",
                 expected="one request at a time: this one would wait for itself",
-                todo="finish the stream, leave its loop, or call its close() first",
+                remedy="finish the stream, leave its loop, or call its close() first",
             )
         self._lock.acquire()
         self._thread, self._request = threading.current_thread(), weakref.ref(request)
@@ -93,7 +93,7 @@ class Turns:
                     "the generator was closed from inside one of its own steps",
                     found="close() called by a function that the backend called",
                     expected="close() called between two steps",
-                    todo="close the stream there, and the generator after it",
+                    remedy="close the stream there, and the generator after it",
                 )
         self._closed = True
         with self._lock:

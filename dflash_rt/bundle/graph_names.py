@@ -1,0 +1,38 @@
+"""The names of graphs and of their tensors; contract.py says what each graph takes and gives."""
+
+from __future__ import annotations
+
+__all__ = [
+    "GRAPH_NAMES",
+    "REQUIRED_GRAPHS",
+    "STEP_GRAPHS",
+    "cache_names",
+    "key_name",
+    "output_name",
+    "value_name",
+]
+
+REQUIRED_GRAPHS = ("embed", "target", "lm_head", "inject", "draft")
+# What a device does between the models. Bundles that were exported before there was a need lack them.
+STEP_GRAPHS = ("accept", "draft_check")
+GRAPH_NAMES = (*REQUIRED_GRAPHS, "draft_logits", "draft_embed", "draft_lm_head", "select", *STEP_GRAPHS)
+
+
+def key_name(layer: int) -> str:
+    """Input name of a layer's key cache."""
+    return f"key.{layer}"
+
+
+def value_name(layer: int) -> str:
+    """Input name of a layer's value cache."""
+    return f"value.{layer}"
+
+
+def output_name(name: str) -> str:
+    """Output name of what a graph takes in and gives back changed: a cache, ``logits``, a ``start``."""
+    return f"{name}.out"
+
+
+def cache_names(num_layers: int) -> tuple[str, ...]:
+    """Input names of all caches of a model with ``num_layers`` layers: keys and values layer by layer."""
+    return tuple(name for layer in range(num_layers) for name in (key_name(layer), value_name(layer)))
