@@ -2,10 +2,10 @@
 
 ::
 
-    from dflash_export import build, verify
+    from dflash_export import build, render, verify
 
     bundle = build("Qwen/Qwen3-4B", "z-lab/Qwen3-4B-DFlash-b16", "engines/qwen3-4b", precision="bf16")
-    print(verify(bundle).table())
+    print(render(verify(bundle)))
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ if TYPE_CHECKING:
     from dflash_export.engines.compiler import compile_engines
     from dflash_export.exporter import build
     from dflash_export.parity.run import verify
+    from dflash_export.parity.table import render
 
-__all__ = ["__version__", "build", "compile_engines", "verify"]
+__all__ = ["__version__", "build", "compile_engines", "render", "verify"]
 
 # Imported when first asked for: they bring torch, which takes seconds and which `--help` doesn't need.
-_HOMES = {"build": "exporter", "compile_engines": "engines.compiler", "verify": "parity.run"}
+_HOMES = {
+    "build": "exporter",
+    "compile_engines": "engines.compiler",
+    "render": "parity.table",
+    "verify": "parity.run",
+}
 
 
 def __getattr__(name: str) -> object:

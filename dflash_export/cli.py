@@ -227,6 +227,7 @@ def verify(
     texts = None if prompts is None else read_prompts(prompts, limit)
 
     from dflash_export.parity.run import verify as verify_bundle
+    from dflash_export.parity.table import render
 
     report = verify_bundle(
         bundle,
@@ -237,7 +238,7 @@ def verify(
     if as_json:
         echo_json(report.to_dict())
     else:
-        click.echo(report.table())
+        click.echo(render(report))
     if not report.ok:
         fail("this bundle doesn't compute what PyTorch computes; the lines that begin with 'bug:' say where")
 

@@ -15,7 +15,9 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from dflash_export.drafters.config import DrafterConfig, read_drafter_config
+from dflash_export.drafters.config import DrafterConfig
+from dflash_export.drafters.read import read_drafter_config
+from dflash_export.errors import ExportError, RecipeError
 from dflash_export.graphs.finish import TracedGraph
 from dflash_export.graphs.fuse_ort import fuse_target
 from dflash_export.graphs.target import PRECISIONS, step_graphs, trace_drafter, trace_target
@@ -28,9 +30,10 @@ from dflash_export.quantize.calibration import CALIBRATION_FILE, Folding
 from dflash_export.quantize.cost import QUALITY_TOKENS, measure_cost, quality_prompts
 from dflash_export.quantize.plan import make_plan
 from dflash_export.sources.config_reader import Findings, raise_together
+from dflash_export.sources.open import open_weights
 from dflash_export.sources.resolve import Source, resolve_drafter, resolve_target
 from dflash_export.sources.tokenizer import TokenizerFiles, export_tokenizer
-from dflash_export.sources.weights import Weights, open_weights
+from dflash_export.sources.weights import Weights
 from dflash_export.targets.config import (
     TargetFacts,
     load_target_config,
@@ -58,7 +61,7 @@ from dflash_rt.bundle.manifest import (
     TokenizerSpec,
 )
 from dflash_rt.bundle.read import manifest_json
-from dflash_rt.errors import ExportError, OutputError, RecipeError
+from dflash_rt.errors import OutputError
 from dflash_rt.text.prompts import PromptEncoder
 from dflash_rt.text.tokenizer import Tokenizer
 from dflash_rt.version import __version__

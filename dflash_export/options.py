@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dflash_export.errors import RecipeError
 from dflash_export.quantize.formats import BLOCK_SIZES
 from dflash_export.quantize.plan import HEAD_TYPES, SCHEMES
-from dflash_rt.errors import Problem, RecipeError
+from dflash_rt.errors import Problem
 
 __all__ = ["check_options"]
 
@@ -17,7 +18,7 @@ _MAX_TEXT = 4096  # characters; what a manifest takes
 
 
 def check_options(**options: object) -> None:
-    """Raise :class:`~dflash_rt.errors.RecipeError` with everything that is wrong with a build's arguments.
+    """Raise ``RecipeError`` with everything that is wrong with a build's arguments.
 
     ``None`` stands for an option that wasn't given. Without a ``name`` the output folder's is looked at.
     """

@@ -17,7 +17,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import yaml
 
-from dflash_rt.errors import Problem, RecipeError
+from dflash_export.errors import RecipeError
+from dflash_rt.errors import Problem
 
 __all__ = ["PACKAGE_PREFIX", "JsonScalar", "Precision", "Recipe", "locate_package_file", "read_recipe"]
 

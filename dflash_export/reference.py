@@ -25,10 +25,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from dflash_export.drafters.config import load_drafter_config
+from dflash_export.drafters.read import load_drafter_config
+from dflash_export.errors import VerifyError
 from dflash_export.sources.resolve import Source, resolve_drafter, resolve_target
 from dflash_rt.bundle.manifest import SourceInfo
-from dflash_rt.errors import VerifyError
 
 __all__ = [
     "Greedy",

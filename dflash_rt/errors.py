@@ -1,4 +1,4 @@
-"""The exceptions of ``dflash_rt`` and ``dflash_export``.
+"""The exceptions of ``dflash_rt``; those of an export, in ``dflash_export.errors``, join them.
 
 ::
 
@@ -16,21 +16,12 @@
     │   ├── ContextLengthError      prompt + output don't fit the bundle's limit
     │   ├── SamplingError           sampling parameters that are wrong or not supported
     │   └── ChatTemplateError       no chat template, or it failed to render
-    ├── GeneratorStateError         used after close, or from inside its own open stream
-    └── ExportError                 an export can't be done
-        ├── SourceError             a model can't be found or read
-        │   └── CheckpointError     its files are truncated, malformed, pickled or incomplete
-        ├── UnsupportedModelError   a model that would not be exported faithfully
-        ├── PairError               target and drafter don't belong together (lists every problem)
-        ├── EngineBuildError        an engine can't be built, or would be wrong
-        ├── OutputError             the output exists, or can't be written
-        ├── RecipeError             a recipe file or a build option is wrong
-        └── VerifyError             a parity run can't be done
+    ├── OutputError                 a file or folder exists, or can't be written
+    └── GeneratorStateError         used after close, or from inside its own open stream
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = [
@@ -38,27 +29,19 @@ __all__ = [
     "BackendUnavailableError",
     "BundleError",
     "ChatTemplateError",
-    "CheckpointError",
     "ContextLengthError",
     "DFlashError",
     "DeviceError",
-    "EngineBuildError",
     "EngineError",
-    "ExportError",
     "GeneratorStateError",
     "IntegrityError",
     "ManifestError",
     "NumericalError",
     "OutputError",
-    "PairError",
     "Problem",
     "PromptError",
-    "RecipeError",
     "RequestError",
     "SamplingError",
-    "SourceError",
-    "UnsupportedModelError",
-    "VerifyError",
 ]
 
 
@@ -156,41 +139,5 @@ class GeneratorStateError(DFlashError, RuntimeError):
     """A generator was used after close, or from inside its own open stream."""
 
 
-class ExportError(DFlashError):
-    """An export can't be done."""
-
-
-class SourceError(ExportError):
-    """A model can't be found or read."""
-
-
-class CheckpointError(SourceError):
-    """The files of a model are truncated, malformed, pickled or incomplete."""
-
-
-class UnsupportedModelError(ExportError):
-    """A model that would not be exported faithfully."""
-
-
-class PairError(ExportError):
-    """Target and drafter don't belong together. ``problems`` lists every reason."""
-
-    def __init__(self, what: str, problems: Sequence[Problem]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n".join([what, *(f"{i}. {p}" for i, p in enumerate(self.problems, 1))]))
-
-
-class EngineBuildError(ExportError):
-    """An engine can't be built from a bundle, or would compute something else than its graph."""
-
-
-class OutputError(ExportError):
-    """The output exists already, or can't be written."""
-
-
-class RecipeError(ExportError):
-    """A recipe file or a build option is wrong."""
-
-
-class VerifyError(ExportError):
-    """A parity run can't be done."""
+class OutputError(DFlashError):
+    """A file or folder that is to be written exists already, or can't be written."""

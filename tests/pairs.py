@@ -22,7 +22,8 @@ from torch import nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import dflash_export.exporter  # noqa: F401  (what is patched below)
-from dflash_export.drafters.config import DrafterConfig, parse_drafter_config
+from dflash_export.drafters.config import DrafterConfig
+from dflash_export.drafters.read import parse_drafter_config
 from dflash_export.graphs.finish import TracedGraph
 from dflash_export.graphs.target import trace_drafter, trace_target
 from dflash_rt import Bundle

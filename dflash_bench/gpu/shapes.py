@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dflash_export.drafters.config import parse_drafter_config
+from dflash_export.drafters.read import parse_drafter_config
 
 __all__ = ["PAIRS", "PARITY", "PUBLISHED_SOURCE", "TINY", "PairShape", "drafter_tensors", "target_tensors"]
 

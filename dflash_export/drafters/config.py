@@ -1,10 +1,4 @@
-"""A drafter's configuration; here read from z-lab's format, both generations of it.
-
-Old files have ``block_size``, ``rope_theta`` and ``rope_scaling`` at the top level; new ones nest
-``block_size`` in ``dflash_config`` and have ``rope_parameters``. What a value means follows the reference,
-``dflash/model.py`` of the PyPI package ``dflash`` 0.1.0, and the ``Qwen3Config`` that it builds from the same
-file. The speculators format is read by :mod:`dflash_export.drafters.speculators`.
-"""
+"""A drafter's configuration, the same whatever format it was read from: zlab.py and speculators.py."""
 
 from __future__ import annotations
 
@@ -12,12 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dflash_export.drafters.kind import DFLASH2_KEYS, DrafterKind, drafter_kind
-from dflash_export.sources.config_reader import ConfigReader, Findings
-from dflash_export.sources.files import read_json
-from dflash_export.sources.resolve import Source
-from dflash_export.targets.rope import normalised_rope, rope_problems
-from dflash_rt.errors import CheckpointError, ExportError, UnsupportedModelError
+from dflash_export.drafters.kind import DrafterKind
+from dflash_export.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import Qwen3Config
@@ -26,26 +16,7 @@ __all__ = [
     "Convolution",
     "DrafterConfig",
     "Selector",
-    "build_target_layer_ids",
-    "load_drafter_config",
-    "parse_drafter_config",
-    "parse_zlab_config",
-    "read_drafter_config",
 ]
-
-_LAYER_TYPES = ("full_attention", "sliding_attention")
-_DFLASH_KEYS = frozenset(
-    {
-        "block_size",
-        "causal",
-        "final_logit_softcapping",
-        "input_embedding_scale",
-        "is_causal",
-        "mask_token_id",
-        "output_multiplier",
-        "target_layer_ids",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -207,7 +178,7 @@ class DrafterConfig:
     def to_qwen3_config(self) -> Qwen3Config:
         """The ``Qwen3Config`` for building the modules that are traced.
 
-        Raises :class:`~dflash_rt.errors.CheckpointError` when transformers refuses the values.
+        Raises :class:`~dflash_export.errors.CheckpointError` when transformers refuses the values.
         """
         from transformers import Qwen3Config
 
@@ -256,168 +227,3 @@ class DrafterConfig:
             "output_multiplier": self.output_multiplier,
             "final_logit_softcapping": self.final_logit_softcapping,
         }
-
-
-def load_drafter_config(source: Source) -> DrafterConfig:
-    """Read config.json of a drafter. Raises what :func:`parse_drafter_config` raises."""
-    return parse_drafter_config(read_json(source.path / "config.json"))
-
-
-def read_drafter_config(source: Source) -> tuple[DrafterConfig | None, Findings]:
-    """The same without raising: what could be read, and what is wrong with it.
-
-    The config is of use for what doesn't depend on the names in :attr:`Findings.wrong`; it is None where the
-    file can't be read at all, or is of no kind that is known.
-    """
-    findings = Findings()
-    try:
-        return _parse(read_json(source.path / "config.json"), findings), findings
-    except ExportError as error:
-        findings.add(error)
-        return None, findings
-
-
-def build_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
-    """Taps of a drafter that doesn't list them: spread from layer 1 to the third layer from the end.
-
-    The rule of the reference's function of the same name, Python's rounding of halves to even included.
-    """
-    if num_draft_layers == 1:
-        return (num_target_layers // 2,)
-    span = num_target_layers - 4
-    return tuple(round(1 + index * span / (num_draft_layers - 1)) for index in range(num_draft_layers))
-
-
-def parse_drafter_config(raw: Mapping[str, Any]) -> DrafterConfig:
-    """Read the object of a config.json of any supported kind.
-
-    Raises :class:`~dflash_rt.errors.UnsupportedModelError` for another kind of drafter and
-    :class:`~dflash_rt.errors.CheckpointError` for values that are missing, of the wrong type, or
-    contradictory, all of them at once. Whether the values fit a target, and one another, is for
-    :mod:`dflash_export.pairing.pair`.
-    """
-    findings = Findings()
-    try:
-        config = _parse(raw, findings)
-    except ExportError as error:  # what it can't go on after
-        findings.add(error)
-        findings.raise_any()
-        raise
-    findings.raise_any()
-    return config
-
-
-def _parse(raw: Mapping[str, Any], findings: Findings) -> DrafterConfig:
-    kind = drafter_kind(raw)
-    if kind == "speculators":
-        from dflash_export.drafters.speculators import parse_speculators_config
-
-        return parse_speculators_config(raw, findings)
-    return parse_zlab_config(raw, kind, findings)
-
-
-def parse_zlab_config(raw: Mapping[str, Any], kind: DrafterKind, findings: Findings) -> DrafterConfig:
-    """Read z-lab's format once the kind is known, and add to ``findings`` what is wrong with it."""
-    is_dflash2 = kind == "dflash-v2"
-    read = ConfigReader(raw, _DFLASH_KEYS | (DFLASH2_KEYS if is_dflash2 else frozenset()), findings)
-    layers, heads = read.count("num_hidden_layers"), read.count("num_attention_heads")
-    target_layers = read.count("num_target_layers")
-    if (
-        findings.wrong & {"num_hidden_layers", "num_target_layers"}
-        and read.raw("target_layer_ids", None) is None
-    ):
-        findings.wrong.add("target_layer_ids")  # the default would follow from stand-ins
-    softcap = read.optional_number("final_logit_softcapping")
-    is_causal = raw.get("is_causal")
-    # Values that are absent are Qwen3Config's own defaults: the reference builds its modules from that class.
-    config = DrafterConfig(
-        hidden_size=read.count("hidden_size"),
-        intermediate_size=read.count("intermediate_size"),
-        num_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=(
-            heads if read.raw("num_key_value_heads", 0) is None else read.count("num_key_value_heads", 32)
-        ),
-        head_dim=read.count("head_dim", 128),
-        vocab_size=read.count("vocab_size"),
-        num_target_layers=target_layers,
-        max_position_embeddings=read.count("max_position_embeddings", 32768),
-        rms_norm_eps=read.number("rms_norm_eps", 1e-6),
-        hidden_act=read.text("hidden_act", "silu"),
-        attention_bias=read.flag("attention_bias"),
-        block_size=read.count("block_size"),
-        mask_token_id=read.index("mask_token_id"),
-        feature_layers=read.indices("target_layer_ids", build_target_layer_ids(target_layers, layers)),
-        layer_types=_layer_types(read, layers),
-        sliding_window=_sliding_window(read),
-        # The reference reads this one at the top level only; _check_causality compares the other spellings.
-        is_causal=is_causal if type(is_causal) is bool else None,
-        rope_parameters=_rope(raw, read.count("max_position_embeddings", 32768), findings),
-        input_embedding_scale=read.number("input_embedding_scale", 1.0),
-        output_multiplier=read.number("output_multiplier", 1.0),
-        # The reference applies the cap only where it is above zero.
-        final_logit_softcapping=softcap if softcap is not None and softcap > 0 else None,
-        kind=kind,
-        convolution=(
-            Convolution(read.count("conv_kernel_size"), read.count("conv_group_size")) if is_dflash2 else None
-        ),
-        selector=Selector(read.count("selector_rank"), read.count("selector_top_k")) if is_dflash2 else None,
-    )
-    _check_causality(read, config)
-    return config
-
-
-def _sliding_window(read: ConfigReader) -> int | None:
-    if not read.flag("use_sliding_window") or read.raw("sliding_window", 4096) is None:
-        return None
-    return read.count("sliding_window", 4096)
-
-
-def _layer_types(read: ConfigReader, layers: int) -> tuple[str, ...]:
-    kinds = read.raw("layer_types", None)
-    if kinds is None:
-        first = layers if _sliding_window(read) is None else read.index("max_window_layers", 28)
-        return tuple(_LAYER_TYPES[layer >= first] for layer in range(layers))
-    if not isinstance(kinds, list) or any(kind not in _LAYER_TYPES for kind in kinds):
-        error = UnsupportedModelError(
-            "the drafter has layers of a kind that isn't supported",
-            found=repr(kinds),
-            expected=f"a list of {' and '.join(_LAYER_TYPES)}",
-            remedy="use a drafter that has only these",
-        )
-        read.findings.add(error, "layer_types")
-        return (_LAYER_TYPES[0],) * layers
-    return tuple(kinds)
-
-
-def _rope(raw: Mapping[str, Any], positions: int, findings: Findings) -> dict[str, Any]:
-    try:
-        rope = normalised_rope(raw, positions)
-        errors: list[ExportError] = [
-            UnsupportedModelError(
-                problem.what, found=problem.found, expected=problem.expected, remedy=problem.remedy
-            )
-            for problem in rope_problems(rope, "drafter")
-        ]
-    except CheckpointError as contradiction:
-        errors = [contradiction]
-    for error in errors:
-        findings.add(error, "rope_parameters")
-    return {"rope_type": "default", "rope_theta": 10000.0} if errors else rope
-
-
-def _check_causality(read: ConfigReader, config: DrafterConfig) -> None:
-    """Other readers know ``dflash_config.is_causal`` and ``causal``; the reference doesn't. They have to
-    agree.
-    """
-    for name in ("is_causal", "causal"):
-        value = read.optional_flag(name)
-        unknown = read.findings.wrong & {"is_causal", "causal", "layer_types", "num_hidden_layers"}
-        if value is not None and not unknown and set(config.layer_is_causal) != {value}:
-            error = CheckpointError(
-                f"{name} contradicts what the reference implementation does with this file",
-                found=f"{name} {value}, and per layer {config.layer_is_causal} in the reference",
-                expected="the same for all layers: the reference reads only a top-level is_causal",
-                remedy="set is_causal at the top level of config.json to what the drafter was trained with",
-            )
-            read.findings.add(error, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dflash_rt.errors import UnsupportedModelError
+from dflash_export.errors import UnsupportedModelError
 
 __all__ = ["DFLASH2_KEYS", "DrafterKind", "drafter_kind"]
 

@@ -16,9 +16,10 @@ import dataclasses
 from collections.abc import Mapping, Set
 from typing import Any
 
-from dflash_export.drafters.config import DrafterConfig, parse_zlab_config
+from dflash_export.drafters.config import DrafterConfig
+from dflash_export.drafters.zlab import parse_zlab_config
+from dflash_export.errors import CheckpointError, UnsupportedModelError
 from dflash_export.sources.config_reader import ConfigReader, Findings
-from dflash_rt.errors import CheckpointError, UnsupportedModelError
 
 __all__ = ["parse_speculators_config"]
 

@@ -13,10 +13,10 @@ from dflash_export.engines.network import Network, parse
 from dflash_export.engines.refusals import check_network, check_parsed_whole
 from dflash_export.engines.timing import use_timings
 from dflash_export.engines.vendor import Vendor
+from dflash_export.errors import EngineBuildError
 from dflash_export.progress import Progress
 from dflash_rt.bundle.engine_sets import BuildKey, ProfileSpec
 from dflash_rt.bundle.manifest import GraphSpec
-from dflash_rt.errors import EngineBuildError
 
 __all__ = ["EngineJob", "build_engine", "prepare"]
 

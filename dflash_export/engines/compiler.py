@@ -17,6 +17,7 @@ from dflash_export.engines.devices import FP8_SINCE, Gpu, check_device, check_fp
 from dflash_export.engines.header import data_files, load_header, read_header
 from dflash_export.engines.profiles import graph_profiles
 from dflash_export.engines.vendor import Vendor, load_vendor
+from dflash_export.errors import EngineBuildError
 from dflash_export.progress import SILENT, Progress
 from dflash_export.publish import new_folder
 from dflash_rt import Bundle
@@ -34,7 +35,7 @@ from dflash_rt.bundle.engine_sets import (
 )
 from dflash_rt.bundle.folder import hash_file
 from dflash_rt.bundle.manifest import ENGINES_FOLDER
-from dflash_rt.errors import EngineBuildError, EngineError, OutputError
+from dflash_rt.errors import EngineError, OutputError
 from dflash_rt.version import __version__
 
 __all__ = ["CompiledEngines", "check_options", "compile_engines"]

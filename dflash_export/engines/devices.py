@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-from dflash_rt.errors import EngineBuildError
+from dflash_export.errors import EngineBuildError
 
 __all__ = ["DEVICE_CLASSES", "FP8_SINCE", "DeviceClass", "Gpu", "check_device", "check_fp8", "present_gpu"]
 

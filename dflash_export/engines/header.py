@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from dflash_rt.errors import EngineBuildError
+from dflash_export.errors import EngineBuildError
 
 __all__ = ["GraphHeader", "load_header"]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from dflash_export.engines.header import GraphHeader
 from dflash_export.engines.vendor import has_lengths
-from dflash_rt.errors import EngineBuildError
+from dflash_export.errors import EngineBuildError
 
 __all__ = ["Network", "parse"]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from dflash_export.engines.network import Network
 from dflash_export.engines.vendor import has_lengths
+from dflash_export.errors import EngineBuildError
 from dflash_rt.bundle.manifest import GraphSpec, TensorSpec
-from dflash_rt.errors import EngineBuildError
 
 __all__ = ["check_network", "check_parsed_whole"]
 

@@ -6,7 +6,8 @@ import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
-from dflash_rt.errors import BackendUnavailableError, EngineBuildError
+from dflash_export.errors import EngineBuildError
+from dflash_rt.errors import BackendUnavailableError
 
 __all__ = ["BACKENDS", "Vendor", "has_lengths", "load_vendor"]
 

@@ -16,33 +16,10 @@ import onnxscript.optimizer
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from dflash_export.graphs.head_layout import int64_constant, only_reader, share_head_layout
+from dflash_export.graphs.stored_weight import StoredWeight
 from dflash_export.graphs.trace import GraphInput
-from dflash_export.quantize.formats import WeightFormat
 
 __all__ = ["GraphOutput", "StoredWeight", "TracedGraph", "add_placeholder", "finish_graph"]
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """How one initializer comes from parameters of the traced module.
-
-    The data is ``concatenate(parameters, axis=0)``, then transposed if ``transpose``: linear layers that read
-    the same rows become one matrix, and ``[out, in]`` becomes the ``[in, out]`` that MatMul wants.
-    ``shape`` is the shape as stored. With a ``form`` it is quantised, and ``dtype`` is that of its codes or,
-    with ``is_scale``, of its scales.
-    """
-
-    parameters: tuple[str, ...]
-    transpose: bool
-    dtype: ir.DataType
-    shape: tuple[int, ...]
-    form: WeightFormat | None = None
-    is_scale: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return int(np.prod(self.shape, dtype=np.int64) * self.dtype.itemsize)  # 0.5 bytes for int4
 
 
 @dataclass(frozen=True)

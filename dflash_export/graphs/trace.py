@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from dflash_rt.errors import UnsupportedModelError
+from dflash_export.errors import UnsupportedModelError
 
 __all__ = [
     "ATTENTION",

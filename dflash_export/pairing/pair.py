@@ -14,13 +14,14 @@ import torch
 
 from dflash_export.drafters.config import DrafterConfig
 from dflash_export.drafters.vocabulary import MAPPING, mapping_problems
+from dflash_export.errors import PairError
 from dflash_export.pairing.tensors import EMBEDDING, target_tensor_problems, tensor_problems
 from dflash_export.sources.config_reader import Findings
 from dflash_export.sources.weights import Weights
 from dflash_export.targets.checks import activation_problems
 from dflash_export.targets.config import TargetFacts, check_target, target_facts
 from dflash_export.targets.rope import rope_problems
-from dflash_rt.errors import PairError, Problem
+from dflash_rt.errors import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -65,7 +66,7 @@ def check_pair(
     highest id plus 1, ``None`` without one. ``chat_template_kwargs`` are those that the bundle will render
     its template with. ``findings`` are what is wrong with the drafter's config.json: they come first, and
     nothing is said about values that others stand in for. Raises
-    :class:`~dflash_rt.errors.CheckpointError` only when a file can't be read.
+    :class:`~dflash_export.errors.CheckpointError` only when a file can't be read.
     """
     problems = check_target(target_config)
     if problems:
@@ -106,7 +107,7 @@ def require_pair(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     findings: Findings | None = None,
 ) -> None:
-    """Raise :class:`~dflash_rt.errors.PairError` with everything that :func:`check_pair` finds.
+    """Raise :class:`~dflash_export.errors.PairError` with everything that :func:`check_pair` finds.
 
     If that is a single error of the drafter's config.json, it is raised as it is.
     """

@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from dflash_export.errors import VerifyError
 from dflash_export.parity.error_stats import ErrorStats
-from dflash_rt.errors import VerifyError
 
 __all__ = [
     "Limits",

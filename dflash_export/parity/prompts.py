@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from dflash_export.errors import VerifyError
 from dflash_rt import Generator
 from dflash_rt.bundle.manifest import Manifest
-from dflash_rt.errors import VerifyError
 from dflash_rt.text.prompts import Prompt
 
 __all__ = ["PromptInput", "default_prompts", "encode_prompts"]

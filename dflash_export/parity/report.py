@@ -140,7 +140,7 @@ class ReferenceDrafting:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """A whole parity run. ``str()`` and :meth:`table` are for people, :meth:`to_dict` for programs.
+    """A whole parity run. ``table.render`` is for people, :meth:`to_dict` for programs.
 
     Attributes:
         bundle: name, precision, type of quantised weights (or None) and SHA-256 of the manifest, which pins
@@ -194,15 +194,6 @@ class VerifyReport:
         head = {"format": FORMAT, "format_version": FORMAT_VERSION, "ok": self.ok, "verdict": self.verdict}
         body: dict[str, Any] = _plain(self)
         return head | body
-
-    def table(self) -> str:
-        """Text for people."""
-        from dflash_export.parity.table import render
-
-        return render(self)
-
-    def __str__(self) -> str:
-        return self.table()
 
 
 def _plain(value: Any) -> Any:

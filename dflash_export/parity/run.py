@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dflash_export.errors import SourceError
 from dflash_export.parity.assemble import assemble
 from dflash_export.parity.drafting import run_reference
 from dflash_export.parity.measure import Evidence, Meters, Run, drafted_name, measure
@@ -27,7 +28,6 @@ from dflash_export.sources.resolve import Source
 from dflash_rt import Bundle, Generator, SamplingParams
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.bundle.manifest import Manifest
-from dflash_rt.errors import SourceError
 from dflash_rt.request import check_count
 from dflash_rt.text.prompts import Prompt
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from dflash_export.parity.error_stats import ErrorStats
 from dflash_export.parity.measure import PYTORCH
-
-if TYPE_CHECKING:
-    from dflash_export.parity.report import Difference, ReferenceDrafting, Token, VerifyReport
+from dflash_export.parity.report import Difference, ReferenceDrafting, Token, VerifyReport
 
 __all__ = ["render"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from dflash_export.graphs.stored_weight import WeightFormat
 from dflash_export.progress import Progress
 from dflash_export.quantize.calibration import Calibration
-from dflash_export.quantize.formats import WeightFormat
 from dflash_export.quantize.modelopt import calibrate, load_modelopt
 from dflash_export.quantize.plan import QuantizePlan
 from dflash_export.quantize.text import CALIBRATION_PROMPTS, CalibrationText, encode_prompts, write_text

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from dflash_rt.errors import VerifyError
+from dflash_export.errors import VerifyError
 
 __all__ = ["CALIBRATION_FILE", "JOINED", "Calibration", "Folding", "LayerCalibration", "folding"]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dflash_export.errors import VerifyError
 from dflash_export.progress import Progress
 from dflash_export.quantize.dequantized import put_dequantized
 from dflash_export.reference import (
@@ -23,7 +24,6 @@ from dflash_export.reference import (
 )
 from dflash_export.sources.resolve import Source
 from dflash_rt.bundle.manifest import QuantizationCost, QuantizationInfo
-from dflash_rt.errors import VerifyError
 from dflash_rt.text.prompts import Prompt, PromptEncoder
 
 __all__ = ["QUALITY_TOKENS", "measure_cost", "quality_prompts"]

@@ -15,11 +15,12 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from dflash_export.errors import VerifyError
+from dflash_export.graphs.stored_weight import CodeType, WeightFormat
 from dflash_export.quantize.calibration import CALIBRATION_FILE, Calibration, folding
-from dflash_export.quantize.formats import CodeType, WeightFormat, dequantize, quantize, round_activations
+from dflash_export.quantize.formats import dequantize, quantize, round_activations
 from dflash_export.quantize.graph_pass import CODES, DIVISOR, SCALES
 from dflash_rt.bundle.manifest import QuantizationInfo
-from dflash_rt.errors import VerifyError
 
 __all__ = ["put_dequantized"]
 

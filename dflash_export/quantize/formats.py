@@ -10,22 +10,17 @@ operator that reads the codes (tried on 1.32: int4 and int8; a ``Gemm``, or a ``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
-
 import torch
+
+from dflash_export.graphs.stored_weight import CodeType, WeightFormat
 
 __all__ = [
     "BLOCK_SIZES",
-    "CodeType",
-    "WeightFormat",
     "dequantize",
     "pack_int4",
     "quantize",
     "round_activations",
 ]
-
-CodeType: TypeAlias = Literal["int4", "int8", "fp8"]
 
 # What ONNX Runtime's MatMulNBits takes.
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -40,23 +35,6 @@ _LARGEST: dict[CodeType, tuple[float, ...]] = {
     "fp8": (448.0,),  # the largest finite number of float8 e4m3fn
 }
 _AT_ONCE = 1 << 22  # weights; bounds the memory for the choice
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """How a matrix is stored: the type of its codes, and how many inputs share a scale (None: all)."""
-
-    weights: CodeType
-    block_size: int | None
-
-    @property
-    def bits(self) -> int:
-        """Bits of one code."""
-        return 4 if self.weights == "int4" else 8
-
-    def scale_shape(self, inputs: int, outputs: int) -> tuple[int, ...]:
-        """As stored in a graph."""
-        return (outputs,) if self.block_size is None else (inputs // self.block_size, outputs)
 
 
 def quantize(

@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from dflash_export.graphs.finish import StoredWeight, TracedGraph, add_placeholder
-from dflash_export.quantize.formats import BLOCK_SIZES, WeightFormat
-from dflash_rt.errors import UnsupportedModelError
+from dflash_export.errors import UnsupportedModelError
+from dflash_export.graphs.finish import TracedGraph, add_placeholder
+from dflash_export.graphs.stored_weight import StoredWeight, WeightFormat
+from dflash_export.quantize.formats import BLOCK_SIZES
 
 __all__ = ["CODES", "DIVISOR", "SCALES", "InputTreatment", "quantize_graph"]
 

@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from dflash_export.errors import RecipeError
 from dflash_export.quantize.calibration import JOINED, Calibration, LayerCalibration
-from dflash_rt.errors import RecipeError
 
 __all__ = ["Method", "calibrate", "load_modelopt"]
 

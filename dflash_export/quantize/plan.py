@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from dflash_export.errors import RecipeError
 from dflash_export.graphs.finish import TracedGraph
+from dflash_export.graphs.stored_weight import CodeType, WeightFormat
 from dflash_export.quantize.calibration import Calibration, Folding, folding
-from dflash_export.quantize.formats import CodeType, WeightFormat
 from dflash_export.quantize.graph_pass import InputTreatment, quantize_graph
 from dflash_export.quantize.text import CalibrationText
 from dflash_rt.bundle.manifest import CalibrationInfo, QuantizationInfo
-from dflash_rt.errors import RecipeError
 
 __all__ = ["HEAD_TYPES", "SCHEMES", "QuantizePlan", "Scheme", "make_plan"]
 

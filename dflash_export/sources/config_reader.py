@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from dflash_rt.errors import CheckpointError, ExportError, PairError, UnsupportedModelError
+from dflash_export.errors import CheckpointError, ExportError, PairError, UnsupportedModelError
 
 __all__ = ["ConfigReader", "Findings", "raise_together"]
 
@@ -43,7 +43,7 @@ class Findings:
 
 
 def raise_together(errors: Sequence[ExportError]) -> None:
-    """Raise the one error as it is, and several as a :class:`~dflash_rt.errors.PairError` that lists them."""
+    """Raise the one error as it is, and several as a ``PairError`` that lists them."""
     if len(errors) == 1:
         raise errors[0]
     if errors:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dflash_rt.errors import CheckpointError
+from dflash_export.errors import CheckpointError
 
 __all__ = [
     "INDEX_FILE",
@@ -32,7 +32,7 @@ _CHUNK_BYTES = 1 << 20
 def safetensors_files(folder: Path) -> tuple[str, ...]:
     """Names of the safetensors files that make up the checkpoint, sorted.
 
-    Raises :class:`~dflash_rt.errors.CheckpointError` when there are none, or two sets of them.
+    Raises ``CheckpointError`` when there are none, or two sets of them.
     """
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if not is_file(index):
@@ -53,7 +53,7 @@ def safetensors_files(folder: Path) -> tuple[str, ...]:
 def index_map(index: Path) -> dict[str, str]:
     """Tensor name to shard file name, from ``model.safetensors.index.json``.
 
-    Raises :class:`~dflash_rt.errors.CheckpointError` when it is malformed or a shard lies outside the folder.
+    Raises ``CheckpointError`` when it is malformed or a shard lies outside the folder.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -143,7 +143,7 @@ def sha256_of(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that has to hold one JSON object.
 
-    Raises :class:`~dflash_rt.errors.CheckpointError` when it is missing, isn't JSON, or holds something else.
+    Raises ``CheckpointError`` when it is missing, isn't JSON, or holds something else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dflash_export.errors import CheckpointError, UnsupportedModelError
 from dflash_export.sources.weights import Weights
-from dflash_rt.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -115,7 +115,7 @@ class GgufWeights(Weights):
 def check_gguf_file(path: Path) -> None:
     """Check what can be seen without parsing: that the file starts as GGUF does.
 
-    Raises :class:`~dflash_rt.errors.CheckpointError`.
+    Raises :class:`~dflash_export.errors.CheckpointError`.
     """
     try:
         size = path.stat().st_size
@@ -137,7 +137,7 @@ def check_gguf_file(path: Path) -> None:
 def open_reader(path: Path) -> Any:
     """A ``gguf.GGUFReader`` over the mapped file.
 
-    Raises :class:`~dflash_rt.errors.CheckpointError` when the file isn't GGUF, is truncated, or is one of
+    Raises :class:`~dflash_export.errors.CheckpointError` when the file isn't GGUF, is truncated, or is one of
     several.
     """
     from gguf import GGUFReader

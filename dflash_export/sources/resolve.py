@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dflash_export.errors import CheckpointError, SourceError
 from dflash_export.sources.files import (
     INDEX_FILE,
     PICKLES,
@@ -21,7 +22,6 @@ from dflash_export.sources.files import (
     sha256_of,
 )
 from dflash_rt.bundle.manifest import FileRecord
-from dflash_rt.errors import CheckpointError, SourceError
 
 __all__ = ["Source", "resolve_drafter", "resolve_target"]
 
@@ -64,7 +64,7 @@ class Source:
     def weight_files(self) -> tuple[str, ...]:
         """Names of the files that hold tensors, sorted.
 
-        Raises :class:`~dflash_rt.errors.CheckpointError` when there are none that may be loaded.
+        Raises :class:`~dflash_export.errors.CheckpointError` when there are none that may be loaded.
         """
         if self.kind == "gguf":
             return (self.path.name,)
@@ -80,7 +80,7 @@ class Source:
     def files(self) -> dict[str, FileRecord]:
         """Size and SHA-256 of each of :meth:`file_names`, for the manifest. Reads every byte of them.
 
-        Raises :class:`~dflash_rt.errors.CheckpointError` when one can't be read.
+        Raises :class:`~dflash_export.errors.CheckpointError` when one can't be read.
         """
         records = {}
         for name in self.file_names():
@@ -101,7 +101,7 @@ def resolve_target(spec: str | os.PathLike[str], *, revision: str | None = None)
     """Find a target: an existing folder, an existing ``.gguf`` file, or a hub id ``org/name``.
 
     An existing local path wins over a hub id that is spelled the same. Raises
-    :class:`~dflash_rt.errors.SourceError` and :class:`~dflash_rt.errors.CheckpointError`.
+    :class:`~dflash_export.errors.SourceError` and :class:`~dflash_export.errors.CheckpointError`.
     """
     return _resolve(spec, revision, role="target", allow_gguf=True)
 

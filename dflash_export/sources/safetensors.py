@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from dflash_export.errors import CheckpointError
 from dflash_export.sources.files import INDEX_FILE, cannot_read, index_map, is_file
 from dflash_export.sources.weights import Weights
-from dflash_rt.errors import CheckpointError
 
 __all__ = ["SafetensorsWeights"]
 

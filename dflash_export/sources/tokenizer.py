@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dflash_export.errors import CheckpointError, SourceError
 from dflash_export.sources.files import is_file, read_bytes, read_json
 from dflash_export.sources.resolve import Source
-from dflash_rt.errors import CheckpointError, SourceError
 
 __all__ = ["TokenizerFiles", "export_tokenizer"]
 
@@ -38,8 +38,8 @@ def export_tokenizer(source: Source, folder: Path) -> TokenizerFiles | None:
     """Write the tokenizer of ``source`` into the existing ``folder``; ``None`` when it has none.
 
     A ``tokenizer.json`` is copied byte for byte. From GGUF, and from the older formats, transformers makes
-    one. Raises :class:`~dflash_rt.errors.CheckpointError` for files that are malformed and
-    :class:`~dflash_rt.errors.SourceError` when a tokenizer can't be converted.
+    one. Raises :class:`~dflash_export.errors.CheckpointError` for files that are malformed and
+    :class:`~dflash_export.errors.SourceError` when a tokenizer can't be converted.
     """
     if source.kind == "gguf":
         return _from_transformers(source, folder, {"gguf_file": source.path.name})

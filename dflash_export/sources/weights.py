@@ -12,18 +12,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 from typing_extensions import Self
 
-from dflash_export.sources.resolve import Source
-from dflash_rt.errors import CheckpointError
+from dflash_export.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-__all__ = ["Weights", "open_weights"]
+__all__ = ["Weights"]
 
 _CHECKED_AT_ONCE = 1 << 22  # numbers
 
@@ -74,7 +69,7 @@ class Weights(ABC):
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Read one tensor as ``dtype``: contiguous, on the CPU, every value finite.
 
-        Raises :class:`~dflash_rt.errors.CheckpointError` when it is missing, isn't floating-point, holds NaN
+        Raises ``CheckpointError`` when it is missing, isn't floating-point, holds NaN
         or infinity, or holds values too large for ``dtype``.
         """
         stored = self.dtype(name)
@@ -115,24 +110,6 @@ class Weights(ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def open_weights(source: Source, config: PreTrainedConfig | None = None) -> Weights:
-    """Open a checkpoint and check all of its headers and sizes; no tensor data is read.
-
-    ``config`` is used for a GGUF file only, whose names depend on it; give it when you have it, since reading
-    it from the file takes seconds. Raises :class:`~dflash_rt.errors.CheckpointError`, and
-    :class:`~dflash_rt.errors.UnsupportedModelError` for a GGUF file that says things transformers doesn't
-    read.
-    """
-    if source.kind == "gguf":
-        from dflash_export.sources.gguf import GgufWeights
-        from dflash_export.targets.config import load_target_config
-
-        return GgufWeights(source.path, config if config is not None else load_target_config(source))
-    from dflash_export.sources.safetensors import SafetensorsWeights
-
-    return SafetensorsWeights(source.path, source.weight_files())
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:

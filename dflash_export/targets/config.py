@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dflash_export.errors import CheckpointError, UnsupportedModelError
 from dflash_export.sources.files import is_file, read_json
 from dflash_export.sources.resolve import Source
 from dflash_export.targets.checks import (
@@ -22,7 +23,7 @@ from dflash_export.targets.checks import (
     sliding_windows,
 )
 from dflash_rt.bundle.manifest import SamplingDefaults
-from dflash_rt.errors import CheckpointError, Problem, SamplingError, UnsupportedModelError
+from dflash_rt.errors import Problem, SamplingError
 from dflash_rt.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -94,8 +95,8 @@ class TargetFacts:
 def load_target_config(source: Source) -> PreTrainedConfig:
     """Load and check a target's configuration. Takes seconds for GGUF, whose header is slow to parse.
 
-    Raises :class:`~dflash_rt.errors.CheckpointError` when it can't be read and
-    :class:`~dflash_rt.errors.UnsupportedModelError`, with every reason, when it can't be exported faithfully.
+    Raises :class:`~dflash_export.errors.CheckpointError` when it can't be read and
+    ``UnsupportedModelError``, with every reason, when it can't be exported faithfully.
     """
     if source.kind == "gguf":
         config = _config_from_gguf(source)
@@ -137,7 +138,7 @@ def target_facts(config: PreTrainedConfig) -> TargetFacts:
 def stop_token_ids(source: Source, config: PreTrainedConfig) -> tuple[int, ...]:
     """Ids that end a generation: those of generation_config.json, else ``eos_token_id`` of the config.
 
-    Raises :class:`~dflash_rt.errors.CheckpointError` when an id isn't an integer inside the vocabulary.
+    Raises :class:`~dflash_export.errors.CheckpointError` when an id isn't an integer inside the vocabulary.
     """
     eos = _generation_config(source).get("eos_token_id")
     where = "generation_config.json"
@@ -163,7 +164,7 @@ def sampling_defaults(source: Source) -> SamplingDefaults:
     ways of choosing (``num_beams``, ``suppress_tokens``, ``typical_p`` and so on) are not taken over: the log
     gets a warning for each that the file sets.
 
-    Raises :class:`~dflash_rt.errors.CheckpointError` when a value is out of range.
+    Raises :class:`~dflash_export.errors.CheckpointError` when a value is out of range.
     """
     generation = _generation_config(source)
     _warn_of_the_rest(generation)

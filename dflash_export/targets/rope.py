@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dflash_rt.errors import CheckpointError, Problem
+from dflash_export.errors import CheckpointError
+from dflash_rt.errors import Problem
 
 __all__ = ["normalised_rope", "rope_problems"]
 

@@ -15,7 +15,8 @@ from types import TracebackType
 import onnx_ir as ir
 import torch
 
-from dflash_export.graphs.finish import StoredWeight, TracedGraph
+from dflash_export.graphs.finish import TracedGraph
+from dflash_export.graphs.stored_weight import StoredWeight
 from dflash_export.quantize.formats import pack_int4, quantize
 from dflash_export.quantize.graph_pass import CODES
 from dflash_rt.errors import OutputError

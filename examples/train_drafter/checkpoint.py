@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dflash_rt.errors import CheckpointError, OutputError, RecipeError
+from dflash_export.errors import CheckpointError, RecipeError
+from dflash_rt.errors import OutputError
 
 __all__ = ["load_state", "save_state"]
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dflash_rt.errors import CheckpointError, SourceError
+from dflash_export.errors import CheckpointError, SourceError
 
 __all__ = ["Batch", "Sequences", "read_sequences"]
 

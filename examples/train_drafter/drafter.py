@@ -13,18 +13,16 @@ import torch
 from dflash.model import DFlashDraftModel
 from safetensors.torch import save_file
 
-from dflash_export.drafters.config import (
-    DrafterConfig,
-    build_target_layer_ids,
-    load_drafter_config,
-    parse_drafter_config,
-)
+from dflash_export.drafters.config import DrafterConfig
+from dflash_export.drafters.read import load_drafter_config, parse_drafter_config
+from dflash_export.drafters.zlab import build_target_layer_ids
+from dflash_export.errors import RecipeError, UnsupportedModelError
 from dflash_export.pairing.pair import require_pair
 from dflash_export.reference import load_drafter
+from dflash_export.sources.open import open_weights
 from dflash_export.sources.resolve import Source, resolve_drafter
-from dflash_export.sources.weights import open_weights
 from dflash_export.targets.config import load_target_config, target_facts
-from dflash_rt.errors import OutputError, RecipeError, UnsupportedModelError
+from dflash_rt.errors import OutputError
 from examples.train_drafter.target import Target
 
 __all__ = ["Drafter", "check_written", "continued_drafter", "new_drafter", "write_drafter"]

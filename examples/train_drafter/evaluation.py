@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dflash_export.errors import VerifyError
 from dflash_export.reference import generate_reference, load_drafter
 from dflash_export.sources.resolve import resolve_drafter
-from dflash_rt.errors import VerifyError
 from examples.train_drafter.target import Target
 
 __all__ = ["Score", "evaluate"]

@@ -16,8 +16,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dflash_export.errors import RecipeError
 from dflash_rt.cli.console import read_prompts, read_text
-from dflash_rt.errors import RecipeError
 
 __all__ = [
     "HELD_OUT",

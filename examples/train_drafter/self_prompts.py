@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from dflash_rt.errors import OutputError, RecipeError
+from dflash_export.errors import RecipeError
+from dflash_rt.errors import OutputError
 from examples.train_drafter.generation import continue_all, write_settings
 from examples.train_drafter.prompts import lines_of, normalised
 from examples.train_drafter.target import Target

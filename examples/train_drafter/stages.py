@@ -11,8 +11,8 @@ from typing import Any
 import click
 import torch
 
+from dflash_export.errors import RecipeError
 from dflash_rt.cli.console import read_prompts
-from dflash_rt.errors import RecipeError
 from examples.train_drafter.budget import Budget
 from examples.train_drafter.card import read_record, write_card
 from examples.train_drafter.dataset import read_sequences

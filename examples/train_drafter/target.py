@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from dflash_export.errors import RecipeError
 from dflash_export.recipe import PACKAGE_PREFIX, locate_package_file
 from dflash_export.reference import load_target
 from dflash_export.sources.resolve import Source, resolve_target
 from dflash_export.sources.tokenizer import export_tokenizer
 from dflash_export.targets.config import load_target_config, stop_token_ids
 from dflash_rt.cli.console import as_chats
-from dflash_rt.errors import RecipeError
 from dflash_rt.text.prompts import PromptEncoder
 from dflash_rt.text.tokenizer import Tokenizer
 

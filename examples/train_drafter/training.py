@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from dflash_rt.errors import NumericalError, RecipeError
+from dflash_export.errors import RecipeError
+from dflash_rt.errors import NumericalError
 from examples.train_drafter.blocks import (
     block_hidden,
     block_labels,

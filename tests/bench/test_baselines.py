@@ -21,9 +21,10 @@ from dflash_bench.systems.base import ENTRY_POINT_GROUP, BenchSetup, Contender
 from dflash_bench.systems.baselines import make_genai, make_genai_int4, make_hf, make_reference
 from dflash_bench.systems.genai_model import run_builder
 from dflash_export import build
+from dflash_export.errors import VerifyError
 from dflash_rt import Bundle
 from dflash_rt.cli.main import main
-from dflash_rt.errors import BackendUnavailableError, OutputError, VerifyError
+from dflash_rt.errors import BackendUnavailableError, OutputError
 from tests.checkpoints import drafter_json, save_drafter, save_target
 
 ROOT = Path(__file__).parents[2]

@@ -38,6 +38,7 @@ from dflash_bench.systems.base import (
     find_factories,
     make_contenders,
 )
+from dflash_export.errors import VerifyError
 from dflash_rt import Bundle
 from dflash_rt.backends.scripted import ScriptedBackend
 from dflash_rt.errors import (
@@ -47,7 +48,6 @@ from dflash_rt.errors import (
     OutputError,
     PromptError,
     RequestError,
-    VerifyError,
 )
 from dflash_rt.machine import cpu_name, physical_cores
 from tests.rt.bundle_maker import manifest_document, write_bundle

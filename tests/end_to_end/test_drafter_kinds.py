@@ -14,12 +14,14 @@ from dflash.model import DFlash2DraftModel
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 
-from dflash_export.drafters.config import Convolution, Selector, parse_drafter_config
+from dflash_export.drafters.config import Convolution, Selector
+from dflash_export.drafters.read import parse_drafter_config
+from dflash_export.errors import CheckpointError, UnsupportedModelError, VerifyError
 from dflash_export.pairing.pair import check_pair
 from dflash_export.reference import load_drafter
+from dflash_export.sources.open import open_weights
 from dflash_export.sources.resolve import resolve_drafter
-from dflash_export.sources.weights import open_weights
-from dflash_rt.errors import CheckpointError, DFlashError, Problem, UnsupportedModelError, VerifyError
+from dflash_rt.errors import DFlashError, Problem
 from tests.checkpoints import check_message, open_target
 from tests.export.drafters.speculators_pairs import make_speculators, speculators_config
 from tests.pairs import TargetSpec, drafter_config, make_drafter

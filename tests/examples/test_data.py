@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from dflash_export.errors import CheckpointError, SourceError
 from dflash_export.reference import generate_greedy
-from dflash_rt.errors import CheckpointError, OutputError, SourceError
+from dflash_rt.errors import OutputError
 from examples.train_drafter.budget import Budget
 from examples.train_drafter.dataset import Sequences, generator, read_sequences
 from examples.train_drafter.generation import answer_greedily, make_data, plan_batches

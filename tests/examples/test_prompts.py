@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dflash_export.errors import RecipeError
 from dflash_rt.cli.console import read_prompts
-from dflash_rt.errors import RecipeError
 from examples.train_drafter.prompts import HELD_OUT, normalised, own_prompts, read_words, training_prompts
 
 FOLDER = HELD_OUT.parents[1] / "train_drafter"

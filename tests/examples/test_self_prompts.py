@@ -12,7 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from dflash_rt.errors import OutputError, PromptError, RecipeError
+from dflash_export.errors import RecipeError
+from dflash_rt.errors import OutputError, PromptError
 from dflash_rt.text.prompts import PromptEncoder
 from dflash_rt.text.tokenizer import Tokenizer
 from examples.train_drafter.__main__ import main

@@ -19,8 +19,9 @@ import transformers
 from onnx.external_data_helper import load_external_data_for_model
 
 from dflash_export.recipe import locate_package_file
+from dflash_export.sources.open import open_weights
+from dflash_export.targets.config import load_target_config
 from dflash_export.sources.resolve import resolve_target
-from dflash_export.sources.weights import open_weights
 from dflash_rt import Bundle
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.errors import OutputError
@@ -221,7 +222,8 @@ def test_an_export_can_be_repeated(pair: Folders, tmp_path: Path) -> None:
 
 
 def test_an_export_needs_little_memory(smollm2_export: Any) -> None:
-    with open_weights(resolve_target(locate_package_file(GGUF))) as weights:
+    source = resolve_target(locate_package_file(GGUF))
+    with open_weights(source, load_target_config(source)) as weights:
         target_bytes = weights.total_bytes
     assert target_bytes == 4 * 134_515_008
     assert smollm2_export.peak_bytes <= 2.5 * target_bytes

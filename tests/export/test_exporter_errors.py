@@ -21,16 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dflash_export import build
+from dflash_export.errors import CheckpointError, PairError, RecipeError, SourceError, UnsupportedModelError
 from dflash_export.sources.safetensors import SafetensorsWeights
-from dflash_rt.errors import (
-    CheckpointError,
-    DFlashError,
-    OutputError,
-    PairError,
-    RecipeError,
-    SourceError,
-    UnsupportedModelError,
-)
+from dflash_rt.errors import DFlashError, OutputError
 from tests.checkpoints import byte_tokenizer
 from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 from tests.pairs import build as build_again

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dflash_export.errors import RecipeError
 from dflash_export.recipe import Recipe, locate_package_file, read_recipe
-from dflash_rt.errors import RecipeError
 
 ENGINES = Path(__file__).parents[2] / "engines"
 PAIR = "target: org/target\ndrafter: org/drafter\n"

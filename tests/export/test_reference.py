@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dflash_export.errors import UnsupportedModelError, VerifyError
 from dflash_export.reference import (
     find_source,
     generate_greedy,
@@ -22,7 +23,6 @@ from dflash_export.reference import (
 )
 from dflash_export.sources.resolve import resolve_drafter, resolve_target
 from dflash_rt.bundle.manifest import FileRecord, SourceInfo
-from dflash_rt.errors import UnsupportedModelError, VerifyError
 from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 
 SPEC = TargetSpec("qwen2", tied=False, vocab=12)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from dflash_export.drafters.config import parse_drafter_config
+from dflash_export.drafters.read import parse_drafter_config
 from tests.pairs import Run, TargetSpec
 
 Tensors = dict[str, torch.Tensor]

@@ -16,14 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config
 
-from dflash_export.drafters.config import (
-    DrafterConfig,
-    build_target_layer_ids,
-    load_drafter_config,
-    parse_drafter_config,
-)
+from dflash_export.drafters.config import DrafterConfig
+from dflash_export.drafters.read import load_drafter_config, parse_drafter_config
+from dflash_export.drafters.zlab import build_target_layer_ids
+from dflash_export.errors import CheckpointError, UnsupportedModelError
 from dflash_export.sources.resolve import resolve_drafter
-from dflash_rt.errors import CheckpointError, DFlashError, UnsupportedModelError
+from dflash_rt.errors import DFlashError
 from tests.checkpoints import check_message, drafter_json, save_drafter
 
 DEMO = Path(__file__).parents[3] / "examples" / "smollm2-135m-instruct-dflash"

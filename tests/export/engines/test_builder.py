@@ -20,9 +20,10 @@ from dflash_export.engines.options import ByteSize
 from dflash_export.engines.profiles import graph_profiles
 from dflash_export.engines.timing import default_timing_folder, timing_path, use_timings
 from dflash_export.engines.vendor import BACKENDS, Vendor, load_vendor
+from dflash_export.errors import EngineBuildError
 from dflash_rt import Bundle
 from dflash_rt.bundle.engine_sets import AxisRange, EngineLimits
-from dflash_rt.errors import BackendUnavailableError, EngineBuildError
+from dflash_rt.errors import BackendUnavailableError
 from tests.rt.bundle_maker import write_bundle
 
 

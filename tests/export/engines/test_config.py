@@ -23,12 +23,12 @@ from dflash_export.engines.network import Network
 from dflash_export.engines.options import choose_precision
 from dflash_export.engines.timing import timing_path
 from dflash_export.engines.vendor import Vendor, load_vendor
+from dflash_export.errors import EngineBuildError
 from dflash_export.progress import SILENT
 from dflash_export.recipe import Recipe
 from dflash_rt import Bundle
 from dflash_rt.bundle.engine_sets import AxisRange, ProfileSpec
 from dflash_rt.bundle.manifest import GraphSpec
-from dflash_rt.errors import EngineBuildError
 from tests.export.engines.built import Handed, watch_builds
 from tests.export.engines.test_refusals import Case
 from tests.pairs import TRACES, TargetSpec, build, drafter_config, make_drafter, make_target

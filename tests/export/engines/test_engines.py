@@ -15,10 +15,11 @@ from dflash_export.cli import main
 from dflash_export.engines import compiler
 from dflash_export.engines.builder import EngineJob
 from dflash_export.engines.vendor import load_vendor
+from dflash_export.errors import EngineBuildError
 from dflash_rt import Bundle
 from dflash_rt.bundle.engine_sets import EngineSet, Machine, find_engines, read_engines
 from dflash_rt.bundle.folder import hash_file
-from dflash_rt.errors import EngineBuildError, IntegrityError, OutputError
+from dflash_rt.errors import IntegrityError, OutputError
 from tests.export.engines.built import check_handed, watch_builds
 from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 

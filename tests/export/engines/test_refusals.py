@@ -16,10 +16,10 @@ from dflash_export.engines.header import load_header
 from dflash_export.engines.monitor import BuildMonitor
 from dflash_export.engines.network import Network
 from dflash_export.engines.vendor import Vendor, load_vendor
+from dflash_export.errors import EngineBuildError
 from dflash_export.progress import SILENT
 from dflash_rt.bundle.engine_sets import AxisRange, BuildKey, ProfileSpec
 from dflash_rt.bundle.manifest import GraphSpec, TensorSpec
-from dflash_rt.errors import EngineBuildError
 
 pytest.importorskip("tensorrt_rtx", reason="engines are built: pip install 'dflash-export[tensorrt-rtx]'")
 

@@ -17,8 +17,8 @@ import torch
 import transformers
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
+from dflash_export.sources.open import open_weights
 from dflash_export.sources.resolve import resolve_drafter, resolve_target
-from dflash_export.sources.weights import open_weights
 from dflash_rt import Bundle
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.errors import BackendError

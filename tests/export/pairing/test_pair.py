@@ -11,14 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dflash_export.drafters.config import DrafterConfig, load_drafter_config
+from dflash_export.drafters.config import DrafterConfig
+from dflash_export.drafters.read import load_drafter_config
+from dflash_export.errors import PairError
 from dflash_export.pairing.pair import check_pair, require_pair
 from dflash_export.pairing.tensors import target_tensor_shapes
+from dflash_export.sources.open import open_weights
 from dflash_export.sources.resolve import resolve_drafter, resolve_target
 from dflash_export.sources.tokenizer import export_tokenizer
-from dflash_export.sources.weights import Weights, open_weights
+from dflash_export.sources.weights import Weights
 from dflash_export.targets.config import load_target_config
-from dflash_rt.errors import PairError, Problem
+from dflash_rt.errors import Problem
 from tests.checkpoints import (
     FAMILIES,
     SMOLLM2,

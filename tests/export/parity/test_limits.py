@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from dflash_export.errors import VerifyError
 from dflash_export.parity.error_stats import ErrorMeter, ErrorStats, FeatureMeter
 from dflash_export.parity.limits import (
     Limits,
@@ -22,7 +23,7 @@ from dflash_export.parity.limits import (
     make_limits,
     shortfalls,
 )
-from dflash_rt.errors import NumericalError, VerifyError
+from dflash_rt.errors import NumericalError
 
 tokens = st.lists(st.integers(0, 3), max_size=12)
 distance = st.floats(0, 1e6)

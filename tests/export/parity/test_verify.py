@@ -20,21 +20,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dflash_export import verify
 from dflash_export.cli import main
+from dflash_export.errors import SourceError, VerifyError
 from dflash_export.parity.limits import Limits
 from dflash_export.parity.measure import Evidence, Measured, Run
 from dflash_export.parity.prompts import PromptInput
 from dflash_export.parity.report import VerifyReport
+from dflash_export.parity.table import render
 from dflash_export.parity.verdicts import judge
 from dflash_rt import Bundle
-from dflash_rt.errors import (
-    ContextLengthError,
-    IntegrityError,
-    OutputError,
-    PromptError,
-    RequestError,
-    SourceError,
-    VerifyError,
-)
+from dflash_rt.errors import ContextLengthError, IntegrityError, OutputError, PromptError, RequestError
 from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
 # One architecture for all, so that it is traced once.
@@ -239,7 +233,7 @@ def test_report_is_written_into_the_bundle(pair: Pair, report: VerifyReport) -> 
 
 
 def test_table(report: VerifyReport) -> None:
-    text = report.table()
+    text = render(report)
     assert text == str(report)
     for fragment in (
         "width 4",
@@ -279,7 +273,7 @@ def test_16_bit_bundle(tmp_path: Path, pair: Pair) -> None:
     assert found.pytorch_repeated.max_abs < 1e-4 < found.pytorch_16_bit.max_abs
     sixteen_bit = found.pytorch_16_bit
     assert found.limits.typical_row == 4 * sixteen_bit.relative(sixteen_bit.typical_row)
-    assert "PyTorch in fp16" in found.table()
+    assert "PyTorch in fp16" in render(found)
 
 
 # --- Broken bundles ---
@@ -361,8 +355,8 @@ def test_wrong_choice_with_right_logits_is_a_bug(tmp_path: Path, pair: Pair) -> 
     assert first.top_two[0].id == first.tokens[1].id
     assert first.margin == first.top_two[0].logit - first.top_two[1].logit
     assert first.shortfall > found.limits.near_tie
-    assert "bug: prompt 0, plain" in found.table()
-    assert "verdict: BUG" in found.table()
+    assert "bug: prompt 0, plain" in render(found)
+    assert "verdict: BUG" in render(found)
 
 
 def test_wrong_drafts_change_no_token(tmp_path: Path) -> None:
@@ -391,7 +385,7 @@ def test_wrong_drafts_change_no_token(tmp_path: Path) -> None:
     assert wrong.drafting[0].tokens_per_step == 1.0
     assert wrong.reference.tokens_per_step == right.reference.tokens_per_step
     assert "doesn't draft as the reference does" in wrong.warnings[0]
-    assert "warning: the drafter" in wrong.table()
+    assert "warning: the drafter" in render(wrong)
 
 
 def test_wrong_features_are_named(tmp_path: Path, pair: Pair) -> None:
@@ -433,7 +427,7 @@ def test_near_ties_are_told_from_bugs(tmp_path: Path) -> None:
         assert item.verdict == "near tie"
     assert sum(run.near_ties for prompt in found.prompts for run in prompt.runs) > 0
     assert sum(prompt.close_calls for prompt in found.prompts) > 0
-    assert "verdict: near ties" in found.table()
+    assert "verdict: near ties" in render(found)
     assert command(swapped, pair, tmp_path).exit_code == 0
 
 
@@ -475,7 +469,7 @@ def test_drafter_that_is_not_named_skips_the_reference(pair: Pair) -> None:
     found = pair.verify(drafter=None, prompts=[[1]], max_new_tokens=2, write_report=False)
     assert found.ok
     assert "name it with --drafter" in str(found.reference.skipped)
-    assert "reference loop: skipped" in found.table()
+    assert "reference loop: skipped" in render(found)
     assert pair.verify(
         drafter=None, prompts=[[1]], max_new_tokens=1, reference=False, write_report=False
     ).reference.skipped == ("not asked for")

@@ -16,15 +16,16 @@ from click.testing import CliRunner
 from dflash_export import compile_engines, verify
 from dflash_export.cli import main
 from dflash_export.engines.devices import check_fp8
+from dflash_export.errors import EngineBuildError, RecipeError, VerifyError
+from dflash_export.graphs.stored_weight import WeightFormat
 from dflash_export.parity.replay import Replay
 from dflash_export.quantize.calibration import CALIBRATION_FILE, Calibration, LayerCalibration, folding
 from dflash_export.quantize.dequantized import put_dequantized
-from dflash_export.quantize.formats import WeightFormat, dequantize, quantize, round_activations
+from dflash_export.quantize.formats import dequantize, quantize, round_activations
 from dflash_export.recipe import read_recipe
 from dflash_export.reference import load_target, teacher_forced
 from dflash_export.sources.resolve import resolve_target
 from dflash_rt import Bundle
-from dflash_rt.errors import EngineBuildError, RecipeError, VerifyError
 from tests.export.engines.built import check_handed, watch_builds
 from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 

@@ -23,21 +23,18 @@ from dflash_bench.run.measure import run_bench
 from dflash_export import build as build_bundle
 from dflash_export import verify
 from dflash_export.cli import main
+from dflash_export.errors import RecipeError, UnsupportedModelError, VerifyError
+from dflash_export.graphs.stored_weight import WeightFormat
 from dflash_export.parity.replay import Replay
-from dflash_export.quantize.formats import WeightFormat, dequantize, pack_int4, quantize
+from dflash_export.parity.table import render
+from dflash_export.quantize.formats import dequantize, pack_int4, quantize
 from dflash_export.recipe import read_recipe
 from dflash_export.reference import teacher_forced
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends import create_backend
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.bundle.manifest import MANIFEST_NAME
-from dflash_rt.errors import (
-    BackendError,
-    RecipeError,
-    RequestError,
-    UnsupportedModelError,
-    VerifyError,
-)
+from dflash_rt.errors import BackendError, RequestError
 from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
 
 ROOT = Path(__file__).parents[3]
@@ -312,8 +309,8 @@ def test_bench_beside_the_bundle_that_is_not_quantised(pair: Path, bundle: Bundl
     } == {answer}
     info = bundle.manifest.quantization
     assert info is not None
-    assert f"(fp32, {info.weights} in blocks of 32, head {info.head}) on" in report.table()
-    assert "beside it: plain (fp32)" in report.table()
+    assert f"(fp32, {info.weights} in blocks of 32, head {info.head}) on" in render(report)
+    assert "beside it: plain (fp32)" in render(report)
     assert report.to_dict()["ratios"]["plain"]["beside-plain"]["pairs"] == 1
 
 
@@ -332,7 +329,7 @@ def test_verify_judges_graphs_and_loop(pair: Path, bundle: Bundle) -> None:
     info = bundle.manifest.quantization
     assert info is not None
     assert report.bundle["quantization"] == info.weights
-    assert f"{info.weights}, dequantised in PyTorch" in report.table()
+    assert f"{info.weights}, dequantised in PyTorch" in render(report)
 
 
 def _sources(pair: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dflash_export.errors import CheckpointError, SourceError
 from dflash_export.sources.resolve import Source, resolve_drafter, resolve_target
-from dflash_rt.errors import CheckpointError, SourceError
 from tests.checkpoints import check_message
 from tests.permissions import as_any_user
 

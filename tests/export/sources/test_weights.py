@@ -15,14 +15,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dflash_export.errors import CheckpointError, UnsupportedModelError
 from dflash_export.sources import weights as weights_module
+from dflash_export.sources.open import open_weights
 from dflash_export.sources.resolve import resolve_target
-from dflash_export.sources.weights import Weights, open_weights
+from dflash_export.sources.weights import Weights
 from dflash_export.targets.config import load_target_config
-from dflash_rt.errors import CheckpointError, DFlashError, UnsupportedModelError
+from dflash_rt.errors import DFlashError
 from tests.checkpoints import FAMILIES, SMOLLM2, check_message, open_target, save_target, target_config
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def open_gguf(path: Path) -> Weights:
+    source = resolve_target(path)
+    return open_weights(source, load_target_config(source))
 
 
 def folder_of(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
@@ -189,7 +196,7 @@ def test_gguf_of_another_family(tmp_path: Path, moe: bool) -> None:
 
 def test_gguf_tensors_that_transformers_passes_over_stay_visible(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "t.gguf", extra=lambda w: w.add_tensor("odd.weight", np.ones(3, np.float32)))
-    with open_weights(resolve_target(path)) as weights:
+    with open_gguf(path) as weights:
         assert "odd.weight" in weights.names()
 
 
@@ -218,7 +225,7 @@ def test_not_gguf(tmp_path: Path) -> None:
 def test_split_gguf(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "t.gguf", extra=lambda writer: writer.add_uint16("split.count", 3))
     with pytest.raises(CheckpointError, match="one part of a split") as caught:
-        open_weights(resolve_target(path))
+        open_gguf(path)
     check_message(caught, "part of 3", "merge the parts")
 
 
@@ -235,19 +242,19 @@ def test_gguf_rope_that_would_be_lost(
 ) -> None:
     path = write_gguf(tmp_path / "t.gguf", extra=extra)
     with pytest.raises(UnsupportedModelError, match="scales RoPE") as caught:
-        open_weights(resolve_target(path))
+        open_gguf(path)
     check_message(caught, found, "export the safetensors checkpoint")
 
 
 def test_gguf_rope_scaling_none_is_fine(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "t.gguf", extra=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.NONE))
-    open_weights(resolve_target(path)).close()
+    open_gguf(path).close()
 
 
 def test_gguf_type_that_cannot_be_read(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "t.gguf", extra=lambda w: w.add_tensor("odd", np.ones(3, np.int32)))
     with pytest.raises(CheckpointError, match="odd is quantised in a way") as caught:
-        open_weights(resolve_target(path))
+        open_gguf(path)
     check_message(caught, "I32", "upgrade the gguf package")
 
 
@@ -411,7 +418,7 @@ def test_unknown_name(tmp_path: Path) -> None:
                 read("y")
             check_message(caught, "1 other tensors")
     with (
-        open_weights(resolve_target(write_gguf(tmp_path / "t.gguf"))) as weights,
+        open_gguf(write_gguf(tmp_path / "t.gguf")) as weights,
         pytest.raises(CheckpointError, match="no tensor y"),
     ):
         weights.load("y", torch.float32)
@@ -423,7 +430,7 @@ def test_rows_outside(tmp_path: Path) -> None:
 
 
 def test_close_twice_and_read_after(tmp_path: Path) -> None:
-    gguf_weights = open_weights(resolve_target(write_gguf(tmp_path / "t.gguf")))
+    gguf_weights = open_gguf(write_gguf(tmp_path / "t.gguf"))
     for weights, name in (
         (open_folder(folder_of(tmp_path, {"x": torch.ones(4)})), "x"),
         (gguf_weights, "model.embed_tokens.weight"),

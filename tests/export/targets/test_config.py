@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from dflash_export.errors import CheckpointError, SourceError, UnsupportedModelError
 from dflash_export.sources.resolve import Source, resolve_target
 from dflash_export.sources.tokenizer import export_tokenizer
 from dflash_export.targets.config import (
@@ -26,7 +27,7 @@ from dflash_export.targets.config import (
     target_facts,
 )
 from dflash_rt.bundle.manifest import SamplingDefaults
-from dflash_rt.errors import CheckpointError, DFlashError, SourceError, UnsupportedModelError
+from dflash_rt.errors import DFlashError
 from tests.checkpoints import (
     FAMILIES,
     SMOLLM2,
