@@ -571,7 +571,7 @@ def test_plot_that_cannot_be_written(tmp_path: Path, report: BenchReport) -> Non
 # --- Finding contenders ---
 
 MODULE = """
-from dflash_rt.errors import VerifyError
+from dflash_export.errors import VerifyError
 class Other:
     width = None
     closed = []

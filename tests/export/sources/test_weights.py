@@ -216,7 +216,7 @@ def test_truncated_gguf(tmp_path: Path, kept: int) -> None:
 def test_not_gguf(tmp_path: Path) -> None:
     path = tmp_path / "t.gguf"
     path.write_bytes(b"version https://git-lfs")
-    for read in (load_target_config, open_weights):
+    for read in (load_target_config, lambda source: open_weights(source, target_config("qwen3"))):
         with pytest.raises(CheckpointError, match="not a GGUF file") as caught:
             read(resolve_target(path))
         check_message(caught, "b'vers'", "git lfs pull")
