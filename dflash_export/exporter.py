@@ -122,9 +122,9 @@ def build(
         draft_width: rows of a verify pass at most unless a user says otherwise, anchor included; default
             ``block_size``.
         fused: hold the target once more in operators of ONNX Runtime, for its CPU backend, where they can
-            say what the target does (docs/bundle.md); no target gets another form because of it.
+            say what the target does (docs/reference/bundle.md); no target gets another form because of it.
         quantize: ``"int4"``, ``"int8"``, ``"fp8"``, ``"int8-weight-only"`` or ``"int4-rtn"``: how the
-            target's linear layers are computed (docs/quantize.md).
+            target's linear layers are computed (docs/guide/quantize.md).
         quantize_block: inputs that share a scale; default: what fits.
         quantize_head: store the LM head in ``"int8"`` (or True) or ``"int4"`` blocks as well; default: no.
         quantize_drafter: store the drafter's linear layers but ``fc`` in int8; default: no.

@@ -45,12 +45,12 @@ class Generator:
             then owns and closes.
         threads: CPU threads of the backend; ``None`` leaves it to the backend.
         backend_options: options of the backend of that name, such as ``{"memory_limit": 8 * 10**9}``; see
-            docs/gpu.md. A backend refuses those that it doesn't have.
+            docs/guide/gpu.md. A backend refuses those that it doesn't have.
         draft_width: rows of a verify pass, the anchor included. A number, 1 (no drafting) to the drafter's
             block size, is that of every step. ``None``: each step has the width that promises most tokens
             per second, from 1 to the bundle's ``draft_width``; ``"auto"``: from 1 to the block size. For
             these two the cost of a step at each width is read from the bundle's ``reports/``, or measured,
-            which takes a second, and written there if that is possible. See docs/width.md.
+            which takes a second, and written there if that is possible. See docs/guide/width.md.
         verify_files: compare the SHA-256 of every file first, which reads the whole bundle.
 
     Raises:

@@ -3,7 +3,7 @@
 For each repeat and each prompt every contender decodes in turn, and each time another one begins; ours, where
 their backend allows it, take turns step by step. Ratios are taken between runs of the same prompt in the same
 repeat, so that what else the machine does slows both sides.
-docs/benchmark.md has the method and every number that comes out.
+docs/reference/benchmark.md has the method and every number that comes out.
 """
 
 from __future__ import annotations

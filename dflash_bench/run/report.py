@@ -1,6 +1,6 @@
 """The result of a benchmark: as a table for people and as one JSON object for scripts.
 
-docs/benchmark.md says how each number is measured and has every key of the JSON object with its unit.
+docs/reference/benchmark.md says how each number is measured, and lists every key of the JSON object.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The result of ``dflash-rt bench --widths``, as a table and as JSON values; docs/width.md explains it."""
+"""The result of ``dflash-rt bench --widths`` as a table and as JSON values (docs/guide/width.md)."""
 
 from __future__ import annotations
 

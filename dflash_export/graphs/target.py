@@ -1,4 +1,4 @@
-"""The graphs of a bundle: what goes in, what comes out, and the module behind each (docs/bundle.md)."""
+"""The graphs of a bundle: inputs, outputs, and the module behind each (docs/reference/bundle.md)."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ def _check_rotary(function: Callable[..., Any], where: str) -> None:
         raise UnsupportedModelError(
             f"{where}.apply_rotary_pos_emb is not the rotation of the ONNX operator RotaryEmbedding",
             expected="rotation of the two halves of a head",
-            remedy="export with a supported version of transformers (see docs/limits.md)",
+            remedy="export with a supported version of transformers (see docs/reference/limits.md)",
         )
 
 
@@ -259,7 +259,7 @@ def _check_norm(module: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{type(module).__name__} is not the norm of the ONNX operator RMSNormalization",
                 expected="x / sqrt(mean(x^2) + eps) * weight",
-                remedy="export with a supported version of transformers (see docs/limits.md)",
+                remedy="export with a supported version of transformers (see docs/reference/limits.md)",
             )
 
 

@@ -1,6 +1,6 @@
 """Pure decisions of a parity run: what an error of logits says about tokens.
 
-docs/verify.md explains why it is done this way.
+docs/guide/verify.md explains why it is done this way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a parity run found, and the verdict on it. The numbers are explained in docs/verify.md."""
+"""What a parity run found, and the verdict on it. The numbers are explained in docs/guide/verify.md."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Proof of parity: a bundle's tokens against PyTorch's, with every difference explained.
 
-docs/verify.md describes the method for a sceptical reader.
+docs/guide/verify.md describes the method for a sceptical reader.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def verify(
     """Compare drafted, plain and PyTorch's greedy tokens of a bundle, and sort every difference.
 
     PyTorch runs in fp32 whatever the bundle's precision. Of a quantised bundle it holds the dequantised
-    weights, and the bundle runs with float activations (docs/quantize.md): graphs and loop are judged, not
-    quantisation. Loads the target in fp32 once, and for a 16-bit
+    weights, and the bundle runs with float activations (docs/guide/quantize.md): graphs and loop are judged,
+    not quantisation. Loads the target in fp32 once, and for a 16-bit
     bundle once more in 16 bits.
 
     Args:

@@ -100,7 +100,8 @@ def create_backend(
 
     ``threads`` is the number of CPU threads a backend may use; ``None`` leaves it to the backend. ``options``
     are the backend's own: fields of :class:`~dflash_rt.backends.device.backend.DeviceOptions` on a device
-    (docs/gpu.md), ``integer_activations`` and ``fast_plain`` for ``onnxruntime`` (docs/quantize.md).
+    (docs/guide/gpu.md), and for ``onnxruntime`` ``integer_activations`` and ``fast_plain``
+    (docs/guide/quantize.md).
 
     Raises:
         BackendUnavailableError: the name is unknown, or the vendor's library or device isn't there.

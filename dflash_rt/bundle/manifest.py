@@ -1,4 +1,4 @@
-"""``manifest.json``: what a bundle contains. The one-page specification is docs/bundle.md.
+"""``manifest.json``: what a bundle contains. The one-page specification is docs/reference/bundle.md.
 
 Every class mirrors one JSON object: fields are keys, all of them required, in this order. Sizes are in bytes,
 layer indices are 0-based, and layer i means the OUTPUT of decoder layer i.
@@ -217,7 +217,7 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationCost:
-    """What quantisation changed, measured in PyTorch when the bundle was built (docs/quantize.md).
+    """What quantisation changed, measured in PyTorch when the bundle was built (docs/guide/quantize.md).
 
     ``tokens`` of text by the target before quantisation; in which share of them its best token is still the
     best, and the mean Kullback-Leibler divergence in nats. Tokens per step are null where they weren't

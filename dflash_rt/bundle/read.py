@@ -18,7 +18,8 @@ def read_manifest(text: str) -> Manifest:
     """Read and check a manifest.
 
     Raises:
-        ManifestError: it is not JSON, of another format or version, or breaks a rule of docs/bundle.md.
+        ManifestError: it is not JSON, of another format or version, or breaks a rule of
+            docs/reference/bundle.md.
             All broken rules are reported together; rules between fields wait until each is readable.
     """
     if len(text) > MAX_MANIFEST_BYTES:

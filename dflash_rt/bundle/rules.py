@@ -23,7 +23,7 @@ _BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 def check_manifest(manifest: Manifest, problems: Problems) -> None:
-    """Add every broken rule of docs/bundle.md to ``problems``."""
+    """Add every broken rule of docs/reference/bundle.md to ``problems``."""
     _check_drafter(manifest, problems)
     _check_generation(manifest, problems)
     _check_quantization(manifest, problems)

@@ -47,7 +47,7 @@ class Check(Protocol):
 
     @property
     def expected(self) -> str:
-        """What a good value looks like, for messages and for docs/bundle.md."""
+        """What a good value looks like, for messages and for docs/reference/bundle.md."""
 
     def accepts(self, value: Any) -> bool:
         """True if the value, already of the right type, is within the limit."""

@@ -36,7 +36,7 @@ _BACKEND_OPTION = click.option(
     "backend_options",
     type=JsonPair(),
     multiple=True,
-    help="Option of the backend, like cuda_graph=false. May be repeated; docs/gpu.md has them.",
+    help="Option of the backend, like cuda_graph=false. May be repeated; docs/guide/gpu.md has them.",
 )
 _SAMPLING_HELP = {
     "temperature": (float, "0 is greedy; 1 is the model's own distribution."),

@@ -31,8 +31,8 @@ _DRAWN_SEED_BITS = 53
 class SamplingParams:
     """Parameters of the choice of tokens, in the order in which they act. The defaults are greedy decoding.
 
-    docs/sampling.md defines each of them. Drafting changes none: tokens have exactly the distribution that
-    plain decoding gives them.
+    docs/guide/sampling.md defines each of them. Drafting changes none: tokens have exactly the distribution
+    that plain decoding gives them.
 
     Attributes:
         repetition_penalty: divides positive logits and multiplies negative ones of every token of the prompt

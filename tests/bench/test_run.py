@@ -499,7 +499,7 @@ def key_paths(value: object, names: set[str]) -> Iterator[str]:
 
 
 def test_documentation_has_every_key_and_no_other(report: BenchReport) -> None:
-    text = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / "benchmark.md").read_text(encoding="utf-8")
     table = text[text.index("## The JSON object") : text.index("## The plot")]
     first_cells = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
     documented = {key for cell in first_cells for key in re.findall(r"`([\w.*]+)`", cell)}

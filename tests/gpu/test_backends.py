@@ -1,4 +1,4 @@
-"""What only a GPU can show. Elsewhere everything here is skipped; see docs/gpu.md for what was run where."""
+"""What only a GPU can show. Elsewhere everything here is skipped."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class OnnxRuntimeBackend:
             raise BackendError(
                 "the bundle has no fused target",
                 found=f"{manifest.target.model_type} in {manifest.precision}",
-                expected="an fp32 target of a form that can be fused (docs/bundle.md)",
+                expected="an fp32 target of a form that can be fused (docs/reference/bundle.md)",
                 remedy="leave fused out: it is used wherever it is there",
             )
         # What kept step costs are told apart by.

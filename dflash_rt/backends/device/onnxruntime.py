@@ -37,7 +37,7 @@ class OnnxRuntimeEngines:
                 f"the bundle has no fused target for a {'GPU' if cuda else 'CPU'}",
                 found=f"{bundle.manifest.target.model_type} in {bundle.manifest.precision}",
                 expected=f"a target in {'fp16 or bf16' if cuda else 'fp32'} of a form that can be fused "
-                "(docs/bundle.md)",
+                "(docs/reference/bundle.md)",
                 remedy="leave the option fused out, or build the bundle in that precision",
             )
         self._fused = fused

@@ -24,7 +24,7 @@ from tests.rt.bundle_maker import (
     with_draft_logits,
 )
 
-DOC = Path(__file__).parents[3] / "docs" / "bundle.md"
+DOC = Path(__file__).parents[3] / "docs" / "reference" / "bundle.md"
 Document = dict[str, Any]
 
 
@@ -528,11 +528,11 @@ def test_many_problems_are_counted_and_not_all_printed() -> None:
     assert message.count("\n") < 30
 
 
-# --- docs/bundle.md ---------------------------------------------------------------------------------------
+# --- docs/reference/bundle.md ---
 
 
 def annotation_text(annotation: Any) -> str:
-    """An annotation in the words of docs/bundle.md."""
+    """An annotation in the words of docs/reference/bundle.md."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return annotation_text(args[0])
@@ -549,7 +549,7 @@ def annotation_text(annotation: Any) -> str:
 
 
 def limits(annotation: Any) -> list[str]:
-    """What docs/bundle.md must say about the values of an annotation."""
+    """What docs/reference/bundle.md must say about the values of an annotation."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return [f"`{value}`" for value in args]
