@@ -1,4 +1,4 @@
-"""Built engines of a bundle: ``engines/<backend>-<key>/engines.json``, specified in docs/reference/engines.md.
+"""Built engines of a bundle: ``engines/<backend>-<key>/engines.json`` (docs/reference/engines.md).
 
 A bundle's own files never change after its build, so engines are recorded beside manifest.json and not in
 it. One folder is one engine set: every graph of the bundle, built by one backend with one set of options. Its

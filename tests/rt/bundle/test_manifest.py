@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dflash_rt.bundle import manifest as manifest_module
-from dflash_rt.bundle.graph_names import REQUIRED_GRAPHS, cache_names
+from dflash_rt.bundle.graph_names import REQUIRED_GRAPHS, cache_names, key_name, output_name
 from dflash_rt.bundle.manifest import FileRecord, Manifest
 from dflash_rt.bundle.read import manifest_json, read_manifest
 from dflash_rt.errors import ManifestError
@@ -133,7 +133,7 @@ def test_to_json_refuses_what_could_not_be_read_back(changes: dict[str, Any], wo
 
 def test_cache_names_go_layer_by_layer() -> None:
     assert cache_names(2) == ("key.0", "value.0", "key.1", "value.1")
-    assert manifest_module.output_name(manifest_module.key_name(0)) == "key.0.out"
+    assert output_name(key_name(0)) == "key.0.out"
 
 
 # --- text that isn't a manifest at all ------------------------------------------------------------------
