@@ -6,50 +6,34 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
 
 from dflash_bench.floor import (
     StepFloor,
-    measure_read_bandwidth,
-    step_floor,
-    weight_bytes,
 )
-from dflash_bench.machine import load_average, package_versions
 from dflash_bench.prompts import default_prompts
 from dflash_bench.run.measure import measure, our_contenders, run_bench
 from dflash_bench.run.plot import check_plot, draw_plot
 from dflash_bench.run.report import BenchReport, Conditions
-from dflash_bench.stats import OUTSIDE, agreement, ratio, summarise
 from dflash_bench.systems.base import (
-    ENTRY_POINT_GROUP,
-    BenchSetup,
     Contender,
     OurContender,
     Outcome,
-    find_factories,
-    make_contenders,
 )
-from dflash_export.errors import VerifyError
 from dflash_rt import Bundle
 from dflash_rt.backends.scripted import ScriptedBackend
 from dflash_rt.errors import (
-    BackendUnavailableError,
     ContextLengthError,
-    IntegrityError,
     OutputError,
     PromptError,
     RequestError,
 )
-from dflash_rt.machine import cpu_name, physical_cores
+from tests.bench.parts import answers, bundle_with_graphs
 from tests.rt.bundle_maker import manifest_document, write_bundle
 from tests.rt.scripted_generator import scripted_generator
 
@@ -214,207 +198,6 @@ def test_our_contender_reports_the_requests_statistics(width: int) -> None:
     contender.close()
 
 
-# --- Numbers ---
-
-seconds = st.floats(1e-4, 1e3)
-
-
-@st.composite
-def outcome_tables(draw: st.DrawFn) -> dict[tuple[int, int], Outcome]:
-    """Outcomes of one of ours over some prompts and repeats; some answers have no step."""
-    table = {}
-    for prompt in range(draw(st.integers(1, 4))):
-        accepted = tuple(draw(st.lists(st.integers(0, 3), max_size=6)))
-        tokens = tuple(range(1 + sum(accepted) + len(accepted)))
-        for repeat in range(draw(st.integers(1, 3))):
-            decode = draw(seconds) if accepted else 0.0
-            share = draw(st.floats(0, 1))
-            stages = {"target": share * decode / 2, "draft": share * decode / 2}
-            table[prompt, repeat] = Outcome(tokens, draw(seconds), decode, len(accepted), accepted, stages)
-    return table
-
-
-def speed(outcome: Outcome) -> float:
-    return outcome.tokens_per_second
-
-
-@settings(deadline=None, max_examples=60)
-@given(outcome_tables(), outcome_tables())
-def test_ratios_are_computed_from_pairs(
-    left: dict[tuple[int, int], Outcome], right: dict[tuple[int, int], Outcome]
-) -> None:
-    pairs = [p for p in left if p in right and left[p].steps and right[p].steps]
-    found = ratio(left, right, speed)
-    if not pairs:
-        assert found is None
-        return
-    assert found is not None
-    values = [
-        (len(left[p].token_ids) - 1) / left[p].decode_seconds
-        / ((len(right[p].token_ids) - 1) / right[p].decode_seconds)
-        for p in pairs
-    ]  # fmt: skip
-    expected = np.percentile(values, [50, 25, 75])
-    assert [found.median, found.lower_quartile, found.upper_quartile] == pytest.approx(list(expected))
-    assert found.pairs == len(pairs)
-
-
-@settings(deadline=None, max_examples=30)
-@given(outcome_tables(), st.lists(st.floats(0.01, 100), min_size=12, max_size=12))
-def test_what_disturbs_a_pair_disturbs_no_ratio(
-    table: dict[tuple[int, int], Outcome], disturbance: list[float]
-) -> None:
-    """Both sides of each pair slowed by the same factor, of each pair by another one."""
-
-    def slowed(factor: float) -> dict[tuple[int, int], Outcome]:
-        return {
-            pair: Outcome(o.token_ids, o.prefill_seconds, factor * f * o.decode_seconds, o.steps)
-            for f, (pair, o) in zip(disturbance, table.items(), strict=False)
-        }
-
-    found = ratio(slowed(1), slowed(3), speed)
-    if found is not None:
-        assert [found.median, found.lower_quartile, found.upper_quartile] == pytest.approx([3, 3, 3])
-
-
-@settings(deadline=None, max_examples=60)
-@given(outcome_tables())
-def test_totals_are_those_of_each_prompts_median_repeat(table: dict[tuple[int, int], Outcome]) -> None:
-    total = summarise(table)
-    prompts = {prompt for prompt, _ in table}
-    repeats = {p: sorted(o.decode_seconds for (q, _), o in table.items() if p == q) for p in prompts}
-    assert total.decode_seconds == pytest.approx(sum(r[(len(r) - 1) // 2] for r in repeats.values()))
-    assert total.steps == sum(table[p, 0].steps for p in prompts)
-    assert total.decoded_tokens == sum(len(table[p, 0].token_ids) - 1 for p in prompts)
-    assert total.prefill_seconds == pytest.approx(np.median([o.prefill_seconds for o in table.values()]))
-    if not total.steps:
-        assert total.ms_per_step is total.stage_ms is total.tokens_per_second is total.outside_share is None
-        return
-    assert total.stage_ms is not None
-    assert total.ms_per_step is not None
-    assert total.tokens_per_second is not None
-    assert list(total.stage_ms)[-1] == OUTSIDE
-    assert sum(total.stage_ms.values()) == pytest.approx(total.ms_per_step)
-    assert total.outside_share == pytest.approx(total.stage_ms[OUTSIDE] / total.ms_per_step, abs=1e-9)
-    assert total.tokens_per_step == pytest.approx(total.tokens_per_second * total.ms_per_step / 1e3)
-    shares = total.accepted_by_position(4)
-    assert shares is not None
-    assert len(shares) == 3
-    assert sorted(shares, reverse=True) == shares
-    assert 1 + sum(shares) == pytest.approx(total.tokens_per_step)
-
-
-def test_stages_are_in_the_order_of_a_step() -> None:
-    stages = {"target": 1.0, "embed": 0.5, "special": 0.25, "draft": 1.0, "unused": 0.0}
-    total = summarise({(0, 0): Outcome((1, 2), 1.0, 3.0, 1, (0,), stages)})
-    assert total.stage_ms is not None
-    assert list(total.stage_ms.items()) == [
-        ("draft", 1000), ("embed", 500), ("target", 1000), ("special", 250), (OUTSIDE, 250)
-    ]  # fmt: skip
-
-
-def answers(*tokens: tuple[int, ...]) -> dict[tuple[int, int], Outcome]:
-    return {(0, i): Outcome(ids, 1.0, 1.0, max(len(ids) - 1, 0)) for i, ids in enumerate(tokens)}
-
-
-def test_agreement_counts_up_to_the_first_difference() -> None:
-    wanted = answers((1, 2, 3, 4), (1, 2, 3, 4), (1, 2), (1, 2))
-    same = agreement(answers((1, 2, 9, 4), (1, 2, 3), (1, 2), (1, 2, 3)), wanted)
-    assert (same.equal_tokens, same.tokens, same.equal_answers, same.answers) == (2 + 3 + 2 + 2, 12, 1, 4)
-    assert not same.exact
-    assert agreement(wanted, wanted).exact
-
-
-def test_answers_without_a_step_have_no_ratio() -> None:
-    assert ratio(answers((1,)), answers((1, 2)), speed) is None
-    assert ratio(answers((1, 2)), answers((1,)), speed) is None
-
-
-# --- The floor ---
-
-
-def write_graph(path: Path) -> int:
-    """An ONNX file with one tensor inside and two outside; returns their bytes."""
-    inside = numpy_helper.from_array(np.arange(10, dtype=np.float32), "inside")
-    outside = []
-    for name, offset, length in (("big", 0, 4096), ("other", 4096, 800)):
-        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[length // 4])
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", "x.data"), ("offset", offset), ("length", length)):
-            tensor.external_data.add(key=key, value=str(value))
-        outside.append(tensor)
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [10])
-    nodes = [helper.make_node("Identity", ["inside"], ["y"])]
-    graph = helper.make_graph(nodes, "g", [], [output], initializer=[*outside, inside])
-    path.write_bytes(helper.make_model(graph).SerializeToString())
-    return 4096 + 800 + 40
-
-
-def test_weight_bytes(tmp_path: Path) -> None:
-    path = tmp_path / "graph.onnx"
-    assert write_graph(path) == weight_bytes(path)
-    assert len(onnx.load(path, load_external_data=False).graph.initializer) == 3
-
-
-def test_weight_bytes_refuses_what_is_not_onnx(tmp_path: Path) -> None:
-    path = tmp_path / "graph.onnx"
-    write_graph(path)
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(IntegrityError, match=r"graph.onnx can't be read as an ONNX file"):
-        weight_bytes(path)
-    with pytest.raises(IntegrityError, match="what to do: copy the bundle again"):
-        weight_bytes(tmp_path / "missing.onnx")
-
-
-@settings(deadline=None, max_examples=60)
-@given(data=st.binary(max_size=60))
-def test_weight_bytes_of_anything_is_a_number_or_our_error(
-    data: bytes, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "anything.onnx"
-    path.write_bytes(data)
-    with contextlib.suppress(IntegrityError):
-        assert weight_bytes(path) >= 0
-
-
-def bundle_with_graphs(folder: Path, **target: Any) -> Bundle:
-    """A bundle without a tokenizer whose five graphs have 4,936 bytes of weights each."""
-    document = manifest_document()
-    document["target"] |= target
-    document["tokenizer"] = None
-    write_bundle(folder, document)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for graph in manifest["graphs"].values():
-        write_graph(folder / graph["path"])
-        manifest["files"][graph["path"]]["size"] = (folder / graph["path"]).stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return Bundle.open(folder)
-
-
-def test_step_floor_counts_what_a_step_reads(tmp_path: Path) -> None:
-    bundle = bundle_with_graphs(tmp_path / "b")
-    plain, drafted = step_floor(bundle, 1, 1e6), step_floor(bundle, 4, 1e6)
-    assert plain is not None
-    assert drafted is not None
-    assert plain.weight_bytes == 2 * 4936
-    assert plain.milliseconds == pytest.approx(9.872)
-    assert plain.operations == 2 * 2 * 1234
-    assert drafted.weight_bytes == 5 * 4936
-    assert drafted.operations == 2 * 1234 * (4 + 4 + 4 + 4 + 3)  # the head sees no anchor in the draft
-
-
-def test_a_mixture_of_experts_has_no_floor(tmp_path: Path) -> None:
-    assert step_floor(bundle_with_graphs(tmp_path / "b", model_type="qwen3_moe"), 1, 1e9) is None
-
-
-def test_the_machine_is_measured_and_named() -> None:
-    assert measure_read_bandwidth(2, size=2**20, rounds=2) > 0
-    assert physical_cores() >= 1
-    assert cpu_name()
-    assert (load_average() or 0) >= 0
-    assert package_versions()["numpy"] == np.__version__
-
-
 # --- The report ---
 
 
@@ -566,84 +349,6 @@ def test_plot_that_cannot_be_written(tmp_path: Path, report: BenchReport) -> Non
         check_plot(tmp_path / "x.png")
     with pytest.raises(OutputError, match="choose another path"):
         draw_plot(report, tmp_path / "x.png")
-
-
-# --- Finding contenders ---
-
-MODULE = """
-from dflash_export.errors import VerifyError
-class Other:
-    width = None
-    closed = []
-    def __init__(self, name): self.name = name
-    def close(self): self.closed.append(self.name)
-def make_one(setup): return [Other("one")]
-def make_each(setup): return [Other(f"each-{width}") for width in setup.draft_widths]
-def make_none(setup): raise VerifyError("there is no checkpoint", found="a\\nb", remedy="name one")
-"""
-ENTRIES = f"""[{ENTRY_POINT_GROUP}]
-one = bench_plugin:make_one
-each = bench_plugin:make_each
-none = bench_plugin:make_none
-gone = bench_plugin_that_is_gone:make
-"""
-
-
-@pytest.fixture
-def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
-    """An installed package with four contenders, the only ones there are; returns the names closed so far."""
-    info = tmp_path / "site" / "bench_plugin-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bench-plugin\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(ENTRIES)
-    (tmp_path / "site" / "bench_plugin.py").write_text(MODULE)
-    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
-    yield lambda: sys.modules["bench_plugin"].Other.closed
-    sys.modules.pop("bench_plugin", None)
-
-
-@pytest.fixture
-def setup(tmp_path: Path) -> BenchSetup:
-    return BenchSetup(Bundle.open(write_bundle(tmp_path / "bundle")), threads=1, draft_widths=(2, 3))
-
-
-def test_contenders_come_from_entry_points(plugin: Any, setup: BenchSetup) -> None:
-    made, skipped = make_contenders(["each", "one"], setup)
-    assert [contender.name for contender in made] == ["each-2", "each-3", "one"]
-    assert skipped == {}
-    assert list(find_factories(["all"])) == ["each", "gone", "none", "one"]
-    assert list(find_factories(["one", "all", "one"])) == ["one", "each", "gone", "none"]
-    assert setup.stop_token_ids == (2,)
-
-
-def test_unknown_contenders_are_all_named(plugin: Any) -> None:
-    with pytest.raises(RequestError, match="nothing of that name") as caught:
-        find_factories(["vllm", "one", "sglang"])
-    assert "found: 'vllm', 'sglang'" in str(caught.value)
-    assert "expected: each, gone, none, one, all" in str(caught.value)
-
-
-def test_without_any_package_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [])
-    with pytest.raises(RequestError, match=f"a package with entry points {ENTRY_POINT_GROUP}"):
-        find_factories(["hf"])
-
-
-def test_all_skips_with_a_reason(plugin: Any, setup: BenchSetup) -> None:
-    made, skipped = make_contenders(["all"], setup)
-    assert [contender.name for contender in made] == ["each-2", "each-3", "one"]
-    assert skipped["none"] == "there is no checkpoint (a b)"
-    assert skipped["gone"].startswith("gone can't be imported (No module named")
-
-
-def test_a_contender_asked_for_by_name_has_to_work(
-    plugin: Callable[[], list[str]], setup: BenchSetup
-) -> None:
-    with pytest.raises(VerifyError, match="there is no checkpoint"):
-        make_contenders(["one", "none", "each"], setup)
-    assert plugin() == ["one"]
-    with pytest.raises(BackendUnavailableError, match="gone can't be imported"):
-        make_contenders(["all", "gone"], setup)
 
 
 # --- Arguments ---

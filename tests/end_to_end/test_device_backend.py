@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,115 +19,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_rt import Bundle, Generator, SamplingParams
-from dflash_rt.backends import create_backend
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.backends.device.backend import DeviceBackend, DeviceOptions
-from dflash_rt.backends.device.cuda import CudaDevice
-from dflash_rt.backends.device.host import HostDevice, Recorded
+from dflash_rt.backends.device.host import HostDevice
 from dflash_rt.backends.device.onnxruntime import OnnxRuntimeEngines
-from dflash_rt.backends.device.plan import Run as DeviceRun
-from dflash_rt.backends.device.protocols import Captured, Work
+from dflash_rt.backends.device.protocols import Work
 from dflash_rt.cli.main import main
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.errors import BackendError, NumericalError
-from tests.export.drafters.speculators_pairs import make_speculators, speculators_config
-from tests.pairs import Run, TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
-from tests.rt.fake_cuda import FakeRuntime
-
-FULL, SLIDING = "full_attention", "sliding_attention"
-CHUNK, LENGTH = 8, 90
-TELLING = [0, 3, 4, 5, 3, 2, 1, 2, 2, 4]  # goes on with drafts of several tokens
-PROMPT = [1, 2, 0, 3, 1, 2, 0, 3, 1, 2, 0]  # two chunks
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A target, and what writes its drafter."""
-
-    target: TargetSpec
-    save: Callable[[Path], object]
-
-
-def zlab(target: TargetSpec, **more: Any) -> Pair:
-    raw = drafter_config(target, **more)
-    return Pair(target, partial(make_drafter, raw=raw, seed=3, spread=0.3))
-
-
-def speculators(target: TargetSpec, *layers: str, **more: Any) -> Pair:
-    raw = speculators_config(target, layer_types=list(layers), **more)
-    return Pair(target, partial(make_speculators, raw=raw, seed=5, spread=0.5))
-
-
-def sliding(size: int, *layers: str) -> dict[str, Any]:
-    return {
-        "layer_types": list(layers),
-        "layers": len(layers),
-        "sliding_window": size,
-        "use_sliding_window": True,
-    }
-
-
-DFLASH2 = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 3}
-PAIRS = {
-    "full": zlab(TargetSpec("qwen3", vocab=6, layers=2), layers=1),
-    "windowed": zlab(TargetSpec("qwen2", vocab=5, layers=2), block_size=5, **sliding(7, SLIDING)),
-    "own vocabulary, from the anchor": speculators(
-        TargetSpec("smollm2", vocab=4, tied=False),
-        SLIDING,
-        FULL,
-        block_size=3,
-        own_vocab=3,
-        window=3,
-        sample_from_anchor=True,
-    ),
-    "dflash 2": zlab(
-        TargetSpec("qwen3", vocab=4, layers=2),
-        block_size=4,
-        architectures=["DFlash2DraftModel"],
-        **sliding(9, SLIDING),
-        is_causal=False,
-        dflash_config=DFLASH2 | {"final_logit_softcapping": 5.0},
-    ),
-}
-MODES = {
-    "graph, ahead": {},
-    "graph": {"run_ahead": False},
-    "ahead": {"cuda_graph": False},
-    "neither": {"cuda_graph": False, "run_ahead": False},
-}
+from tests.end_to_end.device_pairs import (
+    CHUNK,
+    LENGTH,
+    MODES,
+    PAIRS,
+    PROMPT,
+    Counting,
+    Told,
+    device_bundles,
+    made,
+    on_device,
+    tokens_of,
+)
+from tests.pairs import run_loop
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
-    made: dict[str, Bundle] = {}
-
-    def get(name: str) -> Bundle:
-        if name not in made:
-            folder, pair = tmp_path_factory.mktemp("pair"), PAIRS[name]
-            make_target(folder / "target", pair.target, seed=3, spread=0.5)
-            pair.save(folder / "drafter")
-            made[name] = build(
-                folder / "target",
-                folder / "drafter",
-                folder / "bundle",
-                max_seq_len=LENGTH,
-                prefill_chunk=CHUNK,
-            )
-        return made[name]
-
-    return get
+    return device_bundles(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def bundle(bundles: Callable[[str], Bundle]) -> Bundle:
     return bundles("full")
-
-
-def on_device(bundle: Bundle, **options: Any) -> DeviceBackend:
-    backend = create_backend("onnxruntime-device", bundle, threads=1, options=options)
-    assert isinstance(backend, DeviceBackend)
-    return backend
 
 
 @pytest.fixture(scope="module")
@@ -145,28 +64,6 @@ def device(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[DeviceBac
     backend = on_device(bundle, **MODES[request.param])
     yield backend
     backend.close()
-
-
-@dataclass
-class Told:
-    """Widths that a test chooses; the last one again and again."""
-
-    widths: list[int]
-    widest: int = 4
-
-    def choose(self) -> int:
-        return self.widths.pop(0) if len(self.widths) > 1 else self.widths[0]
-
-    def observe(self, width: int, accepted: int, seconds: float | None = None) -> None:
-        pass
-
-
-def tokens_of(backend: Any, prompt: list[int], new_tokens: int, widths: list[int], **more: Any) -> Run:
-    sequence = Sequence(np.array(prompt, np.int64))
-    policy = Told(list(widths))
-    for _ in decode(backend, sequence, max_new_tokens=new_tokens, width=policy, prefill_chunk=CHUNK, **more):
-        pass
-    return Run(sequence.new_tokens, sequence.accepted_per_step)
 
 
 # --- The same tokens and the same accepted counts ---
@@ -256,30 +153,6 @@ def test_a_policy_that_adapts(bundle: Bundle) -> None:
 
 
 # --- Running ahead ---
-
-
-class Counting(HostDevice):
-    """Counts how many marks were set and not waited for, at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches = self.captures = 0
-
-    def capture(self, record: Work) -> Captured:
-        captured = super().capture(record)
-        self.captures += 1
-
-        class Launching:
-            def launch(_) -> None:  # noqa: N805
-                self.launches += 1
-                captured.launch()
-
-        return Launching()
-
-
-def made(bundle: Bundle, device: HostDevice, **options: Any) -> DeviceBackend:
-    engines = OnnxRuntimeEngines(bundle, cuda=False, threads=1)
-    return DeviceBackend(bundle, device, engines, name="test", options=DeviceOptions(**options))
 
 
 def test_the_next_step_is_launched_before_the_last_is_read(bundle: Bundle) -> None:
@@ -400,119 +273,6 @@ def test_closing_lets_go_of_everything(bundle: Bundle) -> None:
     gc.collect()
     assert [session() for session in sessions] == [None] * len(sessions)
     backend.close()
-
-
-# --- CUDA's calls, on a stand-in of its runtime ---
-
-
-class Streamed(OnnxRuntimeEngines):
-    """Puts its runs on the stand-in's stream, as a GPU's library does: they are done later, and captured."""
-
-    def __init__(self, bundle: Bundle, runtime: FakeRuntime) -> None:
-        super().__init__(bundle, cuda=False, threads=1)
-        self.runtime, self.stream = runtime, 0
-
-    def load(self, device: Any) -> int:
-        self.stream = device.stream
-        return super().load(device)
-
-    def prepare(self, run: Any, address: Callable[[str], int], scratch: int) -> Work:
-        work = super().prepare(run, address, scratch)
-        return lambda: self.runtime.enqueue(self.stream, work)
-
-
-@pytest.mark.parametrize("graph", [True, False])
-@pytest.mark.parametrize("name", ["full", "own vocabulary, from the anchor"])
-def test_the_loop_by_cudas_calls(
-    name: str, graph: bool, bundles: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime = FakeRuntime()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)  # type: ignore[arg-type]
-    bundle = bundles(name)
-    options = DeviceOptions(cuda_graph=graph)
-    engines = Streamed(bundle, runtime)
-    backend = DeviceBackend(bundle, CudaDevice("test"), engines, name="test", options=options)
-    reference = OnnxRuntimeBackend(bundle, threads=1)
-    for prompt in (PROMPT, [2]):
-        wanted = run_loop(reference, bundle, prompt, 40, 3)
-        assert run_loop(backend, bundle, prompt, 40, 3) == wanted
-    assert runtime.calls.count("cudaGraphInstantiate") == graph
-    assert (runtime.calls.count("cudaGraphLaunch") > 8) is graph
-    backend.close()
-    assert runtime.live == {}
-
-
-# --- A graph that isn't the step ---
-
-
-class Forgetful(HostDevice):
-    """Leaves one operation out of every graph, as a wrong capture would."""
-
-    def __init__(self, left_out: int) -> None:
-        super().__init__()
-        self.left_out = left_out
-        self.sizes: set[int] = set()
-
-    def capture(self, record: Work) -> Captured:
-        captured = super().capture(record)
-        assert isinstance(captured, Recorded)
-        work = captured.work
-        self.sizes.add(len(work))
-        return Recorded(captured.queue, tuple(w for i, w in enumerate(work) if i != self.left_out))
-
-
-class Loaded(OnnxRuntimeEngines):
-    """Keeps its sessions from one backend to the next."""
-
-    def load(self, device: Any) -> int:
-        return 0 if self._sessions else super().load(device)
-
-    def close(self) -> None:
-        pass
-
-
-def test_every_operation_that_a_graph_forgets_is_noticed(bundle: Bundle) -> None:
-    """A step's start that isn't moved on, a block that keeps old drafts, features that aren't injected, …"""
-    engines = Loaded(bundle, cuda=False, threads=1)
-    options = DeviceOptions()
-    whole = Forgetful(-1)
-    tokens_of(DeviceBackend(bundle, whole, engines, name="test", options=options), TELLING, 60, [4])
-    (size,) = whole.sizes
-    assert size > 12
-    for left_out in range(size):
-        backend = DeviceBackend(bundle, Forgetful(left_out), engines, name="test", options=options)
-        with pytest.raises(BackendError, match="isn't that step"):
-            tokens_of(backend, TELLING, 60, [4])
-        # Without graphs it is the same device, and right.
-        backend = DeviceBackend(
-            bundle, Forgetful(left_out), engines, name="test", options=DeviceOptions(cuda_graph=False)
-        )
-        assert len(tokens_of(backend, PROMPT, 9, [4]).token_ids) == 9
-
-
-def test_onnx_runtime_is_told_what_captures_on_a_gpu_need(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Found on an H200: without each of these a capture fails there, or closing ends the process."""
-    made: list[Any] = []
-
-    def session(path: str, options: Any, *, providers: Any) -> mock.MagicMock:
-        new = mock.MagicMock()
-        new.given = options, dict(providers[:1])["CUDAExecutionProvider"]
-        new.get_providers.return_value = ["CUDAExecutionProvider"]
-        made.append(new)
-        return new
-
-    monkeypatch.setattr("onnxruntime.InferenceSession", session)
-    engines = OnnxRuntimeEngines(bundle, cuda=True)
-    engines.load(SimpleNamespace(stream=7))  # type: ignore[arg-type]
-    for each in made:
-        _, cuda = each.given
-        assert (cuda["enable_cuda_graph"], cuda["user_compute_stream"]) == ("1", "7")
-    engines.prepare(DeviceRun("embed", (), ()), lambda name: 0, 0)()
-    ((_, run),) = [call.args for each in made for call in each.run_with_iobinding.call_args_list]
-    assert run.get_run_config_entry("gpu_graph_id") == "-1"  # it captures nothing itself
-    assert run.get_run_config_entry("disable_synchronize_execution_providers") == "1"
 
 
 # --- Errors ---

@@ -1,6 +1,6 @@
 """Drafts that are sampled themselves, as DFlash 2's are: the joint distribution of tokens stays the target's.
 
-The same proof as test_sampling_distribution.py, which has the models, the exact distribution and the test
+The same proof as test_distribution.py, which has the models, the exact distribution and the test
 statistic. The drafter samples from the three best tokens of another model, at the request's temperature.
 There are fewer than 30 chi-square tests here that a correct sampler fails by chance, with probability LEVEL
 each: below 3e-5 together.
