@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import os
 import shutil
@@ -62,6 +61,7 @@ from dflash_rt.bundle.manifest import (
 )
 from dflash_rt.bundle.read import manifest_json
 from dflash_rt.errors import OutputError
+from dflash_rt.files import utc_now
 from dflash_rt.text.prompts import PromptEncoder
 from dflash_rt.text.tokenizer import Tokenizer
 from dflash_rt.version import __version__
@@ -528,7 +528,7 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
 
 def _provenance(**options: str | int | None) -> Provenance:
     return Provenance(
-        created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=utc_now(),
         tool=f"dflash-export {__version__}",
         packages={package: importlib.metadata.version(package) for package in _PACKAGES}
         | {package: version for package in _OPTIONAL_PACKAGES if (version := _version(package))},

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import shutil
 import tempfile
@@ -16,10 +15,15 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock
+
 from dflash_rt.bundle.manifest import MANIFEST_NAME
 from dflash_rt.errors import OutputError
+from dflash_rt.files import sync
 
 __all__ = ["check_output", "new_folder"]
+
+_LOCK = ".lock"
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -75,47 +79,51 @@ def new_folder(output: Path, *, force: bool) -> Iterator[Path]:
     try:
         yield folder
         for path in folder.rglob("*"):
-            _sync(path)
-        _sync(folder)
+            sync(path)
+        sync(folder)
         _publish(folder, output, force=force)
     except OSError as error:
         raise _cannot_write(output, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        _remove_lock(lock)
 
 
-def _make_locked(parent: Path, prefix: str) -> tuple[Path, int]:
-    """A new folder, and a descriptor that locks it until it is closed; a process that is killed lets go.
+def _make_locked(parent: Path, prefix: str) -> tuple[Path, FileLock]:
+    """A new folder, and the lock beside it that says that somebody works on it; a killed process lets go.
 
-    The folder itself is locked, not a file in it: there is no moment at which it can be left behind without
-    saying whether anybody works on it.
+    The lock is taken before the folder is made, so there is no moment at which a folder that is worked on
+    can be taken for abandoned.
     """
-    while True:
-        folder = parent / f"{prefix}{uuid.uuid4().hex}"
+    folder = parent / f"{prefix}{uuid.uuid4().hex}"
+    lock = FileLock(f"{folder}{_LOCK}")
+    with contextlib.suppress(OSError):  # a network file system may have no locks; nothing is removed there
+        lock.acquire()
+    try:
         folder.mkdir()
-        try:
-            lock = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # another export took it for abandoned before it was locked
-        with contextlib.suppress(OSError):  # a network file system may not lock folders; it removes none then
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.is_dir():
-            return folder, lock
-        os.close(lock)
+    except OSError:
+        _remove_lock(lock)
+        raise
+    return folder, lock
+
+
+def _remove_lock(lock: FileLock) -> None:
+    # Removed while it is held: a process that waits for it sees that, and makes a new one. Windows removes no
+    # open file; there releasing it does.
+    with contextlib.suppress(OSError):
+        os.unlink(lock.lock_file)
+    lock.release()
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
-    for folder in parent.iterdir():
-        if not folder.name.startswith(prefix):
-            continue
-        with contextlib.suppress(OSError):  # gone already, or locked: somebody works on it
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(lock)
+    # Also where only a lock was left: it was made before its folder, and removed after it.
+    names = {path.name.removesuffix(_LOCK) for path in parent.iterdir() if path.name.startswith(prefix)}
+    for folder in (parent / name for name in names):
+        lock = FileLock(f"{folder}{_LOCK}")
+        with contextlib.suppress(OSError):  # it is held: somebody works on the folder
+            lock.acquire(timeout=0)
+            shutil.rmtree(folder, ignore_errors=True)
+            _remove_lock(lock)
 
 
 def _publish(folder: Path, output: Path, *, force: bool) -> None:
@@ -124,7 +132,7 @@ def _publish(folder: Path, output: Path, *, force: bool) -> None:
         check_output(output, force=force)
         if not _exchange(folder, output):
             _replace(folder, output)
-    _sync(output.parent)
+    sync(output.parent)
 
 
 def _moved(folder: Path, output: Path) -> bool:
@@ -161,7 +169,7 @@ def _exchange(first: Path, second: Path) -> bool:
     """Swap two folders in one atomic step; False where the system can't."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):  # TypeError: on Windows None names no library
         return False
     at_fdcwd, rename_exchange = -100, 2
     arguments = (
@@ -172,15 +180,6 @@ def _exchange(first: Path, second: Path) -> bool:
         rename_exchange,
     )
     return bool(rename(*arguments) == 0)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of files, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_write(output: Path, error: OSError) -> OutputError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 from dflash_rt import Bundle
@@ -58,8 +58,7 @@ def smollm2_export(tmp_path_factory: pytest.TempPathFactory) -> DemoExport:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
     folder.mkdir(exist_ok=True)
     peak = folder / "peak_bytes"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / "lock"):
         if not peak.exists():
             recipe = ROOT / "engines" / "smollm2-135m.yaml"
             done = subprocess.run(

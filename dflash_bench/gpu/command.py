@@ -23,6 +23,7 @@ from dflash_bench.gpu.shapes import PAIRS, PARITY, TINY
 from dflash_bench.gpu.suite import Plan, run_suite
 from dflash_export.progress import LineProgress
 from dflash_rt.errors import BackendUnavailableError
+from dflash_rt.files import utc_now
 
 __all__ = ["main", "make_plan", "mark_cut_off"]
 
@@ -92,7 +93,7 @@ def mark_cut_off(path: Path) -> None:
 def make_plan(options: argparse.Namespace) -> Plan:
     """What the options ask for; a dry run has tiny pairs, short contexts and a backend for the CPU."""
     dry = options.dry_run
-    created = time.strftime("%Y-%m-%d", time.gmtime())
+    created = utc_now()
     output = options.output
     if output is None:
         name = default_name(created, None if dry else gpu_name(), dry_run=dry)

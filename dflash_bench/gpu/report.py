@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dflash_bench.gpu.shapes import PUBLISHED_SOURCE
+from dflash_rt.files import write_atomically
 
 __all__ = ["DRY_RUN_WARNING", "FORMAT", "default_name", "to_markdown", "write_report"]
 
@@ -35,9 +35,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     text = json.dumps(_plain(report), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     for goal, content in ((path, text), (path.with_suffix(".md"), to_markdown(report))):
-        partial = goal.with_name(f".{goal.name}.partial")
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, goal)
+        write_atomically(goal, content)
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from dflash_bench.gpu.shapes import PairShape
 from dflash_bench.gpu.timing import rows_needed
 from dflash_export.progress import SILENT, Progress
 from dflash_rt.errors import DFlashError
+from dflash_rt.files import utc_now
 
 __all__ = ["Plan", "run_suite"]
 
@@ -81,7 +81,7 @@ class _Suite:
         self._report: dict[str, Any] = {
             "format": FORMAT,
             "format_version": 1,
-            "created": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "created": utc_now(),
             "state": "running",
             "dry_run": plan.dry_run,
             "minutes": plan.minutes,

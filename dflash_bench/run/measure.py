@@ -8,7 +8,6 @@ docs/reference/benchmark.md has the method and every number that comes out.
 
 from __future__ import annotations
 
-import datetime
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from dflash_bench.systems.base import (
 from dflash_rt.backends import create_backend, takes_threads
 from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import PromptError, RequestError
+from dflash_rt.files import utc_now
 from dflash_rt.generator import Generator
 from dflash_rt.machine import cpu_name, physical_cores
 from dflash_rt.request import check_count
@@ -219,7 +219,7 @@ def conditions_of(
         prompt_tokens=tuple(map(len, prompts)),
         max_new_tokens=max_new_tokens,
         repeats=repeats,
-        created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=utc_now(),
         cpu=cpu_name(),
         packages=package_versions(),
         load_before=load_before,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from dflash_export.engines.builder import EngineJob, build_engine
 from dflash_export.engines.devices import FP8_SINCE, Gpu, check_device, check_fp8, present_gpu
@@ -36,6 +36,7 @@ from dflash_rt.bundle.engine_sets import (
 from dflash_rt.bundle.folder import hash_file
 from dflash_rt.bundle.manifest import ENGINES_FOLDER
 from dflash_rt.errors import EngineError, OutputError
+from dflash_rt.files import utc_now
 from dflash_rt.version import __version__
 
 __all__ = ["CompiledEngines", "check_options", "compile_engines"]
@@ -304,7 +305,12 @@ def _only_builder(parent: Path, progress: Progress) -> Iterator[None]:
     """
     try:
         parent.mkdir(exist_ok=True)
-        lock = (parent / _LOCK).open("w")
+        lock = FileLock(parent / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            with progress.stage("waiting for another build in this bundle"):
+                lock.acquire()
     except OSError as error:
         raise OutputError(
             f"can't write to {parent}",
@@ -312,13 +318,10 @@ def _only_builder(parent: Path, progress: Progress) -> Iterator[None]:
             expected="a writable bundle: its engines are kept in it",
             remedy="mend the permissions, or copy the bundle to where it can be written",
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with progress.stage("waiting for another build in this bundle"):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _present(output: Path, progress: Progress) -> EngineSet | None:
@@ -365,19 +368,19 @@ def _build_set(work: _Work, output: Path, progress: Progress) -> CompiledEngines
             if graph in others:
                 files[graph] = _take_over(*others[graph], path)
             else:
-                _write(path, _build(work, graph, progress))
+                path.write_bytes(_build(work, graph, progress))
                 record = hash_file(path)
                 files[graph] = EngineFile(path.name, record.size, record.sha256)
         engines = EngineSet(
             format="dflash-engines",
             format_version=FORMAT_VERSION,
-            created=dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            created=utc_now(),
             build=work.build,
             limits=work.limits,
             engines=dict(work.specs),
             files=files,
         )
-        _write(folder / ENGINES_NAME, engines.to_json().encode())
+        (folder / ENGINES_NAME).write_text(engines.to_json(), encoding="utf-8", newline="\n")
     reused = tuple(graph for graph in work.specs if graph in others)
     return CompiledEngines(output, engines, tuple(missing), reused, _notes(work.vendor))
 
@@ -416,10 +419,3 @@ def _build(work: _Work, graph: str, progress: Progress) -> Any:
     profiles = work.specs[graph].profiles
     job = EngineJob(graph, spec, header, profiles, work.build, work.gpu, work.timing_folder)
     return build_engine(work.vendor, job, progress)
-
-
-def _write(path: Path, data: Any) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -95,7 +95,7 @@ def _scale_queries(graph: onnx.GraphProto, dtype: int) -> None:
         scale = next((a for a in node.attribute if a.name == "scale"), None)
         if node.op_type == "Attention" and scale is not None:
             stem = f"{node.output[0]}.query"
-            graph.initializer.append(numpy_helper.from_array(np.float32(scale.f), f"{stem}.scale"))
+            graph.initializer.append(numpy_helper.from_array(np.array(scale.f, np.float32), f"{stem}.scale"))
             nodes += [
                 helper.make_node("Cast", [node.input[0]], [f"{stem}.fp32"], to=onnx.TensorProto.FLOAT),
                 helper.make_node("Mul", [f"{stem}.fp32", f"{stem}.scale"], [f"{stem}.scaled"]),

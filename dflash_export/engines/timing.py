@@ -7,16 +7,17 @@ second bundle for the same GPU builds faster too, and a bundle that is copied do
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from dflash_export.engines.devices import Gpu
 from dflash_export.engines.vendor import Vendor
+from dflash_rt.files import write_atomically
 
 __all__ = ["default_timing_folder", "use_timings"]
 
@@ -50,13 +51,12 @@ def use_timings(config: Any, vendor: Vendor, gpu: Gpu | None, folder: Path | Non
     yield
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (path.parent / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(path.parent / ".lock"):
             # Another build may have added its own meanwhile.
             others = config.create_timing_cache(_read(path))
             if others is not None:
                 cache.combine(others, True)
-            _replace(path, bytes(cache.serialize()))
+            write_atomically(path, bytes(cache.serialize()))
 
 
 def _read(path: Path) -> bytes:
@@ -64,14 +64,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""
-
-
-def _replace(path: Path, data: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".timings-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
-    except OSError:
-        os.unlink(name)
-        raise

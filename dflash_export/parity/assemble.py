@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import importlib.metadata
 import os
@@ -20,6 +19,7 @@ from dflash_export.parity.verdicts import find_problems, find_warnings, judge
 from dflash_export.sources.resolve import Source
 from dflash_rt import Bundle
 from dflash_rt.bundle.manifest import MANIFEST_NAME
+from dflash_rt.files import utc_now
 from dflash_rt.version import __version__
 
 __all__ = ["assemble"]
@@ -65,7 +65,7 @@ def assemble(
         },
         target={"kind": source.kind, "id": source.id, "revision": source.revision},
         max_new_tokens=max_new_tokens,
-        created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=utc_now(),
         environment=_environment(threads),
         prompts=prompts,
         logit_errors=errors,

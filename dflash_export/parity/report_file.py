@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-import os
-import uuid
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from dflash_rt import Bundle
 from dflash_rt.bundle.manifest import REPORTS_FOLDER
 from dflash_rt.errors import OutputError
+from dflash_rt.files import write_atomically
 
 __all__ = ["require_writable", "write_report"]
 
 
 def require_writable(bundle: Bundle) -> None:
     """Raise OutputError unless reports can be written: before minutes of work, not after."""
-    _write(bundle, "writable", None)
+    with _reports(bundle) as folder, tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_report(bundle: Bundle, name: str, text: str) -> Path:
     """Write ``reports/NAME`` whole or not at all, in place of an older one. Raises OutputError."""
-    return _write(bundle, name, text)
+    with _reports(bundle) as folder:
+        write_atomically(folder / name, text)
+        return folder / name
 
 
-def _write(bundle: Bundle, name: str, text: str | None) -> Path:
+@contextlib.contextmanager
+def _reports(bundle: Bundle) -> Iterator[Path]:
     folder = bundle.root / REPORTS_FOLDER
-    partial = folder / f".{uuid.uuid4().hex}.partial"
     try:
         # Never through a link: it may lead out of the bundle.
         if folder.is_symlink():
             raise OSError(f"{folder} is a link")
         folder.mkdir(exist_ok=True)
-        try:
-            with partial.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(text or "")
-                file.flush()
-                os.fsync(file.fileno())
-            if text is not None:
-                os.replace(partial, folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
+        yield folder
     except OSError as error:
         raise OutputError(
             f"can't write a report into {folder}",
@@ -47,4 +44,3 @@ def _write(bundle: Bundle, name: str, text: str | None) -> Path:
             expected="a folder that may be written, with some room",
             remedy="mend the permissions or free disk space, or pass write_report=False (--no-report)",
         ) from error
-    return folder / name

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
+from typing import Self
 
 import torch
-from typing_extensions import Self
 
 from dflash_export.errors import CheckpointError
 

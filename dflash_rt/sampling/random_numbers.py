@@ -58,5 +58,5 @@ class Noise:
 
 
 def _uniform(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
-    uniform: npt.NDArray[np.float64] = (words >> np.uint64(11)) * 2.0**-53
+    uniform: npt.NDArray[np.float64] = (words >> np.uint64(11)) * np.float64(2.0**-53)
     return uniform

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import uuid
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 from dflash_rt.bundle.manifest import REPORTS_FOLDER
 from dflash_rt.bundle.schema import Bounds, Problems, Range, dump_json, parse_json, plain, read
 from dflash_rt.errors import BundleError, DFlashError
+from dflash_rt.files import write_atomically
 from dflash_rt.machine import cpu_name, physical_cores
 from dflash_rt.speculation.width_correction import StepCosts
 from dflash_rt.version import __version__
@@ -107,18 +106,12 @@ def save_step_costs(bundle: Bundle, key: CostKey, costs: StepCosts) -> None:
     kept = [entry for entry in _read(path) if entry.key != key]
     entries = (*kept, _Entry(key, costs.seconds))[-_MAX_ENTRIES:]
     text = dump_json(plain(_Document("dflash-step-costs", _FORMAT_VERSION, entries))) + "\n"
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         # Never through a link: it may lead out of the bundle.
         if path.parent.is_symlink():
             raise OSError(f"{path.parent} is a link")
         path.parent.mkdir(exist_ok=True)
-        try:
-            with partial.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, text)
     except OSError as error:
         _LOG.info("step costs are not kept in %s: %s", path, error)
 

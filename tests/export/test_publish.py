@@ -349,12 +349,16 @@ def test_the_manifest_is_written_last(tmp_path: Path, pair: tuple[Path, Path]) -
 
 
 # Where a process that publishes a folder dies, and the function that it dies in.
-DEATHS = {"made": "publish.fcntl.flock", "flushed": "publish._publish", "renamed": "publish.shutil.rmtree"}
+DEATHS = {"locked": "Path.mkdir", "flushed": "publish._publish", "renamed": "publish.shutil.rmtree"}
 DYING = """
 import os, signal, sys
 from pathlib import Path
 from dflash_export import publish
-def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
+function = {function}
+def die(path, *args, **kwargs):
+    if ".partial-" in path.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(path, *args, **kwargs)
 {function} = die
 with publish.new_folder(Path(sys.argv[1]), force=len(sys.argv) > 2) as folder:
     (folder / "manifest.json").write_text("new")
@@ -364,7 +368,7 @@ with publish.new_folder(Path(sys.argv[1]), force=len(sys.argv) > 2) as folder:
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("moment", DEATHS)
 def test_what_a_kill_leaves_is_removed_by_the_next_export(tmp_path: Path, moment: str, force: bool) -> None:
-    """Also at the moments that hardly any kill hits: before the lock, before the rename, right after it."""
+    """Also at the moments that hardly any kill hits: after the lock, before the rename, right after it."""
     output = tmp_path / "bundle"
     if force:
         old_bundle(output)
@@ -377,7 +381,10 @@ def test_what_a_kill_leaves_is_removed_by_the_next_export(tmp_path: Path, moment
     assert output.exists() == (force or renamed)
     if output.exists():
         assert (output / MANIFEST_NAME).read_text() == ("new" if renamed else "old")
-    assert len(os.listdir(tmp_path)) == (2 if force else 1)
+    left = [name for name in os.listdir(tmp_path) if name != "bundle"]
+    assert any(name.endswith(".lock") for name in left)
+    assert all(name.startswith(".bundle.partial-") for name in left)
+    assert len(left) == (2 if moment == "flushed" or (force and renamed) else 1)
     with new_folder(output, force=output.exists()) as folder:
         fill(folder, "last")
     assert (output / MANIFEST_NAME).read_text() == "last"
@@ -424,7 +431,7 @@ def test_a_swap_that_can_not_begin_leaves_nothing(tmp_path: Path, monkeypatch: p
 def test_names_that_look_like_patterns(tmp_path: Path) -> None:
     script = DYING.format(function=DEATHS["flushed"])
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "[v1]*")], check=False)
-    assert len(os.listdir(tmp_path)) == 1
+    assert len(os.listdir(tmp_path)) == 2  # the folder and its lock
     with new_folder(tmp_path / "[v1]*", force=False) as folder:
         fill(folder)
     assert os.listdir(tmp_path) == ["[v1]*"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from dflash_rt.files import write_atomically
 
 __all__ = ["KernelCache"]
 
@@ -37,14 +37,7 @@ class KernelCache:
         if blob is None or bytes(blob) == self._stored:
             return
         try:
-            with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=".kernels-", delete=False) as file:
-                try:
-                    file.write(blob)
-                    file.flush()
-                    os.replace(file.name, self._path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            write_atomically(self._path, bytes(blob))
         except OSError as error:
             _LOG.debug("kernels are not kept in %s: %s", self._path, error)
 
