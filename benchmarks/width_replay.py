@@ -129,7 +129,7 @@ def _record_all(bundle: Bundle, prompts: Path | None, limit: int) -> list[Answer
         items = json.loads(prompts.read_text(encoding="utf-8"))[:limit]
         asked += [(item["kind"], [{"role": "user", "content": item["prompt"]}]) for item in items]
     backend, manifest, answers = OnnxRuntimeBackend(bundle), bundle.manifest, []
-    with Generator(bundle, draft_width=1) as generator:
+    with Generator(bundle, num_draft_tokens=0) as generator:
         for kind, prompt in asked:
             ids = generator.encode(prompt)
             answers.append(

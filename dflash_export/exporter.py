@@ -284,7 +284,7 @@ def build(
                 tokenizer=_tokenizer_spec(tokenizer),
                 generation=GenerationDefaults(
                     stop_token_ids=stop_ids,
-                    draft_width=width,
+                    num_draft_tokens=width - 1,
                     chat_template_kwargs=dict(chat_template_kwargs or {}),
                     sampling=sampling_defaults(target_source),
                 ),

@@ -14,7 +14,7 @@ from dflash_rt.backends.base import Backend
 from dflash_rt.bundle.folder import Bundle
 from dflash_rt.decoding.policy import FixedWidth, WidthPolicy
 from dflash_rt.errors import BackendError, BundleError, RequestError
-from dflash_rt.request import DraftWidth, ModelLimits, Request, check_count, check_ids
+from dflash_rt.request import ModelLimits, NumDraftTokens, Request, check_count, check_ids
 from dflash_rt.request_lock import RequestLock
 from dflash_rt.sampling.params import SamplingParams
 from dflash_rt.speculation.width import AcceptanceHistory, AdaptiveWidth
@@ -46,17 +46,17 @@ class Generator:
         threads: CPU threads of the backend; ``None`` leaves it to the backend.
         backend_options: options of the backend of that name, such as ``{"memory_limit": 8 * 10**9}``; see
             docs/guide/gpu.md. A backend refuses those that it doesn't have.
-        draft_width: rows of a verify pass, the anchor included. A number, 1 (no drafting) to the drafter's
-            block size, is that of every step. ``None``: each step has the width that promises most tokens
-            per second, from 1 to the bundle's ``draft_width``; ``"auto"``: from 1 to the block size. For
-            these two the cost of a step at each width is read from the bundle's ``reports/``, or measured,
-            which takes a second, and written there if that is possible. See docs/guide/width.md.
+        num_draft_tokens: tokens that a step drafts. A number, 0 (no drafting) to the drafter's block size
+            less one, is that of every step. ``None``: each step drafts as many as promise most tokens per
+            second, from 0 to the bundle's ``num_draft_tokens``; ``"auto"``: from 0 to the block size less
+            one. For these two the cost of a step at each length is read from the bundle's ``reports/``, or
+            measured, which takes a second, and written there if that is possible. See docs/guide/width.md.
         verify_files: compare the SHA-256 of every file first, which reads the whole bundle.
 
     Raises:
         BundleError: the bundle can't be used.
         BackendError: the backend can't be loaded.
-        RequestError: ``threads``, ``backend_options`` or ``draft_width`` is wrong.
+        RequestError: ``threads``, ``backend_options`` or ``num_draft_tokens`` is wrong.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Generator:
         *,
         threads: int | None = None,
         backend_options: Mapping[str, Any] | None = None,
-        draft_width: DraftWidth = None,
+        num_draft_tokens: NumDraftTokens = None,
         verify_files: bool = False,
     ) -> None:
         opened = _open(bundle, verify_files)
-        limits = ModelLimits.from_manifest(opened.manifest, draft_width=draft_width)
+        limits = ModelLimits.from_manifest(opened.manifest, num_draft_tokens=num_draft_tokens)
         prompts = PromptEncoder.from_bundle(opened)
         # Last, since it is what has to be closed when something fails after it.
         runner = _backend(opened, backend, threads, backend_options)
@@ -80,8 +80,8 @@ class Generator:
             limits = replace(limits, max_seq_len=longest)
             settle = getattr(runner, "settle", None)
             if settle is not None:  # what is done once for each kind of step is done before the first request
-                narrower = range(1, limits.draft_width) if limits.adaptive else (1,)
-                settle(sorted({*narrower, limits.draft_width}))
+                fewer = range(limits.num_draft_tokens) if limits.adaptive else (0,)
+                settle(sorted({1 + drafts for drafts in (*fewer, limits.num_draft_tokens)}))
             costs = key = None
             if limits.adaptive:
                 # Nothing is known of how a ready backend object was made, and a GPU isn't part of the key:
@@ -105,7 +105,7 @@ class Generator:
         """A generator without a bundle, such as one on :class:`dflash_rt.backends.scripted.ScriptedBackend`.
 
         It owns ``backend`` and closes it. Without ``prompts`` it takes token ids only. ``step_costs`` of
-        adaptive limits, for widths 1 to their ``draft_width``, are measured if they aren't given.
+        adaptive limits, for 0 to their ``num_draft_tokens`` drafts, are measured if they aren't given.
         """
         generator = cls.__new__(cls)
         if limits.adaptive and step_costs is None:
@@ -121,11 +121,11 @@ class Generator:
         costs: StepCosts | None,
         kept: tuple[Bundle, CostKey] | None = None,
     ) -> None:
-        if limits.adaptive and (costs is None or costs.widest != limits.draft_width):
+        if limits.adaptive and (costs is None or costs.widest != limits.num_draft_tokens + 1):
             raise RequestError(
-                "the step costs don't fit the draft width",
-                found=None if costs is None else f"costs of {costs.widest} widths",
-                expected=f"costs of widths 1 to {limits.draft_width}",
+                "the step costs don't fit num_draft_tokens",
+                found=None if costs is None else f"costs of 0 to {costs.widest - 1} drafts",
+                expected=f"costs of 0 to {limits.num_draft_tokens} drafts",
                 remedy="measure them with these limits, or leave them out",
             )
         self._limits = limits
@@ -136,7 +136,7 @@ class Generator:
         # Apart, since choosing from logits takes time for each row of a step.
         self._greedy_costs = None if costs is None else RunningCosts(costs)
         self._sampled_costs = None if costs is None else RunningCosts(costs)
-        self._history = AcceptanceHistory(limits.draft_width)
+        self._history = AcceptanceHistory(limits.num_draft_tokens + 1)
         self._lock = RequestLock()
 
     @property
@@ -146,7 +146,7 @@ class Generator:
 
     @property
     def step_costs(self) -> StepCosts | None:
-        """Seconds of a step by width, as they were measured or read; ``None`` if the width is fixed.
+        """Seconds of a step with 0, 1, … drafts, as measured or read; ``None`` if their number is fixed.
 
         Requests correct a copy of them.
         """
@@ -245,7 +245,7 @@ class Generator:
         costs = self._sampled_costs if request.sampling.needs_logits else self._greedy_costs
         if request.adaptive and costs is not None:
             return AdaptiveWidth(costs, self._history)
-        return FixedWidth(request.width)
+        return FixedWidth(request.num_draft_tokens + 1)
 
     def close(self) -> None:
         """Free the backend. Safe to call twice; later requests raise GeneratorStateError.
@@ -295,7 +295,7 @@ def _step_costs(bundle: Bundle, key: CostKey | None, backend: Backend, limits: M
     """Costs kept in ``bundle``, or measured and kept there; only measured without a key."""
     if key is None:
         return measure_step_costs(backend, limits)
-    costs = load_step_costs(bundle, key, limits.draft_width)
+    costs = load_step_costs(bundle, key, limits.num_draft_tokens + 1)
     if costs is None:
         costs = measure_step_costs(backend, limits)
         save_step_costs(bundle, key, costs)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from dflash_rt.bundle.manifest import Manifest
     from dflash_rt.text.prompts import TokenIds
 
-__all__ = ["DraftWidth", "ModelLimits", "Request", "check_count", "check_ids"]
+__all__ = ["ModelLimits", "NumDraftTokens", "Request", "check_count", "check_ids"]
 
-DraftWidth: TypeAlias = int | Literal["auto"] | None
-"""Rows of a verify pass: a number for all steps; ``"auto"``: each step's own, up to the drafter's block size;
-``None``: each step's own, up to the bundle's ``draft_width``."""
+NumDraftTokens: TypeAlias = int | Literal["auto"] | None
+"""Tokens that a step drafts: a number for all steps; ``"auto"``: each step's own, up to the drafter's block
+size less one; ``None``: each step's own, up to the bundle's ``num_draft_tokens``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,10 @@ class ModelLimits:
         max_seq_len: prompt and output tokens together, at most.
         prefill_chunk: rows of one prefill pass, at most.
         block_size: rows of a draft block at most, the anchor included.
-        draft_width: rows of a verify pass in a drafted step, at most; 1 is no drafting.
-        adaptive: whether each step takes the width that promises most; otherwise all take ``draft_width``.
+        num_draft_tokens: tokens that a step drafts, at most; 0 is no drafting.
+        adaptive: whether each step drafts as many as promise most; otherwise all draft ``num_draft_tokens``.
         samples_drafts: the drafter samples its proposals at a temperature above 0. Then a seed's text depends
-            on the widths, so that such a request never takes widths that depend on the clock.
+            on their number, so that such a request never adapts it, which would depend on the clock.
         stop_token_ids: ids that end a text unless a request says otherwise.
         sampling: how tokens are chosen unless a request says otherwise.
     """
@@ -45,46 +45,47 @@ class ModelLimits:
     max_seq_len: int
     prefill_chunk: int
     block_size: int
-    draft_width: int
+    num_draft_tokens: int
     stop_token_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adaptive: bool = False
     samples_drafts: bool = False
 
     @classmethod
-    def from_manifest(cls, manifest: Manifest, *, draft_width: DraftWidth = None) -> ModelLimits:
-        """A bundle's limits; for ``draft_width`` see :data:`DraftWidth`.
+    def from_manifest(cls, manifest: Manifest, *, num_draft_tokens: NumDraftTokens = None) -> ModelLimits:
+        """A bundle's limits; for ``num_draft_tokens`` see :data:`NumDraftTokens`.
 
         Raises:
-            RequestError: ``draft_width`` is neither ``"auto"`` nor from 1 to the drafter's block size.
+            RequestError: ``num_draft_tokens`` is neither ``"auto"`` nor from 0 to the block size less one.
         """
         block_size = manifest.drafter.block_size
-        if draft_width is None:
-            width = manifest.generation.draft_width
-        elif isinstance(draft_width, str):
-            if draft_width != "auto":
+        most = block_size - 1
+        if num_draft_tokens is None:
+            drafts = manifest.generation.num_draft_tokens
+        elif isinstance(num_draft_tokens, str):
+            if num_draft_tokens != "auto":
                 raise _wrong(
-                    "draft_width", draft_width, f'"auto", or 1 to {block_size}', 'pass "auto" or a number'
+                    "num_draft_tokens", num_draft_tokens, f'"auto", or 0 to {most}', 'pass "auto" or a number'
                 )
-            width = block_size
+            drafts = most
         else:
-            width = check_count("draft_width", draft_width)
-        if width > block_size:
+            drafts = check_count("num_draft_tokens", num_draft_tokens, least=0)
+        if drafts > most:
             raise RequestError(
-                "draft_width is larger than a draft block",
-                found=width,
-                expected=f"1 to {block_size}, the drafter's block_size",
-                remedy=f"pass at most {block_size}; 1 is no drafting",
+                "num_draft_tokens is larger than the drafter allows",
+                found=drafts,
+                expected=f"0 to {most}, the drafter's block_size less one",
+                remedy=f"pass at most {most}; 0 is no drafting",
             )
         return cls(
             vocab_size=manifest.target.vocab_size,
             max_seq_len=manifest.limits.max_seq_len,
             prefill_chunk=manifest.limits.prefill_chunk,
             block_size=block_size,
-            draft_width=width,
+            num_draft_tokens=drafts,
             stop_token_ids=frozenset(manifest.generation.stop_token_ids),
             sampling=SamplingParams(**asdict(manifest.generation.sampling)),
-            adaptive=width > 1 and (draft_width is None or isinstance(draft_width, str)),
+            adaptive=drafts > 0 and (num_draft_tokens is None or isinstance(num_draft_tokens, str)),
             samples_drafts=manifest.drafter.selector_top_k is not None,
         )
 
@@ -93,13 +94,13 @@ class ModelLimits:
 class Request:
     """A request that can be run.
 
-    ``prompt`` is int64 ``[rows]``; ``width`` is the rows of a verify pass, at most if ``adaptive``;
-    ``sampling`` has a seed if it needs one.
+    ``prompt`` is int64 ``[rows]``; each step drafts ``num_draft_tokens``, or at most that many if
+    ``adaptive``; ``sampling`` has a seed if it needs one.
     """
 
     prompt: IntArray
     max_new_tokens: int
-    width: int
+    num_draft_tokens: int
     adaptive: bool
     stop_token_ids: frozenset[int]
     sampling: SamplingParams
@@ -151,17 +152,17 @@ class Request:
         return cls(
             prompt=np.array(ids, dtype=np.int64),
             max_new_tokens=_room(limits, len(ids), max_new_tokens),
-            width=limits.draft_width if speculative else 1,
+            num_draft_tokens=limits.num_draft_tokens if speculative else 0,
             adaptive=limits.adaptive and speculative and not draws_drafts,
             stop_token_ids=stop_ids,
             sampling=params.seeded(),
         )
 
 
-def check_count(name: str, value: object) -> int:
-    """``value`` as an int of at least 1. Raises RequestError for anything else, booleans included."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
-        raise _wrong(name, value, "a whole number, 1 or more", f"pass such a number as {name}")
+def check_count(name: str, value: object, *, least: int = 1) -> int:
+    """``value`` as an int of at least ``least``. Raises RequestError for anything else, booleans included."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise _wrong(name, value, f"a whole number, {least} or more", f"pass such a number as {name}")
     return int(value)
 
 

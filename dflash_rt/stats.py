@@ -20,10 +20,10 @@ class GenerationStats:
     Attributes:
         prompt_tokens: tokens of the prompt.
         new_tokens: tokens returned, a stop token included.
-        draft_width: rows of a verify pass, the anchor and the drafts, at most; 1 for plain decoding.
+        num_draft_tokens: tokens that a step drafts, at most; 0 for plain decoding.
         accepted_per_step: for each step, how many drafts the target confirmed. It is not cut in the last
             step, where a stop or the length limit may drop confirmed tokens: this measures the drafter.
-        width_per_step: for each step, the rows of its verify pass; 1 for a plain step.
+        drafted_per_step: for each step, how many tokens were drafted; 0 for a plain step.
         prefill_seconds: until the first token was there.
         decode_seconds: in all steps together.
         stage_seconds: part of ``decode_seconds`` spent inside the backend's runs, by stage
@@ -32,12 +32,12 @@ class GenerationStats:
 
     prompt_tokens: int
     new_tokens: int
-    draft_width: int
+    num_draft_tokens: int
     accepted_per_step: tuple[int, ...]
     prefill_seconds: float
     decode_seconds: float
     stage_seconds: Mapping[str, float]
-    width_per_step: tuple[int, ...]
+    drafted_per_step: tuple[int, ...]
 
     @property
     def steps(self) -> int:
@@ -45,21 +45,21 @@ class GenerationStats:
         return len(self.accepted_per_step)
 
     @property
-    def steps_by_width(self) -> dict[int, int]:
-        """How many steps had each width, by the widths that were chosen, narrow ones first."""
-        return dict(sorted(Counter(self.width_per_step).items()))
+    def steps_by_draft_tokens(self) -> dict[int, int]:
+        """How many steps drafted each number of tokens, small numbers first."""
+        return dict(sorted(Counter(self.drafted_per_step).items()))
 
     @property
     def accepted_by_position(self) -> tuple[int, ...]:
-        """In how many steps the draft at each 0-based position was accepted; length ``draft_width - 1``."""
+        """In how many steps the draft at each 0-based position was accepted; length ``num_draft_tokens``."""
         counts = self.accepted_per_step
-        return tuple(sum(count > position for count in counts) for position in range(self.draft_width - 1))
+        return tuple(sum(count > position for count in counts) for position in range(self.num_draft_tokens))
 
     @property
     def drafted_by_position(self) -> tuple[int, ...]:
-        """In how many steps there was a draft at each 0-based position; length ``draft_width - 1``."""
-        widths = self.width_per_step
-        return tuple(sum(w > position + 1 for w in widths) for position in range(self.draft_width - 1))
+        """In how many steps there was a draft at each 0-based position; length ``num_draft_tokens``."""
+        counts = self.drafted_per_step
+        return tuple(sum(count > position for count in counts) for position in range(self.num_draft_tokens))
 
     @property
     def tokens_per_step(self) -> float:
@@ -81,15 +81,15 @@ class GenerationStats:
         return {
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
-            "draft_width": self.draft_width,
+            "num_draft_tokens": self.num_draft_tokens,
             "steps": self.steps,
             "tokens_per_step": self.tokens_per_step,
             "tokens_per_second": self.tokens_per_second,
             "accepted_by_position": list(self.accepted_by_position),
             "drafted_by_position": list(self.drafted_by_position),
-            "steps_by_width": {str(width): steps for width, steps in self.steps_by_width.items()},
+            "steps_by_draft_tokens": {str(n): steps for n, steps in self.steps_by_draft_tokens.items()},
             "accepted_per_step": list(self.accepted_per_step),
-            "width_per_step": list(self.width_per_step),
+            "drafted_per_step": list(self.drafted_per_step),
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,
             "backend_seconds": self.backend_seconds,

@@ -98,7 +98,7 @@ class TokenStream(Iterator[Chunk]):
             backend,
             self._sequence,
             max_new_tokens=request.max_new_tokens,
-            width=widths if widths is not None else FixedWidth(request.width),
+            width=widths if widths is not None else FixedWidth(request.num_draft_tokens + 1),
             prefill_chunk=prefill_chunk,
             stop_token_ids=request.stop_token_ids,
             sampler=self._sampler,
@@ -242,9 +242,9 @@ class TokenStream(Iterator[Chunk]):
         stats = GenerationStats(
             prompt_tokens=self._sequence.prompt_rows,
             new_tokens=len(token_ids),
-            draft_width=self._request.width,
+            num_draft_tokens=self._request.num_draft_tokens,
             accepted_per_step=tuple(self._sequence.accepted_per_step),
-            width_per_step=tuple(self._sequence.width_per_step),
+            drafted_per_step=tuple(width - 1 for width in self._sequence.width_per_step),
             prefill_seconds=self._prefill_seconds,
             decode_seconds=self._decode_seconds,
             stage_seconds={}

@@ -97,9 +97,9 @@ def test_backends_come_from_the_registry() -> None:
         ("dflash-rt generate b --prompt x --prompt-file y", "exclude each other"),
         ("dflash-rt generate b --prompt x --system y", "give --chat"),
         ("dflash-rt generate b --prompt x --chat-template-kwarg a=1", "give --chat"),
-        ("dflash-rt generate b --prompt x --no-draft --draft-width 4", "exclude each other"),
-        ("dflash-rt generate b --prompt x --draft-width 0", "not in the range"),
-        ("dflash-rt generate b --prompt x --draft-width wide", "not a valid integer"),
+        ("dflash-rt generate b --prompt x --no-draft --num-draft-tokens 3", "exclude each other"),
+        ("dflash-rt generate b --prompt x --num-draft-tokens -1", "not in the range"),
+        ("dflash-rt generate b --prompt x --num-draft-tokens many", "not a valid integer"),
         ("dflash-rt generate b --prompt x --threads 0", "not in the range"),
         ("dflash-rt generate b --prompt x --max-new-tokens 0", "not in the range"),
         ("dflash-rt generate b --prompt x --max-new-tokens many", "not a valid integer"),
@@ -290,7 +290,7 @@ def test_inspect_shows_a_bundle(tmp_path: Path) -> None:
         "2 layers, block of 4, window 16, on layers 0, 2",
         "64 tokens, prefill in chunks of 8",
         "text, chats",
-        "draft width 3, chat template with enable_thinking=false",
+        "num_draft_tokens 2, chat template with enable_thinking=false",
         "sampling     greedy\n",
         "in   embeddings float32 [batch, rows, 16]",
         "in place  6 caches float32 [batch, 2, capacity, 4]",
@@ -454,11 +454,11 @@ def test_generate_chat_options(smollm2_bundle: Bundle) -> None:
         return parsed
 
     chat = answer("--chat")
-    assert chat["stats"]["draft_width"] == 8
+    assert chat["stats"]["num_draft_tokens"] == 7
     plain = answer("--chat", "--no-draft")
-    assert plain["stats"]["draft_width"] == 1
+    assert plain["stats"]["num_draft_tokens"] == 0
     assert plain["token_ids"] == chat["token_ids"]
-    assert answer("--chat", "--draft-width", "4")["stats"]["draft_width"] == 4
+    assert answer("--chat", "--num-draft-tokens", "3")["stats"]["num_draft_tokens"] == 3
     assert (
         answer("--chat", "--system", "Be rude.")["stats"]["prompt_tokens"] != chat["stats"]["prompt_tokens"]
     )
@@ -470,7 +470,7 @@ def test_generate_chat_options(smollm2_bundle: Bundle) -> None:
     ("options", "part"),
     [
         (("--prompt", ""), "the prompt is empty"),
-        (("--prompt", "a", "--draft-width", "9"), "larger than a draft block"),
+        (("--prompt", "a", "--num-draft-tokens", "8"), "larger than the drafter allows"),
         (("--prompt", "a", "--max-new-tokens", "9000"), "don't fit"),
         (("--prompt", "a", "--stop", ""), "stop"),
     ],

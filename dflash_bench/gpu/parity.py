@@ -106,7 +106,7 @@ def run_parity(
     runs: dict[str, list[Run]] = {name: [] for name in names}
     steps: list[tuple[int, ...]] = []
     with Generator(
-        made.bundle, backend.open(made.bundle), draft_width=manifest.drafter.block_size
+        made.bundle, backend.open(made.bundle), num_draft_tokens=manifest.drafter.block_size - 1
     ) as generator:
         for prompt in prompts:
             tokens = {}

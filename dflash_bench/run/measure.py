@@ -286,7 +286,7 @@ def _decode_together(
 def checked_widths(widths: Sequence[int], bundle: Bundle) -> tuple[int, ...]:
     """Widths to measure, each once; without any the bundle's own. Raises RequestError."""
     block_size = bundle.manifest.drafter.block_size
-    own = bundle.manifest.generation.draft_width
+    own = bundle.manifest.generation.num_draft_tokens + 1
     # A bundle may be set to plain decoding; drafting is what is measured here all the same.
     chosen = tuple(dict.fromkeys(widths)) or (own if own > 1 else block_size,)
     for width in chosen:
@@ -324,7 +324,7 @@ def our_contenders(
     for number, width in enumerate(widths):
         own = first if number == 0 or twin is None else twin()
         stack.callback(own.close)
-        generator = Generator(bundle, own, draft_width=width)
+        generator = Generator(bundle, own, num_draft_tokens="auto" if width == "auto" else width - 1)
         contenders.append(OurContender(generator, prefix, apart=twin is not None))
     return contenders
 

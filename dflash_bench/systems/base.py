@@ -151,14 +151,14 @@ ContenderFactory: TypeAlias = Callable[[BenchSetup], Sequence[Contender]]
 class OurContender:
     """This package's own decoding: plain at width 1, drafted above, or adaptive.
 
-    ``generator``'s ``draft_width`` decides. ``prefix`` comes before the name. ``apart`` says that no other
-    contender has its backend: several of those may be in the middle of a prompt at once.
+    ``generator``'s ``num_draft_tokens`` decides. ``prefix`` comes before the name. ``apart`` says that no
+    other contender has its backend: several of those may be in the middle of a prompt at once.
     """
 
     def __init__(self, generator: Generator, prefix: str = "", *, apart: bool = False) -> None:
         self.generator = generator
         self.apart = apart
-        rows = generator.limits.draft_width
+        rows = generator.limits.num_draft_tokens + 1
         self.width = rows if rows > 1 else None
         self.name = f"drafted-{rows}" if rows > 1 else "plain"
         if generator.limits.adaptive:
@@ -224,7 +224,7 @@ def _outcome(result: GenerationResult) -> Outcome:
         steps=stats.steps,
         accepted_per_step=stats.accepted_per_step,
         stage_seconds=stats.stage_seconds,
-        width_per_step=stats.width_per_step,
+        width_per_step=tuple(drafts + 1 for drafts in stats.drafted_per_step),
     )
 
 

@@ -89,7 +89,7 @@ class Inspection:
             ("", f"{drafter.num_layers} layers, block of {drafter.block_size}{window}, on layers {layers}"),
             ("limits", f"{limits.max_seq_len} tokens, prefill in chunks of {limits.prefill_chunk}"),
             ("takes", text),
-            ("defaults", f"draft width {defaults.draft_width}{template}"),
+            ("defaults", f"num_draft_tokens {defaults.num_draft_tokens}{template}"),
             ("sampling", _sampling(defaults.sampling)),
             ("stop tokens", ", ".join(map(str, defaults.stop_token_ids)) or "none"),
         ]

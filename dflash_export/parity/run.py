@@ -82,7 +82,7 @@ def verify(
         drafter_source, skipped = _find_drafter(manifest, drafter, wanted=reference)
     if write_report:
         require_writable(opened)
-    widths = sorted({1, manifest.generation.draft_width, manifest.drafter.block_size}, reverse=True)
+    widths = sorted({1, manifest.generation.num_draft_tokens + 1, manifest.drafter.block_size}, reverse=True)
     asked, ours, text_of = _run_ours(opened, widths, prompts, max_new_tokens, threads, progress)
 
     with progress.stage("loading PyTorch"):
@@ -186,11 +186,11 @@ def _run_ours(
 
 def _generator(bundle: Bundle, width: int, threads: int | None) -> Generator:
     if bundle.manifest.quantization is None:
-        return Generator(bundle, draft_width=width, threads=threads)
+        return Generator(bundle, num_draft_tokens=width - 1, threads=threads)
     if threads is not None:
         check_count("threads", threads)
     exact = OnnxRuntimeBackend(bundle, threads=threads, integer_activations=False)
-    return Generator(bundle, exact, draft_width=width)
+    return Generator(bundle, exact, num_draft_tokens=width - 1)
 
 
 def _load_target(source: Source, bundle: Bundle, dtype: torch.dtype = torch.float32) -> Any:

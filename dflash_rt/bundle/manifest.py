@@ -207,10 +207,10 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
-    """What a request gets unless it says otherwise. ``draft_width`` is a most, anchor included; 1: none."""
+    """A request's defaults. A step drafts ``num_draft_tokens`` at most; 0 is plain decoding."""
 
     stop_token_ids: tuple[TokenId, ...]
-    draft_width: Count
+    num_draft_tokens: Annotated[int, Bounds(0, 2**31 - 1)]
     chat_template_kwargs: Mapping[Text, JsonScalar]
     sampling: SamplingDefaults
 

@@ -92,9 +92,9 @@ def _check_generation(manifest: Manifest, problems: Problems) -> None:
     for i, token_id in enumerate(defaults.stop_token_ids):
         _check_token_id(f"generation.stop_token_ids[{i}]", token_id, manifest, problems)
     _check_unique("generation.stop_token_ids", defaults.stop_token_ids, problems)
-    if defaults.draft_width > block_size:
-        expected = f"from 1 to drafter.block_size, which is {block_size}"
-        problems.add("generation.draft_width", str(defaults.draft_width), expected)
+    if defaults.num_draft_tokens >= block_size:
+        expected = f"from 0 to drafter.block_size - 1, which is {block_size - 1}"
+        problems.add("generation.num_draft_tokens", str(defaults.num_draft_tokens), expected)
 
 
 def _check_quantization(manifest: Manifest, problems: Problems) -> None:

@@ -51,8 +51,8 @@ _SAMPLING_HELP = {
 }
 
 
-class _DraftWidth(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
-    """A number of rows, or ``auto``."""
+class _NumDraftTokens(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A number of tokens, or ``auto``."""
 
     name = "N|auto"
 
@@ -62,7 +62,7 @@ class _DraftWidth(click.ParamType):  # type: ignore[type-arg]  # generic in newe
         """The number or ``auto``, or a usage error."""
         if value == "auto":
             return "auto"
-        return int(_COUNT.convert(value, param, ctx))
+        return int(click.IntRange(min=0).convert(value, param, ctx))
 
 
 class _Contenders(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
@@ -122,10 +122,10 @@ def main() -> None:
 @_sampling_options
 @click.option("--no-draft", is_flag=True, help="Plain decoding: the same tokens, one at a time.")
 @click.option(
-    "--draft-width",
-    type=_DraftWidth(),
-    help="Rows of a verify pass, anchor included: one number for all steps, or auto. By default each step's "
-    "own, up to the bundle's.",
+    "--num-draft-tokens",
+    type=_NumDraftTokens(),
+    help="Tokens that a step drafts: one number for all steps, or auto. By default each step's own, up to "
+    "the bundle's.",
 )
 @_BACKEND
 @_BACKEND_OPTION
@@ -143,7 +143,7 @@ def generate(
     max_new_tokens: int | None,
     stop: tuple[str, ...],
     no_draft: bool,
-    draft_width: int | Literal["auto"] | None,
+    num_draft_tokens: int | Literal["auto"] | None,
     backend: str,
     backend_options: tuple[tuple[str, Any], ...],
     threads: int | None,
@@ -159,8 +159,8 @@ def generate(
     """
     if not chat and (system is not None or chat_template_kwargs):
         raise click.UsageError("--system and --chat-template-kwarg belong to a chat: give --chat as well")
-    if no_draft and draft_width is not None:
-        raise click.UsageError("--no-draft and --draft-width exclude each other")
+    if no_draft and num_draft_tokens is not None:
+        raise click.UsageError("--no-draft and --num-draft-tokens exclude each other")
     text = _prompt_text(prompt, prompt_file)
 
     from dflash_rt import Generator, SamplingParams
@@ -173,7 +173,7 @@ def generate(
             backend,
             threads=threads,
             backend_options=dict(backend_options),
-            draft_width=draft_width,
+            num_draft_tokens=num_draft_tokens,
             verify_files=verify_files,
         ) as generator,
         generator.stream(
@@ -321,12 +321,12 @@ def _stats_text(result: GenerationResult) -> str:
         f"prompt: {stats.prompt_tokens} tokens in {stats.prefill_seconds:.2f} s",
         f"output: {stats.new_tokens} tokens ({result.finish_reason}) in {speed}",
     ]
-    if stats.draft_width > 1 and stats.steps:
+    if stats.num_draft_tokens and stats.steps:
         pairs = zip(stats.accepted_by_position, stats.drafted_by_position, strict=True)
         shares = " ".join(f"{accepted / drafted:.0%}" for accepted, drafted in pairs if drafted)
-        by_width = ", ".join(f"{width}: {steps}" for width, steps in stats.steps_by_width.items())
+        steps = ", ".join(f"{drafts}: {count}" for drafts, count in stats.steps_by_draft_tokens.items())
         lines.append(
-            f"drafts: {stats.tokens_per_step:.2f} tokens a step, steps by width: {by_width}; "
+            f"drafts: {stats.tokens_per_step:.2f} tokens a step, steps by drafts: {steps}; "
             f"accepted by position: {shares or '-'}"
         )
     return "\n".join(lines)

@@ -8,7 +8,7 @@ Why that is the accept-or-resample rule of speculative sampling. The drafter pro
 looking at u(t). So a draft is accepted with probability P(y == x) = p(x), and after a rejection y has the
 distribution P(y | y != x) = p(y) / (1 - p(x)): p without x, renormalised. After the last accepted draft the
 next row's y is the bonus, from p itself. Nothing depends on whether there was a draft at all, so a seed
-gives the same text at every draft width and without drafting, as far as the logits are the same.
+gives the same text however many tokens are drafted, as far as the logits are the same.
 
 A drafter may also sample its proposals, from a distribution q that it tells (DFlash 2 does). Then a draft x
 stands with probability min(1, p(x) / q(x)), and after a rejection the token comes from max(0, p - q), by

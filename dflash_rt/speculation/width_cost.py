@@ -31,7 +31,7 @@ def measure_step_costs(
     budget_seconds: float = _BUDGET_SECONDS,
     warm_up_seconds: float = _WARM_UP_SECONDS,
 ) -> StepCosts:
-    """Seconds of a step at each width from 1 to ``limits.draft_width``, by decoding a few made-up tokens.
+    """Seconds of a step with 0 to ``limits.num_draft_tokens`` drafts, by decoding a few made-up tokens.
 
     First a step of each width that isn't timed: a backend may compile or allocate for it. After
     ``warm_up_seconds`` of these, widths that had none are left out. Then each in turn is measured between two
@@ -42,7 +42,7 @@ def measure_step_costs(
     No width counts as cheaper than a narrower one. The backend is left cleared. Raises BackendError
     as any request does.
     """
-    widest = limits.draft_width
+    widest = limits.num_draft_tokens + 1
     if limits.max_seq_len < 3:  # the prompt, the prefill's token, and no room for a step's
         return StepCosts((1.0,) * widest)
     steps = _Steps(backend, limits)
@@ -114,7 +114,7 @@ class _Steps:
     def __init__(self, backend: Backend, limits: ModelLimits) -> None:
         self._backend = backend
         self._limits = limits
-        self._policy = _Told(limits.draft_width)
+        self._policy = _Told(limits.num_draft_tokens + 1)
         self._running: Generator[Decoded, None, None] | None = None
 
     def take(self, width: int) -> float:

@@ -44,7 +44,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def ours(width: int) -> OurContender:
-    return OurContender(scripted_generator(ANSWER, prompt=PROMPT, draft_width=width))
+    return OurContender(scripted_generator(ANSWER, prompt=PROMPT, num_draft_tokens=width - 1))
 
 
 class Other:

@@ -129,7 +129,7 @@ def test_sampled_requests(name: str, sampling: SamplingParams, bundles: Callable
     """Logits and proposals come from the device; a greedy request before and after leaves no trace."""
     results = []
     for backend in ("onnxruntime", "onnxruntime-device"):
-        with Generator(bundles(name), backend, threads=1, draft_width=3) as generator:
+        with Generator(bundles(name), backend, threads=1, num_draft_tokens=2) as generator:
             for request in (SamplingParams(), sampling, SamplingParams(), sampling):
                 result = generator.generate(PROMPT, max_new_tokens=30, sampling=request, stop_token_ids=[])
                 logprobs = [item.logprob for item in result.logprobs or ()]
@@ -142,8 +142,8 @@ def test_sampled_requests(name: str, sampling: SamplingParams, bundles: Callable
 def test_a_policy_that_adapts(bundle: Bundle) -> None:
     """Widths depend on the clock there; tokens don't."""
     with (
-        Generator(bundle, threads=1, draft_width=1) as plain,
-        Generator(bundle, "onnxruntime-device", threads=1, draft_width="auto") as adaptive,
+        Generator(bundle, threads=1, num_draft_tokens=0) as plain,
+        Generator(bundle, "onnxruntime-device", threads=1, num_draft_tokens="auto") as adaptive,
     ):
         assert adaptive.step_costs is not None
         for prompt in (PROMPT, [3]):
@@ -236,9 +236,9 @@ def test_a_settled_width_is_one_launch_from_the_first_request_on(bundle: Bundle)
 
 
 def test_a_generator_settles_the_widths_that_it_may_use(bundle: Bundle) -> None:
-    for draft_width, settled in ((3, {1, 3}), ("auto", {1, 2, 3, 4})):
+    for drafts, settled in ((2, {1, 3}), ("auto", {1, 2, 3, 4})):
         backend = on_device(bundle)
-        with Generator(bundle, backend, draft_width=draft_width):  # type: ignore[arg-type]
+        with Generator(bundle, backend, num_draft_tokens=drafts):  # type: ignore[arg-type]
             assert {w for w in range(1, 5) if backend._runner.settled(w, inject=True)} == settled
 
 
@@ -327,7 +327,7 @@ def test_nothing_is_written_behind_the_caches(bundle: Bundle) -> None:
 
 def test_a_shorter_max_seq_len_is_the_generators_limit(bundle: Bundle) -> None:
     options = {"max_seq_len": 20}
-    with Generator(bundle, "onnxruntime-device", backend_options=options, draft_width=4) as generator:
+    with Generator(bundle, "onnxruntime-device", backend_options=options, num_draft_tokens=3) as generator:
         assert generator.limits.max_seq_len == 20
         assert len(generator.generate(PROMPT, stop_token_ids=[]).token_ids) == 20 - len(PROMPT)
 

@@ -204,7 +204,7 @@ def test_threads_reach_the_sessions(bundle: Bundle) -> None:
 def test_what_is_not_finite_ends_the_request_and_nothing_else(
     backend: OnnxRuntimeBackend, bundle: Bundle, graph: str
 ) -> None:
-    with Generator(bundle, backend, draft_width=BLOCK) as generator:
+    with Generator(bundle, backend, num_draft_tokens=BLOCK - 1) as generator:
         wanted = answer(generator, SHORT)
         with generator.stream(SHORT, max_new_tokens=24, stop_token_ids=[]) as stream:
             next(stream)
@@ -232,10 +232,10 @@ class NoRoom:
 def test_growth_that_finds_no_memory_changes_nothing(
     make: Callable[[], OnnxRuntimeBackend], bundle: Bundle, monkeypatch: pytest.MonkeyPatch, fail_at: int
 ) -> None:
-    with Generator(bundle, make(), draft_width=BLOCK) as fresh:
+    with Generator(bundle, make(), num_draft_tokens=BLOCK - 1) as fresh:
         wanted_long = answer(fresh, LONG)
     backend = make()
-    with Generator(bundle, backend, draft_width=BLOCK) as generator:
+    with Generator(bundle, backend, num_draft_tokens=BLOCK - 1) as generator:
         wanted, before = answer(generator, SHORT), addresses(backend)
         with monkeypatch.context() as patch:
             patch.setattr(np, "zeros", NoRoom(fail_at))
@@ -263,10 +263,10 @@ class Interrupts(dict[str, Array]):
 def test_growth_that_is_interrupted_is_done_again(
     make: Callable[[], OnnxRuntimeBackend], bundle: Bundle
 ) -> None:
-    with Generator(bundle, make(), draft_width=BLOCK) as fresh:
+    with Generator(bundle, make(), num_draft_tokens=BLOCK - 1) as fresh:
         wanted = [answer(fresh, prompt) for prompt in (SHORT, LONG)]
     backend = make()
-    with Generator(bundle, backend, draft_width=BLOCK) as generator:
+    with Generator(bundle, backend, num_draft_tokens=BLOCK - 1) as generator:
         backend._caches["target"] = Interrupts(backend._caches["target"])
         with pytest.raises(KeyboardInterrupt):
             answer(generator, LONG)
@@ -300,7 +300,7 @@ def test_a_chunk_needs_no_more_rows_than_a_prompt_can_have(bundle: Bundle, tmp_p
     (folder / "manifest.json").write_text(json.dumps(document))
     found = []
     for root in (bundle.root, folder):
-        with Generator(root, threads=1, draft_width=BLOCK) as generator:
+        with Generator(root, threads=1, num_draft_tokens=BLOCK - 1) as generator:
             longest = LONG * 5
             plain = generator.generate(longest, stop_token_ids=[], speculative=False)
             found.append((answer(generator, longest), plain.token_ids))

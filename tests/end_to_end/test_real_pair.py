@@ -22,7 +22,7 @@ NEW_TOKENS = 128
 
 @pytest.fixture(scope="module")
 def generator(smollm2_bundle: Bundle) -> Iterator[Generator]:
-    with Generator(smollm2_bundle, draft_width=4) as opened:
+    with Generator(smollm2_bundle, num_draft_tokens=3) as opened:
         yield opened
 
 
@@ -95,7 +95,7 @@ def test_every_width_gives_the_same_tokens(smollm2_bundle: Bundle) -> None:
     chat = [{"role": "user", "content": "Summarise: " + "the tide comes in and goes out again. " * 60}]
     results = set()
     for width in (1, 2, 3, 8):
-        with Generator(smollm2_bundle, draft_width=width) as generator:
+        with Generator(smollm2_bundle, num_draft_tokens=width - 1) as generator:
             assert len(generator.encode(chat)) > 2 * smollm2_bundle.manifest.limits.prefill_chunk
             results.add(generator.generate(chat, max_new_tokens=48).token_ids)
     assert len(results) == 1

@@ -97,7 +97,7 @@ def test_logprobs_are_those_of_pytorch(
 def test_a_seed_gives_the_same_text_at_every_width(bundle: Bundle, name: str) -> None:
     texts = set()
     for width in (1, 2, 4):
-        with Generator(bundle, threads=1, draft_width=width) as generator:
+        with Generator(bundle, threads=1, num_draft_tokens=width - 1) as generator:
             for _ in range(2):
                 texts.add(generator.generate(PROMPT, max_new_tokens=60, sampling=SAMPLINGS[name]).token_ids)
     assert len(texts) == 1
@@ -108,7 +108,7 @@ def test_a_seed_gives_the_same_text_however_the_prompt_is_cut(target: Path, bund
     whole = build(target, target.parent / "drafter", target.parent / "whole", prefill_chunk=len(PROMPT))
     prompt = np.array(PROMPT)
     backend = OnnxRuntimeBackend(whole, threads=1)
-    with Generator(bundle, threads=1, draft_width=4) as generator:
+    with Generator(bundle, threads=1, num_draft_tokens=3) as generator:
         for name in ("sampled", "everything"):
             for seed in range(3):
                 params = replace(SAMPLINGS[name], seed=seed)

@@ -104,18 +104,18 @@ def test_drafts_are_those_of_a_drafter_that_saw_every_row(bundle: Bundle, name: 
 
 def test_auto_gives_the_tokens_of_plain_decoding(bundle: Bundle) -> None:
     prompt = [3, 1, 4, 1, 5, 9, 2, 6]
-    with Generator(bundle, threads=1, draft_width="auto") as generator:
+    with Generator(bundle, threads=1, num_draft_tokens="auto") as generator:
         assert generator.step_costs is not None
         assert generator.step_costs.widest == BLOCK
         plain = generator.generate(prompt, max_new_tokens=80, stop_token_ids=[], speculative=False)
         for _ in range(3):
             adapted = generator.generate(prompt, max_new_tokens=80, stop_token_ids=[])
             assert adapted.token_ids == plain.token_ids
-        assert adapted.stats.draft_width == BLOCK
+        assert adapted.stats.num_draft_tokens == BLOCK - 1
     # Kept in the bundle, perhaps corrected by these requests. It stays whole.
     kept = bundle.root / "reports" / "step_costs.json"
     before = kept.read_bytes()
-    with Generator(Bundle.open(bundle.root, verify_files=True), threads=1, draft_width="auto") as again:
+    with Generator(Bundle.open(bundle.root, verify_files=True), threads=1, num_draft_tokens="auto") as again:
         assert again.step_costs is not None
         assert again.step_costs.widest == BLOCK
     assert kept.read_bytes() == before

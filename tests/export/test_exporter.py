@@ -59,7 +59,8 @@ def test_what_the_manifest_says_by_default(pair: Folders, tmp_path: Path) -> Non
     manifest = bundle.manifest
     assert (manifest.name, manifest.precision) == ("some name", "fp32")
     assert (manifest.limits.max_seq_len, manifest.limits.prefill_chunk) == (1024, 256)
-    assert manifest.generation.draft_width == manifest.drafter.block_size == 4
+    assert manifest.drafter.block_size == 4
+    assert manifest.generation.num_draft_tokens == 3
     assert manifest.generation.stop_token_ids == (5, 7)
     assert manifest.target.model_type == "llama"
     assert manifest.target.tie_word_embeddings
@@ -97,7 +98,7 @@ def test_options(pair: Folders, tmp_path: Path) -> None:
     manifest = bundle.manifest
     assert (manifest.name, manifest.precision) == ("Grüße", "bf16")
     assert (manifest.limits.max_seq_len, manifest.limits.prefill_chunk) == (100, 8)
-    assert manifest.generation.draft_width == 2
+    assert manifest.generation.num_draft_tokens == 1
     assert manifest.generation.chat_template_kwargs == {"enable_thinking": False, "tone": ""}
     assert manifest.provenance.options["max_seq_len"] == 100
     assert manifest.provenance.options["drafter_revision"] is None

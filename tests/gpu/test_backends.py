@@ -137,7 +137,7 @@ def test_the_fused_target_is_the_plain_one_but_for_rounding(family: str, tmp_pat
 
 def test_fp32_gives_the_cpus_tokens(backend: str, bundles: Any) -> None:
     bundle = bundles("fp32", backend)
-    with Generator(bundle, draft_width=4) as cpu, Generator(bundle, backend, draft_width=4) as gpu:
+    with Generator(bundle, num_draft_tokens=3) as cpu, Generator(bundle, backend, num_draft_tokens=3) as gpu:
         for prompt in (PROMPT, [7], PROMPT * 3):
             wanted = cpu.generate(prompt, max_new_tokens=60, stop_token_ids=[])
             found = gpu.generate(prompt, max_new_tokens=60, stop_token_ids=[])

@@ -111,7 +111,7 @@ def manifest_document() -> dict[str, Any]:
         },
         "generation": {
             "stop_token_ids": [2],
-            "draft_width": 3,
+            "num_draft_tokens": 2,
             "chat_template_kwargs": {"enable_thinking": False},
             "sampling": {
                 "temperature": 0.0,

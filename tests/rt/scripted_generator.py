@@ -65,7 +65,7 @@ def limits(**changes: Any) -> ModelLimits:
         "max_seq_len": 200,
         "prefill_chunk": 8,
         "block_size": 5,
-        "draft_width": 5,
+        "num_draft_tokens": 4,
         "stop_token_ids": frozenset({END}),
     }
     return ModelLimits(**(values | changes))

@@ -57,7 +57,7 @@ def test_generate(speculative: bool) -> None:
     assert result.finish_reason == "stop"
     assert result.stats.prompt_tokens == 1
     assert result.stats.new_tokens == len(IDS) + 1
-    assert result.stats.draft_width == (5 if speculative else 1)
+    assert result.stats.num_draft_tokens == (4 if speculative else 0)
 
 
 def test_stream_gives_the_same_in_chunks() -> None:
@@ -150,7 +150,7 @@ def stopped_text(answer: str, stops: list[str]) -> tuple[str, int]:
 def test_stop_strings_anywhere(answer: str, stops: list[str], width: int, wrong_every: int) -> None:
     ids = encode(answer)
     generator = scripted_generator(
-        ids, block_size=6, draft_width=width, drafter=mostly_right([1], ids, wrong_every=wrong_every)
+        ids, block_size=6, num_draft_tokens=width - 1, drafter=mostly_right([1], ids, wrong_every=wrong_every)
     )
     text, count = stopped_text(answer, stops)
     for speculative in (True, False):
@@ -348,7 +348,7 @@ def test_from_a_bundle(bundle: Path, opened: bool) -> None:
         follow([*chat, *encode("yes"), 2, 0, 0, 0]), block_size=4, prefill_chunk=8, max_rows=64
     )
     with Generator(Bundle.open(bundle) if opened else bundle, backend, verify_files=True) as generator:
-        assert generator.limits.draft_width == 3
+        assert generator.limits.num_draft_tokens == 2
         assert generator.limits.max_seq_len == 64
         message = {"role": "user", "content": "hi"}
         result = generator.generate([message])
@@ -356,7 +356,7 @@ def test_from_a_bundle(bundle: Path, opened: bool) -> None:
     assert other == encode("user: hi?\n>")
     assert result.token_ids == (*encode("yes"), 2)
     assert result.finish_reason == "stop"
-    assert result.stats.draft_width == 3
+    assert result.stats.num_draft_tokens == 2
     assert backend.closed
 
 
@@ -372,12 +372,13 @@ def test_bundle_without_a_tokenizer(bundle: Path) -> None:
             generator.generate("text")
 
 
-@pytest.mark.parametrize("width", [1, 4])
-def test_draft_width_option(bundle: Path, width: int) -> None:
-    with Generator(bundle, ScriptedBackend(follow(range(64)), block_size=4), draft_width=width) as generator:
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_num_draft_tokens_option(bundle: Path, drafts: int) -> None:
+    backend = ScriptedBackend(follow(range(64)), block_size=4)
+    with Generator(bundle, backend, num_draft_tokens=drafts) as generator:
         stats = generator.generate([0], max_new_tokens=9, stop_token_ids=[]).stats
-    assert stats.draft_width == width
-    assert stats.tokens_per_step == width
+    assert stats.num_draft_tokens == drafts
+    assert stats.tokens_per_step == drafts + 1
 
 
 BAD_CONSTRUCTIONS: dict[str, tuple[dict[str, Any], type[DFlashError], str]] = {
@@ -392,9 +393,9 @@ BAD_CONSTRUCTIONS: dict[str, tuple[dict[str, Any], type[DFlashError], str]] = {
     "no threads": ({"threads": 0}, RequestError, "threads is wrong"),
     "threads as text": ({"threads": "2"}, RequestError, r"found: '2' \(str\)"),
     "threads of a ready backend": ({"threads": 2}, RequestError, "threads has no effect"),
-    "width over the block": ({"draft_width": 5}, RequestError, "found: 5\n  expected: 1 to 4"),
-    "width 0": ({"draft_width": 0}, RequestError, "draft_width is wrong"),
-    "width True": ({"draft_width": True}, RequestError, "draft_width is wrong"),
+    "drafts over the block": ({"num_draft_tokens": 4}, RequestError, "found: 4\n  expected: 0 to 3"),
+    "drafts below 0": ({"num_draft_tokens": -1}, RequestError, "num_draft_tokens is wrong"),
+    "drafts True": ({"num_draft_tokens": True}, RequestError, "num_draft_tokens is wrong"),
     "a number as bundle": ({"bundle": 5}, BundleError, "found: int"),
     "no bundle there": ({"bundle": "no/such/folder"}, BundleError, "no/such/folder"),
 }

@@ -178,7 +178,9 @@ def test_it_runs_on_a_device_where_that_is_asked_for(bundle: Bundle, monkeypatch
     create_backend("onnxruntime-device", bundle).close()
     assert loaded == ["target.onnx"]
     for backend, options in (("onnxruntime", {}), ("onnxruntime-device", {"fused": True})):
-        with Generator(bundle, backend, draft_width=BLOCK, backend_options=options, threads=1) as generator:
+        with Generator(
+            bundle, backend, num_draft_tokens=BLOCK - 1, backend_options=options, threads=1
+        ) as generator:
             answers[backend] = [
                 generator.generate(prompt, max_new_tokens=40, stop_token_ids=[]).token_ids
                 for prompt in ([1, 2, 3], [5] * 40)
@@ -294,7 +296,7 @@ def test_drafted_is_plain_up_to_the_last_row(tmp_path: Path, quantize: str | Non
     assert made.fused_path("target") is not None
     answers = set()
     for width, speculative in ((BLOCK, True), (2, True), (BLOCK, False)):
-        with Generator(made, threads=1, draft_width=width) as generator:
+        with Generator(made, threads=1, num_draft_tokens=width - 1) as generator:
             for prompt in ([1, 2, 3], [5] * (LIMIT - 1)):
                 wanted = LIMIT - len(prompt)
                 result = generator.generate(

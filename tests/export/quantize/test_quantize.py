@@ -254,7 +254,7 @@ def test_a_row_gives_the_same_however_many_rows_there_are(tmp_path: Path, weight
 
 
 def test_drafted_tokens_are_plain_tokens(bundle: Bundle) -> None:
-    with Generator(bundle, threads=1, draft_width=4) as generator:
+    with Generator(bundle, threads=1, num_draft_tokens=3) as generator:
         for prompt in (PROMPT, [7], NEW):
             answers = [
                 generator.generate(prompt, max_new_tokens=150, stop_token_ids=[], speculative=speculative)
@@ -270,10 +270,10 @@ def test_drafted_tokens_of_the_demo_pair_are_plain_tokens(tmp_path: Path) -> Non
         **sources, output=tmp_path / "b", quantize="int4-rtn", quantize_head=True, measure_quantization=False
     )
     chat = [{"role": "user", "content": "Why do cats purr when you pet them?"}]
-    with Generator(made, threads=2, draft_width="auto") as generator:
+    with Generator(made, threads=2, num_draft_tokens="auto") as generator:
         plain = generator.generate(chat, max_new_tokens=48, speculative=False)
         adaptive = generator.generate(chat, max_new_tokens=48)
-    with Generator(made, threads=2, draft_width=4) as generator:
+    with Generator(made, threads=2, num_draft_tokens=3) as generator:
         drafted = generator.generate(chat, max_new_tokens=48)
     assert drafted.token_ids == plain.token_ids == adaptive.token_ids
     assert drafted.stats.tokens_per_step > 1.1

@@ -332,10 +332,13 @@ CASES: dict[str, tuple[Callable[[Document], None], list[str]]] = {
     ),
     "causality": (put("drafter", "layer_is_causal", value=[True] * 3), ["layer_is_causal", "3 entries"]),
     "no window": (put("drafter", "sliding_window", value=None), ["sliding_window", "sliding_attention"]),
-    "width 0": (put("generation", "draft_width", value=0), ["generation.draft_width", "from 1"]),
-    "width over block": (
-        put("generation", "draft_width", value=5),
-        ["draft_width", "block_size, which is 4"],
+    "drafts below 0": (
+        put("generation", "num_draft_tokens", value=-1),
+        ["generation.num_draft_tokens", "from 0"],
+    ),
+    "drafts over block": (
+        put("generation", "num_draft_tokens", value=4),
+        ["num_draft_tokens", "block_size - 1, which is 3"],
     ),
     "stop id outside": (put("generation", "stop_token_ids", value=[2, 32]), ["stop_token_ids[1]", "32"]),
     "stop id twice": (put("generation", "stop_token_ids", value=[2, 2]), ["stop_token_ids[1]", "twice"]),
@@ -511,7 +514,7 @@ def test_all_problems_are_reported_at_once() -> None:
 def test_rules_between_fields_are_reported_together_too() -> None:
     document = manifest_document()
     document["drafter"]["mask_token_id"] = 99
-    document["generation"]["draft_width"] = 9
+    document["generation"]["num_draft_tokens"] = 8
     del document["files"]["draft.onnx"]
     with pytest.raises(ManifestError, match="3 problems"):
         read(document)

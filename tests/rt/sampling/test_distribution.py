@@ -114,7 +114,9 @@ def drafter(prefix: Tokens, count: int) -> Tokens:
 
 
 def generator(width: int, backend: Backend | None = None) -> Generator:
-    limits = ModelLimits(vocab_size=VOCAB, max_seq_len=20, prefill_chunk=3, block_size=5, draft_width=width)
+    limits = ModelLimits(
+        vocab_size=VOCAB, max_seq_len=20, prefill_chunk=3, block_size=5, num_draft_tokens=width - 1
+    )
     return Generator.from_parts(limits, backend or ScriptedBackend.with_logits(target, drafter, block_size=5))
 
 

@@ -132,7 +132,7 @@ def test_same_seed_same_tokens_at_every_width_and_chunking(name: str, seed: int)
     sampling = SamplingParams(**SAMPLINGS[name], seed=seed)  # type: ignore[arg-type]
     expected = tokens_of(storyteller(), sampling, speculative=False)
     for width in (1, 2, 3, 5):
-        assert tokens_of(storyteller(draft_width=width), sampling) == expected
+        assert tokens_of(storyteller(num_draft_tokens=width - 1), sampling) == expected
     for chunk in (1, 7, 64):
         assert tokens_of(storyteller(prefill_chunk=chunk), sampling) == expected
 

@@ -258,10 +258,10 @@ class Paced(ScriptedBackend):
 
 
 def generator(drafter: Drafter, patch: pytest.MonkeyPatch, **changes: Any) -> Generator:
-    limits = ModelLimits(**{**LIMITS, "draft_width": 5, "adaptive": True, **changes})
+    limits = ModelLimits(**{**LIMITS, "num_draft_tokens": 4, "adaptive": True, **changes})
     backend = Paced(follow(TEXT), drafter, block_size=5, prefill_chunk=8, max_rows=120)
     patch.setattr("dflash_rt.decoding.loop.time", backend)
-    costs = StepCosts(COSTS.seconds[: limits.draft_width]) if limits.adaptive else None
+    costs = StepCosts(COSTS.seconds[: limits.num_draft_tokens + 1]) if limits.adaptive else None
     return Generator.from_parts(limits, backend, step_costs=costs)
 
 
@@ -278,22 +278,22 @@ def test_steps_take_the_width_that_the_drafter_is_worth(
             result = answer(opened)
     stats = result.stats
     assert result.token_ids == tuple(TEXT[3:103])
-    assert max(stats.steps_by_width, key=stats.steps_by_width.__getitem__) == width
-    assert sum(stats.steps_by_width.values()) == stats.steps
-    assert stats.draft_width == 5
+    assert max(stats.steps_by_draft_tokens, key=stats.steps_by_draft_tokens.__getitem__) == width - 1
+    assert sum(stats.steps_by_draft_tokens.values()) == stats.steps
+    assert stats.num_draft_tokens == 4
     if right == 0:
-        assert stats.steps_by_width[1] >= 96
+        assert stats.steps_by_draft_tokens[0] >= 96
     else:
         assert stats.accepted_by_position[: right + 1] == (*stats.drafted_by_position[:right], 0)[:4]
 
 
 def test_plain_requests_and_fixed_widths_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     with generator(right_for(4), monkeypatch) as opened:
-        assert answer(opened, speculative=False).stats.steps_by_width == {1: 99}
+        assert answer(opened, speculative=False).stats.steps_by_draft_tokens == {0: 99}
         assert opened.step_costs == COSTS
-    with generator(right_for(4), monkeypatch, adaptive=False, draft_width=3) as opened:
+    with generator(right_for(4), monkeypatch, adaptive=False, num_draft_tokens=2) as opened:
         stats = answer(opened).stats
-        assert stats.steps_by_width == {3: 33}
+        assert stats.steps_by_draft_tokens == {2: 33}
         assert stats.drafted_by_position == stats.accepted_by_position == (33, 33)
         assert opened.step_costs is None
 
@@ -301,8 +301,9 @@ def test_plain_requests_and_fixed_widths_stay_as_they_are(monkeypatch: pytest.Mo
 def test_stats_tell_the_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     with generator(right_for(2), monkeypatch) as opened:
         told = answer(opened).stats.as_dict()
-    assert sum(told["steps_by_width"].values()) == told["steps"] == len(told["width_per_step"])  # type: ignore[attr-defined,arg-type]
-    assert all(isinstance(width, str) for width in told["steps_by_width"])  # type: ignore[attr-defined]
+    by_drafts: Any = told["steps_by_draft_tokens"]
+    assert sum(by_drafts.values()) == told["steps"] == len(told["drafted_per_step"])  # type: ignore[arg-type]
+    assert all(isinstance(drafts, str) for drafts in by_drafts)
 
 
 def test_a_seed_gives_the_same_text_while_widths_adapt() -> None:
@@ -312,7 +313,7 @@ def test_a_seed_gives_the_same_text_while_widths_adapt() -> None:
     def drafter(prefix: tuple[int, ...], count: int) -> list[int]:
         return [int((sum(prefix) + i) % 40) for i in range(count)]
 
-    limits = ModelLimits(**{**LIMITS, "vocab_size": 40, "draft_width": 5, "adaptive": True})
+    limits = ModelLimits(**{**LIMITS, "vocab_size": 40, "num_draft_tokens": 4, "adaptive": True})
     backend = ScriptedBackend.with_logits(logits, drafter, block_size=5, prefill_chunk=8)
     flat = StepCosts((1.0, 1.01, 1.02, 1.03, 1.04))  # worth drafting even if one in thirty is right
     sampling = SamplingParams(temperature=0.9, seed=11)
@@ -320,7 +321,7 @@ def test_a_seed_gives_the_same_text_while_widths_adapt() -> None:
         plain = opened.generate([1, 2], max_new_tokens=60, sampling=sampling, speculative=False)
         adapted = [opened.generate([1, 2], max_new_tokens=60, sampling=sampling) for _ in range(3)]
     assert {result.token_ids for result in adapted} == {plain.token_ids}
-    assert len({width for result in adapted for width in result.stats.width_per_step}) > 1
+    assert len({drafts for result in adapted for drafts in result.stats.drafted_per_step}) > 1
 
 
 def test_widths_do_not_adapt_where_the_text_of_a_seed_depends_on_them() -> None:
@@ -330,16 +331,16 @@ def test_widths_do_not_adapt_where_the_text_of_a_seed_depends_on_them() -> None:
     def drafter(_: tuple[int, ...], count: int) -> list[int]:
         return [39] * count  # never worth it
 
-    known = {**LIMITS, "vocab_size": 40, "draft_width": 5, "adaptive": True, "samples_drafts": True}
+    known = {**LIMITS, "vocab_size": 40, "num_draft_tokens": 4, "adaptive": True, "samples_drafts": True}
     backend = ScriptedBackend.with_logits(logits, drafter, block_size=5, prefill_chunk=8)
     with Generator.from_parts(ModelLimits(**known), backend, step_costs=COSTS) as opened:
         greedy = opened.generate([1, 2], max_new_tokens=60)
         sampled = opened.generate([1, 2], max_new_tokens=60, sampling=SamplingParams(temperature=0.1, seed=1))
-    assert greedy.stats.steps_by_width[1] > 50
-    assert set(sampled.stats.steps_by_width) == {5}
+    assert greedy.stats.steps_by_draft_tokens[0] > 50
+    assert set(sampled.stats.steps_by_draft_tokens) == {4}
 
 
 def test_costs_of_other_widths_are_refused() -> None:
-    limits = ModelLimits(**{**LIMITS, "draft_width": 5, "adaptive": True})
-    with pytest.raises(RequestError, match=re.escape("costs of 2 widths")):
+    limits = ModelLimits(**{**LIMITS, "num_draft_tokens": 4, "adaptive": True})
+    with pytest.raises(RequestError, match=re.escape("costs of 0 to 1 drafts")):
         Generator.from_parts(limits, ScriptedBackend(follow(TEXT)), step_costs=StepCosts((1.0, 2.0)))

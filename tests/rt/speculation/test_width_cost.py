@@ -36,7 +36,7 @@ COSTS = StepCosts((0.010, 0.014, 0.015, 0.016))
 
 
 def limits(**changes: Any) -> ModelLimits:
-    known = {"vocab_size": 50, "max_seq_len": 64, "prefill_chunk": 8, "block_size": 4, "draft_width": 4}
+    known = {"vocab_size": 50, "max_seq_len": 64, "prefill_chunk": 8, "block_size": 4, "num_draft_tokens": 3}
     return ModelLimits(**{**known, "adaptive": True, **changes})
 
 
@@ -182,10 +182,10 @@ def test_a_failure_while_measuring_closes_the_backend(tmp_path: Path) -> None:
 # Keeping
 
 
-def make_bundle(folder: Path, draft_width: int = 3) -> Bundle:
+def make_bundle(folder: Path, num_draft_tokens: int = 2) -> Bundle:
     document = manifest_document()
     document["tokenizer"] = None
-    document["generation"]["draft_width"] = draft_width
+    document["generation"]["num_draft_tokens"] = num_draft_tokens
     return Bundle.open(write_bundle(folder, document))
 
 
@@ -340,8 +340,8 @@ def test_measured_once_and_read_the_next_time(bundle: Bundle, by_name: type[Name
         pass
     with Generator(bundle) as second:
         assert second.step_costs == first.step_costs
-        assert second.limits.draft_width == 3  # the bundle's
-    with Generator(bundle, draft_width="auto") as wider:
+        assert second.limits.num_draft_tokens == 2  # the bundle's
+    with Generator(bundle, num_draft_tokens="auto") as wider:
         assert wider.step_costs is not None
         assert wider.step_costs.widest == 4  # the block size
     with Generator(bundle) as third:  # narrower than what is kept now
@@ -385,7 +385,7 @@ def test_a_bundle_that_became_read_only_closes_without_an_error(bundle: Bundle, 
 
 def test_no_costs_without_a_choice(bundle: Bundle, by_name: type[Named]) -> None:
     for width in (1, 2, 4, np.int64(3)):
-        with Generator(bundle, draft_width=width) as generator:
+        with Generator(bundle, num_draft_tokens=width - 1) as generator:
             assert generator.step_costs is None
             assert not generator.limits.adaptive
     assert not path_of(bundle).exists()
@@ -399,12 +399,14 @@ def test_a_ready_backend_is_measured_and_not_kept(bundle: Bundle) -> None:
 
 
 def test_a_bundle_set_to_plain_decoding_stays_plain(tmp_path: Path, by_name: type[Named]) -> None:
-    with Generator(make_bundle(tmp_path / "plain", draft_width=1)) as generator:
+    with Generator(make_bundle(tmp_path / "plain", num_draft_tokens=0)) as generator:
         assert not generator.limits.adaptive
-        assert generator.generate([1], max_new_tokens=5, stop_token_ids=[]).stats.steps_by_width == {1: 4}
+        assert generator.generate([1], max_new_tokens=5, stop_token_ids=[]).stats.steps_by_draft_tokens == {
+            0: 4
+        }
 
 
 @pytest.mark.parametrize("name", ["Auto", "", "4"])
 def test_unknown_names_of_widths_are_refused(bundle: Bundle, name: str) -> None:
-    with pytest.raises(RequestError, match='expected: "auto", or 1 to 4'):
-        Generator(bundle, draft_width=name)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match='expected: "auto", or 0 to 3'):
+        Generator(bundle, num_draft_tokens=name)  # type: ignore[arg-type]
