@@ -17,7 +17,7 @@ def physical_cores() -> int:
     for cpu in os.sched_getaffinity(0):
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         try:
-            siblings.add(path.read_text())
+            siblings.add(path.read_text(encoding="ascii"))
         except OSError:
             siblings.add(str(cpu))
     return len(siblings)

@@ -172,6 +172,14 @@ def test_missing_extra_names_the_extra(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_compiling_asks_for_no_pytorch(tmp_path: Path) -> None:
+    hidden = "import sys; sys.modules['onnx'] = None\n"
+    arguments = ("compile", write_bundle(tmp_path), "--backend", "tensorrt-rtx")
+    result = run("dflash-export", *arguments, before=hidden)
+    assert result.returncode == 1
+    assert "pip install 'dflash-export[compile]'" in result.stderr
+
+
 def test_bugs_keep_their_traceback() -> None:
     @click.group(cls=CommandGroup)
     def program() -> None:
@@ -221,6 +229,22 @@ def test_broken_pipe_is_quiet(tmp_path: Path) -> None:
     result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
     assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_results_and_errors_are_utf8_whatever_the_system_says() -> None:
+    """Windows writes a code page into a pipe."""
+    script = (
+        "import click; from dflash_rt.cli.console import CommandGroup, fail\n"
+        "@click.group(cls=CommandGroup)\n"
+        "def main(): pass\n"
+        "@main.command()\n"
+        "def say(): click.echo('日本'); fail('本日')\n"
+        "main(['say'])\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=120)
+    assert done.stdout.decode("utf-8").strip() == "日本"
+    assert "本日" in done.stderr.decode("utf-8")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

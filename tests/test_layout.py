@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from dflash_rt.cli import console
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dflash_rt", "dflash_export")
 
@@ -101,7 +103,6 @@ def test_the_import_check_sees_imports_in_functions(tmp_path: Path, monkeypatch:
     assert list(imported(path)) == [("os", 1), ("torch", 3), ("dflash_rt", 4)]
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="no onnxruntime with opset 24 for Python 3.10")
 def test_runtime_works_without_anything_else() -> None:
     result = run(IMPORT_ALL, ",".join(CLOSURE))
     assert result.returncode == 0, result.stderr
@@ -141,6 +142,19 @@ def test_public_module_says_what_is_public(path: Path) -> None:
     assert ast.get_docstring(tree)
 
 
+def test_what_runs_on_windows_imports_nothing_that_only_posix_has() -> None:
+    """The runtime, and what compiles engines: users of TensorRT-RTX sit on Windows."""
+    compiles = [*files("dflash_export/engines"), *(ROOT / "dflash_export").glob("*.py")]
+    posix = {"fcntl", "grp", "posix", "pwd", "resource", "syslog", "termios", "tty"}
+    found = [
+        f"{path.relative_to(ROOT)}:{line} imports {top}"
+        for path in (*files("dflash_rt"), *compiles)
+        for top, line in imported(path)
+        if top in posix
+    ]
+    assert found == []
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_package_is_typed(package: str) -> None:
     assert (ROOT / package / "py.typed").is_file()
@@ -173,6 +187,7 @@ def test_extras() -> None:
     groups = requirements()
     assert groups.keys() == {
         "",
+        "compile",
         "export",
         "quantize",
         "serve",
@@ -183,6 +198,18 @@ def test_extras() -> None:
         "bench",
     }
     assert groups[""] == RUNTIME - {"dflash_rt"} | {"onnxruntime"}
+    assert groups["compile"] < groups["export"]
+
+
+def test_extras_that_errors_name_exist() -> None:
+    named = set()
+    for package in (*PACKAGES, "dflash_bench"):
+        for path in files(package):
+            named.update(re.findall(r"dflash-export\[([^\]]+)\]", path.read_text(encoding="utf-8")))
+    assert named >= {"bench", "export"}
+    backends = {"cuda", "tensorrt", "tensorrt-rtx"}  # what the errors put into the braces
+    filled = {"{backend}": backends, "{extra}": backends | set(console._EXTRAS.values()) | {"compile"}}
+    assert set().union(*(filled.get(name, {name}) for name in named)) <= requirements().keys()
 
 
 def test_exporter_imports_what_its_extra_brings() -> None:

@@ -82,7 +82,7 @@ def _make_genai(name: str, setup: BenchSetup, precision: Precision) -> Sequence[
     try:
         library = importlib.import_module("onnxruntime_genai")
     except ImportError as error:
-        remedy = "pip install --no-deps onnxruntime-genai==0.18.0 (Python 3.11 or newer)"
+        remedy = "pip install --no-deps onnxruntime-genai==0.18.0"
         raise _missing(name, "onnxruntime-genai", remedy) from error
     folder = genai_model(setup, lambda: _target(setup, name), precision)
     return [_GenAI(name, library, folder, setup)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 
 from dflash_export.errors import EngineBuildError
@@ -11,7 +12,7 @@ __all__ = ["DEVICE_CLASSES", "FP8_SINCE", "DeviceClass", "Gpu", "check_device", 
 
 # CUdevice_attribute of the driver API.
 _MAJOR, _MINOR = 75, 76
-_DRIVER = "libcuda.so.1"
+_DRIVER = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 
 
 @dataclass(frozen=True)

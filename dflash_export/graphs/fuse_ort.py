@@ -16,7 +16,6 @@ counts: engines are built from it, and every other backend runs it.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +27,6 @@ from dflash_export.graphs.head_layout import int64_constant, only_reader
 
 __all__ = ["fuse_target"]
 
-_LOG = logging.getLogger("dflash_export")
 
 _DOMAIN = "com.microsoft"
 _HEAD_DIMS = 16  # GroupQueryAttention rotates heads of a multiple of so many only
@@ -155,16 +153,10 @@ def _reader(node: ir.Node, op_type: str) -> ir.Node:
 def _tables(model: ir.Model, rotary: tuple[ir.Value, ir.Value], rows: int) -> list[np.ndarray]:
     """Cosines and sines, float32 ``[rows, head_dim / 2]``, as the graph itself computes them.
 
-    Raises _OtherFormError if they depend on anything but the position, or if nothing can run that part.
+    Raises _OtherFormError if they depend on anything but the position.
     """
-    try:
-        # There is none with opset 24 for Python 3.10, where exports work all the same.
-        import onnxruntime as ort
-    except ImportError:
-        _LOG.warning(
-            "onnxruntime isn't installed: the bundle gets no target.fused.onnx, all else is the same"
-        )
-        raise _OtherFormError from None
+    import onnxruntime as ort
+
     inputs = {value.name: value for value in model.graph.inputs}
     try:
         part = ir.convenience.extract(

@@ -134,7 +134,7 @@ def _check_unique(path: str, values: Sequence[object], problems: Problems) -> No
 def _check_provenance(manifest: Manifest, problems: Problems) -> None:
     created = manifest.provenance.created
     try:
-        dt.datetime.fromisoformat(created.removesuffix("Z"))  # 3.10 does not read the Z
+        dt.datetime.fromisoformat(created)
     except ValueError:
         problems.add("provenance.created", shown(created), "a date and time that exist")
 

@@ -7,6 +7,7 @@ rest on stderr.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import math
@@ -29,6 +30,7 @@ _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 # Packages that only some commands need, and the extra of setup.cfg that brings them.
 _EXTRAS = {
     "accelerate": "export",
+    "filelock": "export",
     "gguf": "export",
     "huggingface_hub": "export",
     "matplotlib": "bench",
@@ -49,6 +51,7 @@ class CommandGroup(click.Group):
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
         """Read the command line; ``--help`` and ``--version`` print right here."""
+        _print_utf8()
         with _stdout_failures_told():
             return super().make_context(*args, **options)
 
@@ -63,6 +66,8 @@ class CommandGroup(click.Group):
             extra = _EXTRAS.get((error.name or "").partition(".")[0])
             if extra is None:
                 raise
+            if extra == "export" and ctx.invoked_subcommand == "compile":
+                extra = "compile"  # no PyTorch on a machine that only compiles
             message = (
                 f"the package {error.name} is not installed\n"
                 f"  what to do: pip install 'dflash-export[{extra}]'"
@@ -71,6 +76,13 @@ class CommandGroup(click.Group):
         except KeyboardInterrupt:
             click.echo(err=True)  # leave the line that the terminal's ^C is on
             ctx.exit(_INTERRUPTED)
+
+
+def _print_utf8() -> None:
+    """Results are UTF-8 on every system. Windows would write a code page with few characters into a pipe."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+            stream.reconfigure(encoding="utf-8", errors=stream.errors)
 
 
 @contextmanager

@@ -24,10 +24,6 @@ from dflash_rt.backends import create_backend
 
 ROOT = Path(__file__).parents[3]
 
-pytestmark = pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="no onnxruntime with opset 24 for Python 3.10"
-)
-
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "benchmarks" / "gpu_suite.py", *map(str, arguments)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from dflash_export.engines.builder import EngineJob
 from dflash_export.engines.vendor import load_vendor
 from dflash_export.errors import EngineBuildError
 from dflash_rt import Bundle
-from dflash_rt.bundle.engine_sets import EngineSet, Machine, find_engines, read_engines
+from dflash_rt.bundle.engine_sets import EngineFile, EngineSet, Machine, find_engines, read_engines
 from dflash_rt.bundle.folder import hash_file
 from dflash_rt.errors import IntegrityError, OutputError
 from tests.export.engines.built import check_handed, watch_builds
@@ -234,6 +235,21 @@ def test_changed_weights_are_noticed(bundle: Bundle) -> None:
     path.write_bytes(data)
     with pytest.raises(IntegrityError, match=r"target\.data: found sha256"):
         quickly(bundle)
+
+
+def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on FAT, and between two disks: the engine is copied."""
+
+    def refuse(source: Path, path: Path) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    (tmp_path / "old").write_bytes(b"engine")
+    record = hash_file(tmp_path / "old")
+    file = EngineFile("old", record.size, record.sha256)
+    monkeypatch.setattr(os, "link", refuse)
+    assert compiler._take_over(tmp_path / "old", file, tmp_path / "new").name == "new"
+    assert (tmp_path / "new").read_bytes() == b"engine"
+    assert not os.path.samefile(tmp_path / "old", tmp_path / "new")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

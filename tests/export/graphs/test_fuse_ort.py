@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -245,27 +244,6 @@ def test_a_build_may_leave_it_out(bundle: Bundle, tmp_path: Path) -> None:
         False,
     )
     assert bundle.manifest.provenance.packages["onnxruntime"] == ort.__version__
-
-
-def test_an_export_does_without_onnxruntime(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """There is none with opset 24 for Python 3.10."""
-    pair = bundle.root.parent
-    real = importlib.metadata.version
-
-    def version(name: str) -> str:
-        if name == "onnxruntime":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return real(name)
-
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    made = build(pair / "target", pair / "drafter", tmp_path / "bundle", max_seq_len=LIMIT, prefill_chunk=32)
-    assert made.fused_path("target") is None
-    assert "onnxruntime" not in made.manifest.provenance.packages
-    assert [record.name for record in caplog.records] == ["dflash_export"]
-    assert "onnxruntime isn't installed" in caplog.text
 
 
 def test_the_exporter_is_imported_without_onnxruntime() -> None:
