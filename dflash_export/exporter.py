@@ -17,9 +17,11 @@ import torch
 from dflash_export.drafters.config import DrafterConfig
 from dflash_export.drafters.read import read_drafter_config
 from dflash_export.errors import ExportError, RecipeError
-from dflash_export.graphs.finish import TracedGraph
+from dflash_export.graphs.drafter import trace_drafter
 from dflash_export.graphs.fuse_ort import fuse_target
-from dflash_export.graphs.target import PRECISIONS, step_graphs, trace_drafter, trace_target
+from dflash_export.graphs.graph import PRECISIONS, TracedGraph
+from dflash_export.graphs.step import step_graphs
+from dflash_export.graphs.target import trace_target
 from dflash_export.options import check_options
 from dflash_export.pairing.pair import require_pair
 from dflash_export.progress import SILENT, Progress
@@ -510,20 +512,12 @@ def _graph_spec(path: str, fused: str | None, graph: TracedGraph) -> GraphSpec:
     return GraphSpec(path=path, fused=fused, inputs=inputs, outputs=outputs, aliases=aliases)
 
 
-_DTYPES = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.INT64: "int64",
-}
-
-
 def _tensor_spec(value: ir.Value) -> TensorSpec:
     assert value.name is not None
     assert value.shape is not None
     assert value.dtype is not None
     shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
-    return TensorSpec(value.name, _DTYPES[value.dtype], shape)  # type: ignore[arg-type]
+    return TensorSpec(value.name, value.dtype.numpy().name, shape)  # type: ignore[arg-type]
 
 
 def _provenance(**options: str | int | None) -> Provenance:

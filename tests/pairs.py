@@ -24,8 +24,9 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 import dflash_export.exporter  # noqa: F401  (what is patched below)
 from dflash_export.drafters.config import DrafterConfig
 from dflash_export.drafters.read import parse_drafter_config
-from dflash_export.graphs.finish import TracedGraph
-from dflash_export.graphs.target import trace_drafter, trace_target
+from dflash_export.graphs.drafter import trace_drafter
+from dflash_export.graphs.graph import TracedGraph
+from dflash_export.graphs.target import trace_target
 from dflash_rt import Bundle
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.decoding.loop import decode

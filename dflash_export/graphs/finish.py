@@ -8,44 +8,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from dflash_export.graphs.head_layout import int64_constant, only_reader, share_head_layout
+from dflash_export.graphs.graph import OPSET, GraphTensor, TracedGraph, add_placeholder
+from dflash_export.graphs.head_layout import share_head_layout
+from dflash_export.graphs.nodes import int64_constant, only_reader
 from dflash_export.graphs.stored_weight import StoredWeight
-from dflash_export.graphs.trace import GraphInput
 
-__all__ = ["GraphOutput", "StoredWeight", "TracedGraph", "add_placeholder", "finish_graph"]
-
-
-@dataclass(frozen=True)
-class GraphOutput:
-    """One output of a graph: its name and axes (``str``: symbolic, ``int``: fixed)."""
-
-    name: str
-    dtype: ir.DataType
-    shape: tuple[str | int, ...]
-
-
-@dataclass
-class TracedGraph:
-    """An ONNX graph and, by initializer name, the weights it still has to be given."""
-
-    model: ir.Model
-    weights: dict[str, StoredWeight] = field(default_factory=dict)
+__all__ = ["finish_graph"]
 
 
 def finish_graph(
     model: ir.Model,
-    inputs: Sequence[GraphInput],
-    outputs: Sequence[GraphOutput],
+    inputs: Sequence[GraphTensor],
+    outputs: Sequence[GraphTensor],
     constants: Mapping[str, np.ndarray],
-    *,
-    keep_layout: bool = False,
 ) -> TracedGraph:
     """Optimise ``model`` and settle the layout of its weights.
 
@@ -54,7 +35,6 @@ def finish_graph(
         inputs: the contract, for names of axes.
         outputs: the contract, for names of axes.
         constants: data of initializers that are no weights, such as rotary frequencies.
-        keep_layout: store every weight as the checkpoint has it (a matrix that graphs share must agree).
     """
     graph = model.graph
     pending = _initializers_to_inputs(graph, constants)
@@ -66,18 +46,15 @@ def finish_graph(
         for name, value in pending.items()
         if value.dtype is not None
     }
-    if keep_layout:
-        _transpose_in_gemm(graph)
-    else:
-        _fold_transposes(graph, weights)
-        _join_matmuls(graph, weights)
-        share_head_layout(graph)
+    _fold_transposes(graph, weights)
+    _join_matmuls(graph, weights)
+    share_head_layout(graph)
     _inputs_to_initializers(graph, pending, weights)
     RemoveUnusedNodesPass()(model)
     _name_axes(graph, inputs, outputs)
     model.producer_name, model.producer_version = "dflash-export", None
     model.opset_imports.clear()
-    model.opset_imports[""] = 24
+    model.opset_imports[""] = OPSET
     model.metadata_props.clear()
     graph.metadata_props.clear()
     for node in graph:
@@ -115,16 +92,6 @@ def _inputs_to_initializers(
     for name in list(weights):
         if name in pending:
             add_placeholder(graph, pending[name], weights[name])
-
-
-def add_placeholder(graph: ir.Graph, value: ir.Value, weight: StoredWeight) -> None:
-    """Make ``value`` an initializer that external_data.py will point at its bytes."""
-    value.const_value = ir.ExternalTensor(
-        "", 0, 0, weight.dtype, shape=ir.Shape(weight.shape), name=value.name or ""
-    )
-    value.shape = ir.Shape(weight.shape)
-    value.dtype = weight.dtype
-    graph.initializers[value.name or ""] = value
 
 
 def _transposed_weight(node: ir.Node, weights: Mapping[str, StoredWeight]) -> str | None:
@@ -223,35 +190,7 @@ def _joined_weight(
     return value
 
 
-def _transpose_in_gemm(graph: ir.Graph) -> None:
-    """``MatMul(x, Transpose(W))`` becomes ``Gemm(x, W, transB=1)`` over flattened rows.
-
-    The head may share its bytes with the embedding, which needs the rows as they are.
-    """
-    for node in list(graph):
-        if node.op_type != "MatMul" or node.inputs[1] is None:
-            continue
-        transpose = node.inputs[1].producer()
-        if transpose is None or transpose.op_type != "Transpose":
-            continue
-        source, weight = node.inputs[0], transpose.inputs[0]
-        assert source is not None
-        assert weight is not None
-        vocab, width = _fixed_shape(weight)
-        flat_shape = int64_constant([-1, width])
-        flat = ir.node("Reshape", [source, flat_shape.outputs[0]])
-        product = ir.node("Gemm", [flat.outputs[0], weight], {"transB": 1})
-        rows = ir.node("Shape", [source], {"start": 0, "end": 2})
-        last = int64_constant([vocab])
-        shape = ir.node("Concat", [rows.outputs[0], last.outputs[0]], {"axis": 0})
-        back = ir.node("Reshape", [product.outputs[0], shape.outputs[0]])
-        graph.insert_before(node, [flat_shape, flat, product, rows, last, shape, back])
-        back.outputs[0].shape, back.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-        node.outputs[0].replace_all_uses_with(back.outputs[0], replace_graph_outputs=True)
-        graph.remove(node, safe=True)
-
-
-def _name_axes(graph: ir.Graph, inputs: Sequence[GraphInput], outputs: Sequence[GraphOutput]) -> None:
+def _name_axes(graph: ir.Graph, inputs: Sequence[GraphTensor], outputs: Sequence[GraphTensor]) -> None:
     """Give inputs and outputs the contract's names and axes; drop the tracer's inner shapes."""
     for node in graph:
         for value in node.outputs:

@@ -22,8 +22,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from dflash_export.graphs.finish import TracedGraph
-from dflash_export.graphs.head_layout import int64_constant, only_reader
+from dflash_export.graphs.graph import TracedGraph
+from dflash_export.graphs.nodes import int64_constant, only_reader
 
 __all__ = ["fuse_target"]
 
@@ -91,14 +91,14 @@ def fuse_target(target: TracedGraph, rows: int) -> ir.Model | None:
 def _layer(attention: ir.Node) -> _Layer:
     """What is around ``attention``. Raises _OtherFormError where it is anything else."""
     query, key, value, mask = attention.inputs
-    _maker(mask, "LessOrEqual")  # Visibility's rule for all rows before
-    scatters = _maker(key, "TensorScatter"), _maker(value, "TensorScatter")
-    turned = _maker(query, "RotaryEmbedding"), _maker(scatters[0].inputs[1], "RotaryEmbedding")
+    _producer(mask, "LessOrEqual")  # Visibility's rule for all rows before
+    scatters = _producer(key, "TensorScatter"), _producer(value, "TensorScatter")
+    turned = _producer(query, "RotaryEmbedding"), _producer(scatters[0].inputs[1], "RotaryEmbedding")
     norms, unturned = _norms(*(node.inputs[0] for node in turned))
-    split = _maker(unturned[0], "Split")
-    reshape = _maker(_maker(split.inputs[0], "Transpose").inputs[0], "Reshape")
-    joined = _reader(_reader(attention, "Transpose"), "Reshape")
-    counts = _maker(split.inputs[1], "Constant").attributes["value"].as_tensor().numpy().tolist()
+    split = _producer(unturned[0], "Split")
+    reshape = _producer(_producer(split.inputs[0], "Transpose").inputs[0], "Reshape")
+    joined = _consumer(_consumer(attention, "Transpose"), "Reshape")
+    counts = _producer(split.inputs[1], "Constant").attributes["value"].as_tensor().numpy().tolist()
     cos, sin = turned[0].inputs[1:]
     projections, cache = reshape.inputs[0], scatters[0].inputs[0]
     _require(tuple(split.outputs) == (*unturned, scatters[1].inputs[1]))
@@ -120,7 +120,7 @@ def _norms(
 ) -> tuple[tuple[ir.Node, ir.Node] | None, tuple[ir.Value | None, ir.Value | None]]:
     """The norms that made queries and keys, of each head alone, and what they were before; or no norms."""
     try:
-        norms = _maker(query, "RMSNormalization"), _maker(key, "RMSNormalization")
+        norms = _producer(query, "RMSNormalization"), _producer(key, "RMSNormalization")
     except _OtherFormError:
         return None, (query, key)
     _require(all(norm.attributes["axis"].as_int() == -1 for norm in norms))
@@ -136,14 +136,14 @@ def _require(condition: bool) -> None:
         raise _OtherFormError
 
 
-def _maker(value: ir.Value | None, op_type: str) -> ir.Node:
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node:
     node = None if value is None else value.producer()
     if node is None or node.op_type != op_type:
         raise _OtherFormError
     return node
 
 
-def _reader(node: ir.Node, op_type: str) -> ir.Node:
+def _consumer(node: ir.Node, op_type: str) -> ir.Node:
     reader = only_reader(node.outputs[0])
     if reader is None or reader.op_type != op_type:
         raise _OtherFormError
@@ -187,8 +187,8 @@ def _tables(model: ir.Model, rotary: tuple[ir.Value, ir.Value], rows: int) -> li
 def _in_fp32(table: ir.Value) -> str:
     """Name of what a table was before it was rounded to 16 bits, and its columns chosen."""
     if table.dtype != ir.DataType.FLOAT:
-        columns = _maker(table, "Slice")
-        rounded = _maker(columns.inputs[0], "Cast")
+        columns = _producer(table, "Slice")
+        rounded = _producer(columns.inputs[0], "Cast")
         exact = ir.node("Slice", [rounded.inputs[0], *columns.inputs[1:]])
         exact.outputs[0].name = f"{table.name}.exact"
         assert columns.graph is not None
@@ -244,7 +244,7 @@ def _fuse_attention(graph: ir.Graph, layer: _Layer, lengths: list[ir.Value], tab
     graph.insert_before(layer.attention, fused)
     old = [layer.result, *(scatter.outputs[0] for scatter in layer.scatters)]
     for before, after in zip(old, fused.outputs, strict=True):
-        _take_over(before, after)
+        _rewire(before, after)
 
 
 def _normed(graph: ir.Graph, layer: _Layer, norms: tuple[ir.Node, ir.Node]) -> list[ir.Value]:
@@ -266,7 +266,7 @@ def _normed(graph: ir.Graph, layer: _Layer, norms: tuple[ir.Node, ir.Node]) -> l
 
 def _fuse_norm(graph: ir.Graph, norm: ir.Node) -> None:
     try:
-        add = _maker(norm.inputs[0], "Add")
+        add = _producer(norm.inputs[0], "Add")
     except _OtherFormError:
         return
     fused = ir.node(
@@ -277,11 +277,11 @@ def _fuse_norm(graph: ir.Graph, norm: ir.Node) -> None:
         num_outputs=4,
     )
     graph.insert_before(norm, fused)
-    _take_over(norm.outputs[0], fused.outputs[0])
-    _take_over(add.outputs[0], fused.outputs[3])
+    _rewire(norm.outputs[0], fused.outputs[0])
+    _rewire(add.outputs[0], fused.outputs[3])
 
 
-def _take_over(old: ir.Value, new: ir.Value) -> None:
+def _rewire(old: ir.Value, new: ir.Value) -> None:
     """Let ``new`` be read wherever ``old`` is, and leave the graph under its name."""
     new.shape, new.type = old.shape, old.type
     name = old.name

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
-__all__ = ["int64_constant", "only_reader", "share_head_layout"]
+from dflash_export.graphs.nodes import int64_constant, only_reader
+
+__all__ = ["share_head_layout"]
 
 _HEADS_FIRST = (0, 2, 1, 3)  # [batch, rows, heads, head_dim] <-> [batch, heads, rows, head_dim]
 
@@ -89,14 +90,3 @@ def _share(graph: ir.Graph, split: ir.Node, branches: Sequence[_Branch], head_di
             new.shape = old.shape
         old.replace_all_uses_with(new)
     graph.remove([split, *(node for b in branches for node in (b.reshape, b.transpose))], safe=True)
-
-
-def only_reader(value: ir.Value) -> ir.Node | None:
-    """The one node that reads ``value``; None if there are others, or if it leaves the graph."""
-    uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
-
-
-def int64_constant(values: Sequence[int]) -> ir.Node:
-    """A ``Constant`` node of a list of integers."""
-    return ir.node("Constant", [], {"value": ir.tensor(np.array(values, np.int64))})

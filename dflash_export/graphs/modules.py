@@ -16,18 +16,15 @@ from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from dflash_export.drafters.modules import GroupedCausalConv
-from dflash_export.graphs.trace import GraphCache, Visibility, attention, rotary, scatter
+from dflash_export.graphs.operators import GraphCache, Visibility, attention, rotary, scatter
 
 if TYPE_CHECKING:
     from dflash_export.drafters.config import DrafterConfig
 
 __all__ = [
     "Draft",
-    "DraftLogits",
     "DrafterLayers",
-    "Embed",
     "Inject",
-    "LmHead",
     "Target",
     "WindowedDraft",
     "WindowedInject",
@@ -37,18 +34,6 @@ __all__ = [
 def _positions(start: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """int64 ``[batch, rows]``: cache row and rotary position of each row of ``rows [batch, rows, …]``."""
     return start[:, None] + torch.arange(rows.shape[1])[None]
-
-
-class Embed(nn.Module):
-    """``input_ids [batch, rows]`` to the raw rows of the vocabulary matrix ``[batch, rows, hidden]``."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Look the rows up."""
-        return nn.functional.embedding(input_ids, self.weight)
 
 
 class Target(nn.Module):
@@ -79,36 +64,6 @@ class Target(nn.Module):
         )
         features = torch.cat([out.hidden_states[layer + 1] for layer in self.feature_layers], dim=-1)
         return out.last_hidden_state, features, *_interleave(cache.keys, cache.values)
-
-
-class LmHead(nn.Module):
-    """``hidden [batch, rows, hidden]`` to fp32 logits and their argmax."""
-
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits ``[batch, rows, vocab]`` and token ids ``[batch, rows]``."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias).float()
-        return logits, logits.argmax(-1)
-
-
-class DraftLogits(nn.Module):
-    """What a drafter does to the head's logits: multiply, then softcap (reference ``compute_logits``)."""
-
-    def __init__(self, multiplier: float, softcap: float | None) -> None:
-        super().__init__()
-        self.multiplier = multiplier
-        self.softcap = softcap
-
-    def forward(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Changed logits and their argmax."""
-        logits = logits * self.multiplier
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits, logits.argmax(-1)
 
 
 class _Attention(nn.Module):

@@ -23,59 +23,65 @@ The block itself is put together by copies, and needs no graph.
 from __future__ import annotations
 
 import numpy as np
-import onnx
-from onnx import TensorProto
+import onnx_ir as ir
 
-from dflash_export.graphs.nodes import Nodes, Values
+from dflash_export.graphs.graph import GraphTensor, TracedGraph
+from dflash_export.graphs.nodes import Nodes
 
-__all__ = ["accept_graph", "draft_check_graph"]
+__all__ = ["accept_graph", "draft_check_graph", "step_graphs"]
 
-_FLOAT, _INT = TensorProto.FLOAT, TensorProto.INT64
+_FLOAT, _INT = ir.DataType.FLOAT, ir.DataType.INT64
 # A logit times this, summed over any number of rows and tokens, doesn't overflow.
 _SMALL, _LARGE = 2.0**-64, 1e38
 
 
-def accept_graph(vocab_size: int) -> onnx.ModelProto:
+def step_graphs(vocab_size: int, draft_vocab_size: int) -> dict[str, TracedGraph]:
+    """Both graphs. They have no weights and depend on the vocabularies alone."""
+    return {"accept": accept_graph(vocab_size), "draft_check": draft_check_graph(draft_vocab_size)}
+
+
+def accept_graph(vocab_size: int) -> TracedGraph:
     """The graph ``accept``. No axis is ever empty, also in a plain step of one row."""
-    graph = Nodes()
+    graph = Nodes(
+        [
+            GraphTensor("block", _INT, ("batch", "rows")),
+            GraphTensor("token_ids", _INT, ("batch", "rows")),
+            GraphTensor("logits", _FLOAT, ("batch", "rows", vocab_size)),
+            GraphTensor("start", _INT, ("batch",)),
+        ]
+    )
+    block, token_ids, logits, start = graph.inputs.values()
     # Row j of the block stands if it is the choice after row j - 1, and all rows before it stand. The anchor
     # is put before the choices, so that it stands.
-    anchor = graph.op("Slice", "block", graph.axis(0), graph.axis(1), graph.axis(1))
-    shifted = graph.op("Concat", anchor, "token_ids", axis=1)
+    anchor = graph.op("Slice", block, graph.axis(0), graph.axis(1), graph.axis(1))
+    shifted = graph.op("Concat", anchor, token_ids, axis=1)
     chosen = graph.op("Slice", shifted, graph.axis(0), graph.axis(-1), graph.axis(1))
-    differs = graph.op("Cast", graph.op("Not", graph.op("Equal", "block", chosen)), to=TensorProto.INT32)
-    misses = graph.op("CumSum", graph.floats(differs), graph.constant(1, np.int64))
-    stands = graph.op("Cast", graph.op("Less", misses, graph.constant(0.5)), to=_INT)
+    differs = graph.cast(graph.op("Not", graph.op("Equal", block, chosen)), ir.DataType.INT32)
+    misses = graph.op("CumSum", graph.cast(differs), graph.constant(1, np.int64))
+    stands = graph.cast(graph.op("Less", misses, graph.constant(0.5)), _INT)
     count = graph.sum(stands, 1)  # [b, 1]: the anchor and the accepted drafts
     accepted = graph.op("Sub", count, graph.axis(1))
-    graph.op("Squeeze", accepted, graph.axis(1), output="accepted")
-    bonus = graph.op("GatherElements", "token_ids", accepted, axis=1)
-    graph.op("Squeeze", bonus, graph.axis(1), output="anchors")
-    graph.op("Add", "start", graph.op("Squeeze", count, graph.axis(1)), output="start.out")
-    _finite(graph)
-    inputs: Values = {
-        "block": (_INT, ["batch", "rows"]),
-        "token_ids": (_INT, ["batch", "rows"]),
-        "logits": (_FLOAT, ["batch", "rows", vocab_size]),
-        "start": (_INT, ["batch"]),
+    bonus = graph.op("GatherElements", token_ids, accepted, axis=1)
+    outputs = {
+        "accepted": graph.op("Squeeze", accepted, graph.axis(1)),
+        "anchors": graph.op("Squeeze", bonus, graph.axis(1)),
+        "start.out": graph.op("Add", start, graph.op("Squeeze", count, graph.axis(1))),
+        "finite": _finite(graph, logits),
     }
-    names = ("accepted", "anchors", "start.out", "finite")
-    return graph.model("accept", inputs, {name: (_INT, ["batch"]) for name in names})
+    return graph.finish("accept", [(_per_slot(name), value) for name, value in outputs.items()])
 
 
-def draft_check_graph(vocab_size: int) -> onnx.ModelProto:
+def draft_check_graph(vocab_size: int) -> TracedGraph:
     """The graph ``draft_check`` for a drafting head of ``vocab_size`` rows."""
-    graph = Nodes()
-    _finite(graph)
-    return graph.model(
-        "draft_check",
-        {"logits": (_FLOAT, ["batch", "rows", vocab_size])},
-        {"finite": (_INT, ["batch"])},
-    )
+    graph = Nodes([GraphTensor("logits", _FLOAT, ("batch", "rows", vocab_size))])
+    return graph.finish("draft_check", [(_per_slot("finite"), _finite(graph, graph.inputs["logits"]))])
 
 
-def _finite(graph: Nodes) -> None:
+def _per_slot(name: str) -> GraphTensor:
+    return GraphTensor(name, _INT, ("batch",))
+
+
+def _finite(graph: Nodes, logits: ir.Value) -> ir.Value:
     """1 where a slot's logits are all finite: their sum is, only if every term is; NaN is below nothing."""
-    total = graph.sum(graph.op("Mul", "logits", graph.constant(_SMALL)), 1, 2, keep=False)
-    below = graph.op("Less", graph.op("Abs", total), graph.constant(_LARGE))
-    graph.op("Cast", below, to=_INT, output="finite")
+    total = graph.sum(graph.op("Mul", logits, graph.constant(_SMALL)), 1, 2, keep=False)
+    return graph.cast(graph.op("Less", graph.op("Abs", total), graph.constant(_LARGE)), _INT)

@@ -3,215 +3,67 @@
 Modules are built under a ``FakeTensorMode``: parameters have shapes and dtypes but no data, so tracing
 a model of any size costs no memory for its weights. The initializers of the traced graph keep the
 parameters' names; :mod:`dflash_export.weights.data_file` streams the data in later.
-
-Three operators are emitted instead of traced, because their decomposed form would lose what they
-mean: ``Attention`` and ``TensorScatter`` (opset 24), which backends turn into fused attention over
-caches that are updated in place, and ``RotaryEmbedding``/``RMSNormalization`` (opset 23), which save
-hundreds of small nodes. The last two replace functions of transformers while a trace runs, each
-after a check that the replaced function computes what the operator computes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.cache_utils import Cache
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 
-from dflash_export.errors import UnsupportedModelError
+from dflash_export.graphs.finish import finish_graph
+from dflash_export.graphs.graph import OPSET, GraphTensor, TracedGraph, torch_dtype
+from dflash_export.graphs.operators import emit_operators
+from dflash_rt.bundle.graph_names import cache_names, output_name
 
 __all__ = [
-    "ATTENTION",
-    "OPSET",
-    "GraphCache",
-    "GraphInput",
-    "Visibility",
-    "attention",
-    "emit_operators",
+    "OFFSET",
+    "START",
+    "cache_inputs",
+    "cache_outputs",
     "fake_mode",
-    "rms_norm",
-    "rotary",
-    "scatter",
+    "rotary_constants",
+    "rows",
     "trace",
 ]
 
-OPSET = 24
-# transformers looks for a flash kernel behind any name that contains "flash".
-ATTENTION = "onnx_attention"
+START = GraphTensor("start", ir.DataType.INT64, ("batch",))
+OFFSET = GraphTensor("offset", ir.DataType.INT64, ("batch",))
 
 # What the symbolic axes measure while tracing. All differ from one another and from 0 and 1, which
 # torch.export would specialise on.
 _EXAMPLE = {"batch": 2, "rows": 5, "capacity": 32}
 
 
-@dataclass(frozen=True)
-class GraphInput:
-    """One input of a graph: its name, dtype and axes (``str``: symbolic, ``int``: fixed)."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[str | int, ...]
-
-    def example(self) -> torch.Tensor:
-        """A tensor of this shape; call under :func:`fake_mode`."""
-        return torch.zeros([_EXAMPLE[d] if isinstance(d, str) else d for d in self.shape], dtype=self.dtype)
+def rows(width: int) -> tuple[str | int, ...]:
+    """Axes of ``width`` numbers for each row."""
+    return ("batch", "rows", width)
 
 
-class Visibility:
-    """Boolean attention masks ``[batch, 1, rows, capacity]``, one per distinct rule, made once per graph.
-
-    ``positions`` is int64 ``[batch, rows]``: the cache row that each query row is written to.
-    """
-
-    def __init__(self, positions: torch.Tensor, capacity: int) -> None:
-        self._query = positions[:, None, :, None]
-        self._key = torch.arange(capacity)[None, None, None, :]
-        self._first = positions[:, 0][:, None, None, None]
-        self._last = positions[:, -1][:, None, None, None]
-        self._masks: dict[tuple[bool, int | None, bool], torch.Tensor] = {}
-
-    def mask(
-        self, *, causal: bool = True, window: int | None = None, from_first: bool = False
-    ) -> torch.Tensor:
-        """True where a key may be seen. Same rule as ``_attention_mask`` of PyPI dflash 0.1.0.
-
-        ``causal=False`` sees every row written so far, this call's own block included. ``window``
-        counts rows with the query's own: distance ``< window``, both ways if not causal. ``from_first``
-        counts it before the call's first row instead, the same for all rows: ``create_anchor_block_mask_mod``
-        of speculators (commit c05b95b).
-        """
-        rule = (causal, window, from_first)
-        if rule not in self._masks:
-            visible = self._key <= self._query
-            if not causal:
-                # A superset of the causal rows. "Or" also spreads the rule over all rows without an Expand,
-                # which TensorRT-RTX 1.7 fails to compile in front of fused attention.
-                visible = visible | (self._key <= self._last)
-            if window is not None and from_first:
-                visible = visible & (self._first - self._key <= window)
-            elif window is not None:
-                visible = visible & (self._query - self._key < window)
-                if not causal:
-                    visible = visible & (self._key - self._query < window)
-            self._masks[rule] = visible
-        return self._masks[rule]
+def cache_inputs(layers: int, kv_heads: int, head_dim: int, dtype: ir.DataType) -> list[GraphTensor]:
+    """Keys and values of each layer, ``[batch, kv_heads, capacity, head_dim]``."""
+    return [
+        GraphTensor(name, dtype, ("batch", kv_heads, "capacity", head_dim)) for name in cache_names(layers)
+    ]
 
 
-def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """``Attention`` (opset 24): query ``[batch, heads, rows, head_dim]`` over whole caches.
-
-    Caches are ``[batch, kv_heads, capacity, head_dim]``; ``mask`` is boolean ``[batch, 1, rows, capacity]``.
-    """
-    return torch.onnx.ops.symbolic(
-        "Attention",
-        [query, key, value, mask],
-        {"scale": float(scale)},
-        dtype=query.dtype,
-        shape=tuple(query.shape),
-        version=OPSET,
-    )
+def cache_outputs(caches: Sequence[GraphTensor]) -> list[GraphTensor]:
+    """The same as outputs."""
+    return [GraphTensor(output_name(cache.name), cache.dtype, cache.shape) for cache in caches]
 
 
-def scatter(cache: torch.Tensor, rows: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """``TensorScatter`` (opset 24): write ``rows [batch, kv_heads, rows, head_dim]`` at ``start``."""
-    return torch.onnx.ops.symbolic(
-        "TensorScatter",
-        [cache, rows, start],
-        {"axis": 2},
-        dtype=cache.dtype,
-        shape=tuple(cache.shape),
-        version=OPSET,
-    )
-
-
-def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """``RMSNormalization`` (opset 23) over the last axis, computed in fp32 whatever the dtype."""
-    return torch.onnx.ops.symbolic(
-        "RMSNormalization",
-        [hidden, weight],
-        {"axis": -1, "epsilon": float(epsilon), "stash_type": 1},
-        dtype=hidden.dtype,
-        shape=tuple(hidden.shape),
-        version=23,
-    )
-
-
-def rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """``RotaryEmbedding`` (opset 23) of ``states [batch, heads, rows, head_dim]``.
-
-    ``cos`` and ``sin`` are ``[batch, rows, head_dim / 2]``.
-    """
-    return torch.onnx.ops.symbolic(
-        "RotaryEmbedding",
-        [states, cos, sin],
-        {"interleaved": 0},
-        dtype=states.dtype,
-        shape=tuple(states.shape),
-        version=23,
-    )
-
-
-class GraphCache(Cache):
-    """A transformers cache whose ``update`` emits ``TensorScatter`` at ``start [batch]``."""
-
-    def __init__(
-        self, start: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
-    ) -> None:
-        # Not calling super().__init__: it would build layers of its own, and every method that a forward
-        # pass uses is replaced here.
-        self.layers: list[Any] = []
-        self.start = start
-        self.keys = list(keys)
-        self.values = list(values)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new rows and return the whole caches ``[batch, kv_heads, capacity, head_dim]``."""
-        self.keys[layer_idx] = scatter(self.keys[layer_idx], key_states, self.start)
-        self.values[layer_idx] = scatter(self.values[layer_idx], value_states, self.start)
-        return self.keys[layer_idx], self.values[layer_idx]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Zero: positions are given to the model, so it never has to ask where it stands."""
-        return 0
-
-
-def _attention_interface(
-    _module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    _attention_mask: torch.Tensor | None,
-    *,
-    visibility: Visibility,
-    scaling: float,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    mask = visibility.mask(causal=True, window=sliding_window)
-    return attention(query, key, value, mask, scaling).transpose(1, 2), None
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Masks come from :class:`Visibility`; transformers must not build its own."""
-
-
-AttentionInterface.register(ATTENTION, _attention_interface)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
+def rotary_constants(prefix: str, module: nn.Module) -> dict[str, np.ndarray]:
+    """Rotary frequencies: the traced module has none, so a real one is made from the same config."""
+    real: Any = type(module)
+    return {f"{prefix}.{name}": buffer.numpy() for name, buffer in real(module.config).named_buffers()}
 
 
 def fake_mode() -> FakeTensorMode:
@@ -219,102 +71,30 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _is_rms_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-
-
-def _reference_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """What the ONNX operator computes, written from its specification."""
-    half = states.shape[-1] // 2
-    first, second = states[..., :half], states[..., half:]
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
-def _check_rotary(function: Callable[..., Any], where: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(1, 2, 3, 8, generator=generator) for _ in range(2))
-    cos, sin = (torch.randn(1, 3, 4, generator=generator) for _ in range(2))
-    found = function(query, key, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
-    if not all(
-        torch.allclose(got, _reference_rotary(states, cos, sin), atol=1e-6)
-        for got, states in zip(found, (query, key), strict=True)
-    ):
-        raise UnsupportedModelError(
-            f"{where}.apply_rotary_pos_emb is not the rotation of the ONNX operator RotaryEmbedding",
-            expected="rotation of the two halves of a head",
-            remedy="export with a supported version of transformers (see docs/reference/limits.md)",
-        )
-
-
-def _check_norm(module: nn.Module) -> None:
-    # A fresh real module: the one in the model has no data.
-    norm: Any = type(module)(6, eps=0.5)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 6, generator=generator)
-    with torch.no_grad():
-        norm.weight.copy_(torch.randn(6, generator=generator))
-        expected = hidden / (hidden.pow(2).mean(-1, keepdim=True) + 0.5).sqrt() * norm.weight
-        if not torch.allclose(norm(hidden), expected, atol=1e-6):
-            raise UnsupportedModelError(
-                f"{type(module).__name__} is not the norm of the ONNX operator RMSNormalization",
-                expected="x / sqrt(mean(x^2) + eps) * weight",
-                remedy="export with a supported version of transformers (see docs/reference/limits.md)",
-            )
-
-
-@contextlib.contextmanager
-def emit_operators(model: nn.Module) -> Iterator[None]:
-    """While open, RMS norms and rotary embeddings of ``model`` are emitted as one operator each.
-
-    Raises:
-        UnsupportedModelError: a function that would be replaced computes something else.
-    """
-    with contextlib.ExitStack() as undo:
-        checked: set[object] = set()
-        for module in model.modules():
-            if _is_rms_norm(module):
-                if type(module) not in checked:
-                    checked.add(type(module))
-                    _check_norm(module)
-                module.forward = _norm_forward(module)
-                undo.callback(module.__dict__.pop, "forward")
-            namespace = sys.modules[type(module).__module__]
-            original = getattr(namespace, "apply_rotary_pos_emb", None)
-            if original is not None and original is not _emit_rotary:
-                _check_rotary(original, namespace.__name__)
-                setattr(namespace, "apply_rotary_pos_emb", _emit_rotary)  # noqa: B010 (mypy)
-                undo.callback(setattr, namespace, "apply_rotary_pos_emb", original)
-        yield
-
-
-def _norm_forward(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        weight, epsilon = module.weight, module.variance_epsilon
-        assert isinstance(weight, torch.Tensor)
-        assert isinstance(epsilon, float)
-        return rms_norm(hidden_states, weight, epsilon)
-
-    return forward
-
-
-def _emit_rotary(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_: Any, **__: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # transformers repeats the table for both halves of a head; the operator wants it once.
-    half = cos.shape[-1] // 2
-    cos, sin = cos[..., :half], sin[..., :half]
-    return rotary(q, cos, sin), rotary(k, cos, sin)
-
-
-def trace(module: nn.Module, inputs: Sequence[GraphInput], output_names: Sequence[str]) -> ir.Model:
-    """Trace ``module.forward(*inputs)`` into an ONNX model whose initializers have no data.
+def trace(
+    module: nn.Module,
+    inputs: Sequence[GraphTensor],
+    outputs: Sequence[GraphTensor],
+    constants: Mapping[str, np.ndarray] | None = None,
+) -> TracedGraph:
+    """Trace ``module.forward(*inputs)``; the initializers have no data.
 
     Args:
-        module: built under ``mode``; its ``forward`` takes one positional argument per input.
+        module: built under :func:`fake_mode`; its ``forward`` takes one positional argument per input.
         inputs: in order; axes of the same name are the same axis.
-        output_names: one name per output, in order.
+        outputs: in order.
+        constants: data of initializers that are no weights, such as rotary frequencies.
+
+    Raises:
+        UnsupportedModelError: a function that an operator would replace computes something else.
     """
+    module.eval()
+    with emit_operators(module):
+        model = _traced(module, inputs, [item.name for item in outputs])
+    return finish_graph(model, inputs, outputs, constants or {})
+
+
+def _traced(module: nn.Module, inputs: Sequence[GraphTensor], output_names: Sequence[str]) -> ir.Model:
     axes = {name: torch.export.Dim(name) for item in inputs for name in item.shape if isinstance(name, str)}
     dynamic = tuple(
         {i: axes[d] for i, d in enumerate(item.shape) if isinstance(d, str)} or None for item in inputs
@@ -324,7 +104,9 @@ def trace(module: nn.Module, inputs: Sequence[GraphInput], output_names: Sequenc
     takes_rest = forward.__code__.co_flags & 0x04  # *args: torch.export nests the rest in a tuple
     fixed = forward.__code__.co_argcount - 1
     shapes = (*dynamic[:fixed], dynamic[fixed:]) if takes_rest else dynamic
-    with fake_inputs(inputs) as examples, torch.no_grad(), _quiet():
+    with fake_mode():
+        examples = tuple(_example(item) for item in inputs)
+    with torch.no_grad(), _quiet():
         program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
         result = torch.onnx.export(
             program,
@@ -340,12 +122,9 @@ def trace(module: nn.Module, inputs: Sequence[GraphInput], output_names: Sequenc
     return result.model
 
 
-@contextlib.contextmanager
-def fake_inputs(inputs: Sequence[GraphInput]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Example inputs without data."""
-    mode = torch._guards.detect_fake_mode() or fake_mode()
-    with mode:
-        yield tuple(item.example() for item in inputs)
+def _example(tensor: GraphTensor) -> torch.Tensor:
+    shape = [_EXAMPLE[d] if isinstance(d, str) else d for d in tensor.shape]
+    return torch.zeros(shape, dtype=torch_dtype(tensor.dtype))
 
 
 @contextlib.contextmanager

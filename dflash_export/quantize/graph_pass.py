@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
 
 from dflash_export.errors import UnsupportedModelError
-from dflash_export.graphs.finish import TracedGraph, add_placeholder
+from dflash_export.graphs.graph import TracedGraph, add_placeholder
 from dflash_export.graphs.stored_weight import StoredWeight, WeightFormat
 from dflash_export.quantize.formats import BLOCK_SIZES
 
@@ -22,13 +21,6 @@ DIVISOR, INPUT_SCALE, ZERO = ".divisor", ".input_scale", ".input_zero"  # of wha
 
 _DTYPES = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 _TOP = {"int8": 127.0, "fp8": 448.0}
-_NUMPY = {
-    ir.DataType.FLOAT: np.dtype(np.float32),
-    ir.DataType.FLOAT16: np.dtype(np.float16),
-    ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
-    ir.DataType.INT8: np.dtype(np.int8),
-    ir.DataType.FLOAT8E4M3FN: np.dtype(ml_dtypes.float8_e4m3fn),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +93,7 @@ class _Pass:
         return source
 
     def _constant(self, name: str, numbers: np.ndarray, dtype: ir.DataType) -> ir.Value:
-        tensor = ir.Tensor(numbers.astype(_NUMPY[dtype]), dtype=dtype, name=name)
+        tensor = ir.Tensor(numbers.astype(dtype.numpy()), dtype=dtype, name=name)
         value = ir.Value(
             name=name, shape=ir.Shape(numbers.shape), type=ir.TensorType(dtype), const_value=tensor
         )

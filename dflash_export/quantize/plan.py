@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dflash_export.errors import RecipeError
-from dflash_export.graphs.finish import TracedGraph
+from dflash_export.graphs.graph import TracedGraph
 from dflash_export.graphs.stored_weight import CodeType, WeightFormat
 from dflash_export.quantize.calibration import Calibration, Folding, folding
 from dflash_export.quantize.graph_pass import InputTreatment, quantize_graph

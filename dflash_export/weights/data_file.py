@@ -15,22 +15,15 @@ from types import TracebackType
 import onnx_ir as ir
 import torch
 
-from dflash_export.graphs.finish import TracedGraph
+from dflash_export.graphs.graph import TracedGraph, torch_dtype
 from dflash_export.graphs.stored_weight import StoredWeight
 from dflash_export.quantize.formats import pack_int4, quantize
 from dflash_export.quantize.graph_pass import CODES
 from dflash_rt.errors import OutputError
 
-__all__ = ["TORCH_DTYPES", "DataFile", "LoadParameter"]
+__all__ = ["DataFile", "LoadParameter"]
 
 LoadParameter = Callable[[str, torch.dtype], torch.Tensor]
-
-TORCH_DTYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.INT64: torch.int64,
-}
 
 # Large tensors start on a page, so that a runtime can map them; small ones need only SIMD alignment.
 _PAGE, _SMALL, _LARGE_BYTES = 4096, 64, 1 << 20
@@ -103,7 +96,7 @@ class DataFile:
         codes, scales = quantize(
             _joined(weight.parameters, torch.float32, load),
             weight.form,
-            TORCH_DTYPES[scale.dtype],
+            torch_dtype(scale.dtype),
             costs.get(name.removesuffix(CODES)),
         )
         self._scales[scale] = _checked(scales.t(), scale)
@@ -123,7 +116,7 @@ class DataFile:
 
 
 def _stored_tensor(weight: StoredWeight, load: LoadParameter) -> torch.Tensor:
-    tensor = _joined(weight.parameters, TORCH_DTYPES[weight.dtype], load)
+    tensor = _joined(weight.parameters, torch_dtype(weight.dtype), load)
     return _checked(tensor.T if weight.transpose else tensor, weight)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from dflash_export.drafters.config import DrafterConfig
 from dflash_export.drafters.vocabulary import target_ids
-from dflash_export.graphs.finish import TracedGraph
+from dflash_export.graphs.graph import TracedGraph
 from dflash_export.progress import Progress
 from dflash_export.quantize.calibration import Calibration, Folding
 from dflash_export.sources.weights import Weights

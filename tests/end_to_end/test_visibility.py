@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dflash_export.graphs.trace import Visibility
+from dflash_export.graphs.operators import Visibility
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 7])

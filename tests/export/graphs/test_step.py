@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,8 @@ VOCAB = 5
 @cache
 def session(name: str) -> ort.InferenceSession:
     graph = {"accept": accept_graph, "draft_check": draft_check_graph}[name](VOCAB)
-    return ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    model = ir.serde.serialize_model(graph.model)
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def accept(block: Array, verified: Array, logits: Array, start: Array) -> dict[str, list[int]]:
