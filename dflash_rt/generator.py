@@ -76,12 +76,10 @@ class Generator:
         runner = _backend(opened, backend, threads, backend_options)
         try:
             # Caches of full size may be smaller than the bundle allows.
-            longest = min(limits.max_seq_len, getattr(runner, "max_seq_len", limits.max_seq_len))
-            limits = replace(limits, max_seq_len=longest)
-            settle = getattr(runner, "settle", None)
-            if settle is not None:  # what is done once for each kind of step is done before the first request
-                fewer = range(limits.num_draft_tokens) if limits.adaptive else (0,)
-                settle(sorted({1 + drafts for drafts in (*fewer, limits.num_draft_tokens)}))
+            longest = limits.max_seq_len if runner.max_seq_len is None else runner.max_seq_len
+            limits = replace(limits, max_seq_len=min(limits.max_seq_len, longest))
+            fewer = range(limits.num_draft_tokens) if limits.adaptive else (0,)
+            runner.warm_up(sorted({1 + drafts for drafts in (*fewer, limits.num_draft_tokens)}))
             costs = key = None
             if limits.adaptive:
                 # Nothing is known of how a ready backend object was made, and a GPU isn't part of the key:
@@ -317,11 +315,11 @@ def _backend(
                 expected="one of the two",
                 remedy="set it where the backend is made",
             )
-    if not callable(getattr(backend, "step", None)):
+    if not isinstance(backend, Backend):
         raise BackendError(
             "this isn't a backend",
             found=type(backend).__name__,
-            expected="a backend's name, or an object that follows dflash_rt.backends.base.Backend",
+            expected="a backend's name, or an object of a class made from dflash_rt.backends.base.Backend",
             remedy='pass backend="onnxruntime", or leave it out',
         )
     return backend

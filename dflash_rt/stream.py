@@ -98,7 +98,7 @@ class TokenStream(Iterator[Chunk]):
             backend,
             self._sequence,
             max_new_tokens=request.max_new_tokens,
-            width=widths if widths is not None else FixedWidth(request.num_draft_tokens + 1),
+            verify_len=widths if widths is not None else FixedWidth(request.num_draft_tokens + 1),
             prefill_chunk=prefill_chunk,
             stop_token_ids=request.stop_token_ids,
             sampler=self._sampler,
@@ -244,7 +244,7 @@ class TokenStream(Iterator[Chunk]):
             new_tokens=len(token_ids),
             num_draft_tokens=self._request.num_draft_tokens,
             accepted_per_step=tuple(self._sequence.accepted_per_step),
-            drafted_per_step=tuple(width - 1 for width in self._sequence.width_per_step),
+            drafted_per_step=tuple(rows - 1 for rows in self._sequence.verify_len_per_step),
             prefill_seconds=self._prefill_seconds,
             decode_seconds=self._decode_seconds,
             stage_seconds={}

@@ -258,7 +258,7 @@ def run_loop(
     """Our own loop, without stop tokens."""
     tokens = Tokens(np.array(prompt, np.int64))
     chunk = bundle.manifest.limits.prefill_chunk
-    for _ in decode(backend, tokens, max_new_tokens=new_tokens, width=width, prefill_chunk=chunk):
+    for _ in decode(backend, tokens, max_new_tokens=new_tokens, verify_len=width, prefill_chunk=chunk):
         pass
     return Run(tokens.new_tokens, tokens.accepted_per_step)
 

@@ -79,10 +79,10 @@ class Clocked:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def launch(self, width: int, anchors: IntArray | None = None, start: IntArray | None = None) -> None:
+    def launch(self, verify_len: int, anchors: IntArray | None = None, start: IntArray | None = None) -> None:
         """As the backend's, between two moments."""
         before = self._now()
-        self._backend.launch(width, anchors, start)
+        self._backend.launch(verify_len, anchors, start)
         self._launches.append((before, self._now()))
 
     def collect(self) -> StepOutput:
@@ -97,7 +97,7 @@ class Clocked:
     def seconds(self, first: int, count: int) -> list[float]:
         """Of ``count`` steps from the launch ``first`` on (0-based). Waits for all that was launched."""
         device = self._backend._device
-        device.wait(device.mark())
+        device.wait(device.record_event())
         return [begin.until(end) for begin, end in self._launches[first : first + count]]
 
 
@@ -128,7 +128,7 @@ def measure_draft_share(
                 backend._device.call(runner._work(operation))
             marks.append(now())
         moments.append(marks)
-    backend._device.wait(backend._device.mark())
+    backend._device.wait(backend._device.record_event())
     backend.clear()  # it stands where its host doesn't know
     return median(marks[0].until(marks[end]) / marks[0].until(marks[-1]) for marks in moments[1:])
 

@@ -39,7 +39,7 @@ def time_steps(
     runner = backend if clocked is None else cast(Backend, clocked)
     sequence = Tokens(np.array(prompt, np.int64))
     room = rows_needed(0, steps, width)
-    running = decode(runner, sequence, max_new_tokens=room, width=width, prefill_chunk=prefill_chunk)
+    running = decode(runner, sequence, max_new_tokens=room, verify_len=width, prefill_chunk=prefill_chunk)
     walls, runs = [], []
     try:
         for _ in range(1 + WARM_STEPS):

@@ -319,13 +319,13 @@ def our_contenders(
         backend, bundle, threads=threads if takes_threads(backend) else None, options=backend_options
     )
     stack.callback(first.close)
-    twin = getattr(first, "twin", None)
     contenders = []
-    for number, width in enumerate(widths):
-        own = first if number == 0 or twin is None else twin()
+    for width in widths:
+        shared = first.share_weights()
+        own = first if shared is None else shared
         stack.callback(own.close)
         generator = Generator(bundle, own, num_draft_tokens="auto" if width == "auto" else width - 1)
-        contenders.append(OurContender(generator, prefix, apart=twin is not None))
+        contenders.append(OurContender(generator, prefix, apart=shared is not None))
     return contenders
 
 

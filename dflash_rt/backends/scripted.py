@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dflash_rt.arrays import FloatArray, IntArray
-from dflash_rt.backends.base import Inject, StepOutput
+from dflash_rt.backends.base import Backend, Inject, StepOutput
 from dflash_rt.errors import BackendError
 from dflash_rt.sampling.proposal import DraftSampling
 
@@ -58,7 +58,7 @@ class _Pass:
     next_anchor: int
 
 
-class ScriptedBackend:
+class ScriptedBackend(Backend):
     """Plays a target and a drafter, one slot, and checks its caller.
 
     Args:
@@ -72,6 +72,8 @@ class ScriptedBackend:
             would be; the backend then insists on :meth:`clear`.
         logits: what :meth:`logits` answers from; see :meth:`with_logits`.
     """
+
+    name = "scripted"
 
     def __init__(
         self,
@@ -110,11 +112,6 @@ class ScriptedBackend:
         return cls(
             lambda prefix: int(np.argmax(np.asarray(logits(prefix)))), drafter, logits=logits, **options
         )
-
-    @property
-    def name(self) -> str:
-        """``"scripted"``."""
-        return "scripted"
 
     @property
     def run_seconds(self) -> dict[str, float]:
@@ -173,7 +170,7 @@ class ScriptedBackend:
         anchors: IntArray,
         start: IntArray,
         *,
-        width: int,
+        verify_len: int,
         inject: Inject | None,
         sampling: DraftSampling | None = None,
     ) -> StepOutput:
@@ -185,19 +182,24 @@ class ScriptedBackend:
             if last is None:
                 raise _broken("step", "no prefill since the caches were cleared", "a prefill first")
             self._expect_next(first, anchor, last)
-            _expect(1 <= width <= self._block_size, "width of a step", width, f"1 to {self._block_size}")
+            _expect(
+                1 <= verify_len <= self._block_size,
+                "verify_len of a step",
+                verify_len,
+                f"1 to {self._block_size}",
+            )
             _expect(first <= self._reserved, "rows reserved", self._reserved, first)
 
             if inject is not None:
                 self._inject(inject, last)
-            drafted = self._draft(anchor, first, width) if width > 1 else ()
+            drafted = self._draft(anchor, first, verify_len) if verify_len > 1 else ()
             block = (anchor, *drafted)
             _write(self._rows, first, block)
             for row, token in enumerate(block, start=first):
                 self._kept[row % self._kept_rows] = row, token
             self._finish_call()
-            verified = [self._target(tuple(self._rows[: first + row + 1])) for row in range(width)]
-            accepted = next((i for i, token in enumerate(drafted) if token != verified[i]), width - 1)
+            verified = [self._target(tuple(self._rows[: first + row + 1])) for row in range(verify_len)]
+            accepted = next((i for i, token in enumerate(drafted) if token != verified[i]), verify_len - 1)
             self._last = _Pass("verify", first, block, first + accepted + 1, verified[accepted])
             self._chosen_outside = False
             return StepOutput(np.array([drafted], dtype=np.int64), np.array([verified], dtype=np.int64))
@@ -289,7 +291,7 @@ class ScriptedBackend:
             raise _broken("inject", f"rows {lost}, which are not kept", "rows that steps fed in of late")
         _write(self._features, first, [token for _, token in kept])
 
-    def _draft(self, anchor: int, first: int, width: int) -> tuple[int, ...]:
+    def _draft(self, anchor: int, first: int, verify_len: int) -> tuple[int, ...]:
         committed = self._rows[:first]
         features = (self._features + [_EMPTY] * first)[:first]
         stale = [row for row in range(first) if features[row] != committed[row]]
@@ -297,9 +299,11 @@ class ScriptedBackend:
             raise _broken(
                 "rows without the features of their token", stale, "none: inject the last verify pass"
             )
-        _write(self._features, first, (_BLOCK,) * width)
-        drafted = tuple(int(token) for token in self._drafter((*committed, anchor), width - 1))
-        _expect(len(drafted) == width - 1, "tokens from the drafter function", len(drafted), width - 1)
+        _write(self._features, first, (_BLOCK,) * verify_len)
+        drafted = tuple(int(token) for token in self._drafter((*committed, anchor), verify_len - 1))
+        _expect(
+            len(drafted) == verify_len - 1, "tokens from the drafter function", len(drafted), verify_len - 1
+        )
         return drafted
 
     def _draft_as_target(self, prefix: tuple[int, ...], count: int) -> Sequence[int]:

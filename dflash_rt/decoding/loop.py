@@ -3,7 +3,7 @@
 Who owns which state:
 
 - ``Sequence`` (sequence.py): tokens, committed rows, features not injected yet, counters. One per slot.
-- ``WidthPolicy`` (width.py): how many rows the next step has, and what was learned for that; it is told how
+- ``WidthPolicy`` (policy.py): how many rows the next step has, and what was learned for that; it is told how
   long each step took, the caller's time left out.
 - ``Sampler`` (sampler.py): random numbers, counts of emitted tokens, logprobs. A greedy request has none.
 - ``Backend`` (backends/): caches and all other buffers. It knows neither tokens nor acceptance.
@@ -20,11 +20,12 @@ A narrower block leaves some x behind itself. They are masked there like all row
 pass begins at or before the end of the one before it: a row is written again before it is ever committed.
 The target's cache heals in the same way: later verify passes cover what the last one got wrong.
 
-A plain step (width 1) doesn't need the drafter's cache and injects nothing; the backend keeps the features,
+A plain step (one row) doesn't need the drafter's cache and injects nothing; the backend keeps the features,
 and all of them are injected in one pass when a step drafts again, or before they would be overwritten.
 
 A backend may keep anchor and ``start`` itself, and then take a greedy request's next step while this loop
-reads the last one. Its width is chosen a step early, and it is in vain if the last step ends the request.
+reads the last one. Its number of rows is chosen a step early, and it is in vain if the last step ends the
+request.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from collections.abc import Generator, Set
 from dataclasses import dataclass
 from typing import Literal
 
-from dflash_rt.backends.base import Backend, Inject, as_ahead
+from dflash_rt.backends.base import Backend, Inject
 from dflash_rt.decoding.policy import FixedWidth, WidthPolicy
 from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.sampling.greedy import accept_greedy
@@ -62,7 +63,7 @@ def decode(
     sequence: Sequence,
     *,
     max_new_tokens: int,
-    width: int | WidthPolicy,
+    verify_len: int | WidthPolicy,
     prefill_chunk: int,
     stop_token_ids: Set[int] = frozenset(),
     sampler: Sampler | None = None,
@@ -70,18 +71,18 @@ def decode(
 ) -> Generator[Decoded, None, None]:
     """Decode; yield what the prefill decided (one token), then what each step decided.
 
-    ``width`` is the rows of a verify pass, the anchor and ``width - 1`` drafts, or a policy that says so step
-    by step; no token depends on it. Width 1 throughout is plain decoding, in which the drafter never runs
-    and gets no features. ``max_new_tokens`` and ``prefill_chunk`` are at least 1. Without a ``sampler``
+    ``verify_len`` is the rows of a verify pass, the anchor and ``verify_len - 1`` drafts, or a policy that
+    says so step by step; no token depends on it. 1 throughout is plain decoding, in which the drafter never
+    runs and gets no features. ``max_new_tokens`` and ``prefill_chunk`` are at least 1. Without a ``sampler``
     tokens are the backend's own greedy choices. With ``run_ahead`` a backend that can do so begins a greedy
     request's next step before the last one is yielded.
 
     The caller may stop after any item: between steps every cache is whole. If the backend raises, its caches
     are cleared, the error passes on, and the backend can take another sequence.
     """
-    policy = FixedWidth(width) if isinstance(width, int) else width
-    ahead = as_ahead(backend) if run_ahead and sampler is None else None
-    launched: deque[int] = deque()  # widths of the steps that run, the oldest first
+    policy = FixedWidth(verify_len) if isinstance(verify_len, int) else verify_len
+    ahead = run_ahead and backend.runs_ahead and sampler is None
+    launched: deque[int] = deque()  # rows of the steps that run, the oldest first
     try:
         # 1) Prefill. The last chunk's answer is the first token. Features are injected as they come.
         #    Room is asked for as it is needed, since attention over a larger buffer takes longer.
@@ -103,13 +104,13 @@ def decode(
 
             # 3) Inject features, draft, verify: one call, so that a backend may fuse them.
             backend.reserve(sequence.start)
-            if ahead is None:
+            if not ahead:
                 rows = policy.choose()
                 inject = _due(sequence, rows, prefill_chunk) if policy.widest > 1 else None
                 output = backend.step(
                     sequence.anchors,
                     sequence.starts,
-                    width=rows,
+                    verify_len=rows,
                     inject=inject,
                     sampling=None if sampler is None else sampler.draft_sampling(rows - 1),
                 )
@@ -117,12 +118,12 @@ def decode(
             else:
                 if not launched:
                     launched.append(policy.choose())
-                    ahead.launch(launched[0], sequence.anchors, sequence.starts)
+                    backend.launch(launched[0], sequence.anchors, sequence.starts)
                 # Not behind a step that may reach the length limit: there might be no room for another.
                 if max_new_tokens - len(sequence.new_tokens) > launched[0]:
                     launched.append(policy.choose())
-                    ahead.launch(launched[-1])
-                rows, injected, output = launched.popleft(), True, ahead.collect()
+                    backend.launch(launched[-1])
+                rows, injected, output = launched.popleft(), True, backend.collect()
 
             # 4) Accept the drafts up to the first one that the target would not have chosen. Accepted drafts
             #    equal the target's choices, so those are the tokens; the last is the bonus.
@@ -134,7 +135,7 @@ def decode(
 
             # 5) Commit them.
             sequence.commit_step(len(tokens) - 1, rows, injected=injected)
-            # What a step takes that ran while the caller did something else, nobody knows.
+            # A step that overlapped with the caller's own work can't be timed.
             policy.observe(rows, len(tokens) - 1, None if ahead else time.perf_counter() - began)
     except GeneratorExit:
         raise  # the caller left between two steps: nothing is broken
@@ -144,12 +145,12 @@ def decode(
         raise
 
 
-def _due(sequence: Sequence, width: int, kept_rows: int) -> Inject | None:
-    """The features to inject before a step of ``width`` rows; a plain one waits while they are kept anyway.
+def _due(sequence: Sequence, verify_len: int, kept_rows: int) -> Inject | None:
+    """The features to inject before such a step; a plain one waits while they are kept anyway.
 
     A backend keeps ``kept_rows`` at least, whose last would be the plain step's own.
     """
-    waits = width == 1 and sequence.start + 1 - sequence.injected <= kept_rows
+    waits = verify_len == 1 and sequence.start + 1 - sequence.injected <= kept_rows
     return None if waits else sequence.uninjected
 
 

@@ -22,7 +22,7 @@ class Sequence:
         injected: rows whose features the drafter's cache holds, if the request drafts at all.
         fed: end of the last pass; rows from ``start`` to here were fed in and rejected.
         accepted_per_step: for each step, how many drafted tokens the target confirmed.
-        width_per_step: for each step, the rows of its verify pass; 1 is a plain step.
+        verify_len_per_step: for each step, the rows of its verify pass; 1 is a plain step.
     """
 
     def __init__(self, prompt: IntArray) -> None:
@@ -32,7 +32,7 @@ class Sequence:
         self.injected = 0
         self.fed = 0
         self.accepted_per_step: list[int] = []
-        self.width_per_step: list[int] = []
+        self.verify_len_per_step: list[int] = []
 
     @property
     def prompt_rows(self) -> int:
@@ -69,8 +69,8 @@ class Sequence:
         self.start += rows
         self.injected = self.fed = self.start
 
-    def commit_step(self, accepted: int, width: int, *, injected: bool) -> None:
-        """Keep the anchor's row and ``accepted`` drafted rows of a verify pass that had ``width`` rows.
+    def commit_step(self, accepted: int, verify_len: int, *, injected: bool) -> None:
+        """Keep the anchor's row and ``accepted`` drafted rows of a verify pass that had ``verify_len`` rows.
 
         ``injected`` says whether the step injected first; then only its own rows are lacking now.
 
@@ -79,7 +79,7 @@ class Sequence:
         """
         if injected:
             self.injected = self.start
-        self.fed = self.start + width
+        self.fed = self.start + verify_len
         self.start += accepted + 1
         self.accepted_per_step.append(accepted)
-        self.width_per_step.append(width)
+        self.verify_len_per_step.append(verify_len)

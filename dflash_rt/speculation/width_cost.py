@@ -142,7 +142,7 @@ class _Steps:
             self._backend,
             Sequence(np.arange(rows, dtype=np.int64) % limits.vocab_size),
             max_new_tokens=limits.max_seq_len - rows,
-            width=self._policy,
+            verify_len=self._policy,
             prefill_chunk=limits.prefill_chunk,
             run_ahead=False,  # a step's time is its own, and its width the one just told
         )

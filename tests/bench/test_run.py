@@ -420,28 +420,28 @@ def test_a_whole_run(scripted: Bundle, tmp_path: Path) -> None:
     json.dumps(report.to_dict(), allow_nan=False)
 
 
-def test_ours_are_apart_only_where_a_backend_has_twins(
+def test_ours_are_apart_only_where_a_backend_shares_its_weights(
     scripted: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def make(stack: contextlib.ExitStack) -> list[OurContender]:
         return our_contenders(scripted, (1, 3), "onnxruntime", None, 1, stack)
 
     with contextlib.ExitStack() as stack:
-        shared = make(stack)
-        assert [one.apart for one in shared] == [False, False]
-        assert shared[0].generator._backend is shared[1].generator._backend
-    twins = list[ScriptedBackend]()
+        same = make(stack)
+        assert [one.apart for one in same] == [False, False]
+        assert same[0].generator._backend is same[1].generator._backend
+    others = list[ScriptedBackend]()
 
-    def twin(self: ScriptedBackend) -> ScriptedBackend:
-        twins.append(ScriptedBackend(lambda prefix: 1))
-        return twins[-1]
+    def share_weights(self: ScriptedBackend) -> ScriptedBackend:
+        others.append(ScriptedBackend(lambda prefix: 1))
+        return others[-1]
 
-    monkeypatch.setattr(ScriptedBackend, "twin", twin, raising=False)
+    monkeypatch.setattr(ScriptedBackend, "share_weights", share_weights)
     with contextlib.ExitStack() as stack:
         apart = make(stack)
         assert [one.apart for one in apart] == [True, True]
-        assert [apart[1].generator._backend] == twins
-    assert [one.closed for one in twins] == [True]
+        assert [one.generator._backend for one in apart] == others
+    assert [one.closed for one in others] == [True, True]
 
 
 def test_prompts_are_refused_before_the_run(scripted: Bundle) -> None:

@@ -108,7 +108,9 @@ class Told:
 def tokens_of(backend: Any, prompt: list[int], new_tokens: int, widths: list[int], **more: Any) -> Run:
     sequence = Sequence(np.array(prompt, np.int64))
     policy = Told(list(widths))
-    for _ in decode(backend, sequence, max_new_tokens=new_tokens, width=policy, prefill_chunk=CHUNK, **more):
+    for _ in decode(
+        backend, sequence, max_new_tokens=new_tokens, verify_len=policy, prefill_chunk=CHUNK, **more
+    ):
         pass
     return Run(sequence.new_tokens, sequence.accepted_per_step)
 

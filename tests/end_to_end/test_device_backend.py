@@ -105,7 +105,7 @@ def test_random_widths_stops_and_departures(
         leave = data.draw(st.integers(1, 20))
         runs = []
         for backend in (expected, device):
-            steps = decode(backend, Sequence(np.array(prompt)), width=Told(list(widths)), **options)  # type: ignore[arg-type]
+            steps = decode(backend, Sequence(np.array(prompt)), verify_len=Told(list(widths)), **options)  # type: ignore[arg-type]
             runs.append([step for _, step in zip(range(leave), steps, strict=False)])
             steps.close()
         assert runs[0] == runs[1]
@@ -162,7 +162,7 @@ def test_the_next_step_is_launched_before_the_last_is_read(bundle: Bundle) -> No
     counts = []
     sequence = Sequence(np.array(PROMPT))
     before = device.launches
-    for _ in decode(backend, sequence, max_new_tokens=40, width=4, prefill_chunk=CHUNK):
+    for _ in decode(backend, sequence, max_new_tokens=40, verify_len=4, prefill_chunk=CHUNK):
         counts.append(device.launches - before - len(sequence.accepted_per_step))
     assert counts[0] == 0  # the prefill
     assert 1 in counts[1:]
@@ -212,7 +212,7 @@ def test_runs_are_few_whatever_the_prompts_length(bundle: Bundle, expected: Onnx
     """After settling nothing is prepared or captured any more, at any length and width."""
     engines, device = Prepared(bundle), Counting()
     backend = DeviceBackend(bundle, device, engines, name="test", options=DeviceOptions())
-    backend.settle(range(1, 5))
+    backend.warm_up(range(1, 5))
     made, captures = len(engines.runs), device.captures
     assert captures == 4
     assert len(set(engines.runs)) == made
@@ -230,7 +230,7 @@ def test_runs_are_few_whatever_the_prompts_length(bundle: Bundle, expected: Onnx
 def test_a_settled_width_is_one_launch_from_the_first_request_on(bundle: Bundle) -> None:
     device = Counting()
     backend = made(bundle, device, run_ahead=False)
-    backend.settle([3])
+    backend.warm_up([3])
     before, steps = device.launches, tokens_of(backend, PROMPT, 60, [3]).accepted
     assert device.launches - before == len(steps)
 
@@ -239,14 +239,14 @@ def test_a_generator_settles_the_widths_that_it_may_use(bundle: Bundle) -> None:
     for drafts, settled in ((2, {1, 3}), ("auto", {1, 2, 3, 4})):
         backend = on_device(bundle)
         with Generator(bundle, backend, num_draft_tokens=drafts):  # type: ignore[arg-type]
-            assert {w for w in range(1, 5) if backend._runner.settled(w, inject=True)} == settled
+            assert {w for w in range(1, 5) if backend._runner.is_warm(w, inject=True)} == settled
 
 
 def test_settling_where_there_is_hardly_room(bundle: Bundle) -> None:
     for length in (1, 2, 5):
         backend = on_device(bundle, max_seq_len=length)
-        backend.settle(range(1, 5))
-        assert backend._runner.settled(4, inject=True)
+        backend.warm_up(range(1, 5))
+        assert backend._runner.is_warm(4, inject=True)
 
 
 def test_the_engines_say_how_many_rows_a_cache_has(bundle: Bundle, expected: OnnxRuntimeBackend) -> None:
@@ -289,7 +289,7 @@ def test_a_step_that_isnt_finite(
     backend = on_device(bundle, **MODES[mode])
     wanted = tokens_of(expected, PROMPT, 40, [4])
     assert tokens_of(backend, PROMPT, 40, [4]) == wanted
-    steps = decode(backend, Sequence(np.array(PROMPT)), max_new_tokens=40, width=4, prefill_chunk=CHUNK)
+    steps = decode(backend, Sequence(np.array(PROMPT)), max_new_tokens=40, verify_len=4, prefill_chunk=CHUNK)
     next(steps)
     next(steps)
     backend._memory.write(cache, np.full(8, np.nan, np.float32))

@@ -119,7 +119,7 @@ def test_a_seed_gives_the_same_text_however_the_prompt_is_cut(target: Path, bund
                         backend,
                         sequence,
                         max_new_tokens=24,
-                        width=width,
+                        verify_len=width,
                         prefill_chunk=chunk,
                         sampler=sampler,
                     ):
@@ -136,7 +136,7 @@ def test_logits_are_a_view_of_the_last_call(bundle: Bundle, model: torch.nn.Modu
     with torch.inference_mode():
         expected = model(torch.tensor([PROMPT[:4]])).logits[:, -1:].numpy()
     np.testing.assert_allclose(backend.logits(), expected, atol=1e-4)
-    output = backend.step(choice, np.array([4]), width=4, inject=None)
+    output = backend.step(choice, np.array([4]), verify_len=4, inject=None)
     block = [*PROMPT[:4], int(choice[0]), *output.drafted[0].tolist()]
     with torch.inference_mode():
         expected = model(torch.tensor([block])).logits[:, 4:].numpy()

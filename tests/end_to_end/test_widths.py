@@ -57,11 +57,11 @@ class Watched(OnnxRuntimeBackend):
         anchors: IntArray,
         start: IntArray,
         *,
-        width: int,
+        verify_len: int,
         inject: Inject | None,
         sampling: DraftSampling | None = None,
     ) -> StepOutput:
-        output = super().step(anchors, start, width=width, inject=inject, sampling=sampling)
+        output = super().step(anchors, start, verify_len=verify_len, inject=inject, sampling=sampling)
         self.drafts.append((int(start[0]), output.drafted[0]))
         return output
 
@@ -82,10 +82,10 @@ def test_drafts_are_those_of_a_drafter_that_saw_every_row(bundle: Bundle, name: 
     backend = Watched(bundle, threads=1)
     backend.drafts = []
     sequence, widths = Sequence(prompt), Told(PATTERNS[name])
-    for _ in decode(backend, sequence, max_new_tokens=60, width=widths, prefill_chunk=CHUNK):
+    for _ in decode(backend, sequence, max_new_tokens=60, verify_len=widths, prefill_chunk=CHUNK):
         pass
     plain = Sequence(prompt)
-    for _ in decode(backend, plain, max_new_tokens=60, width=1, prefill_chunk=CHUNK):
+    for _ in decode(backend, plain, max_new_tokens=60, verify_len=1, prefill_chunk=CHUNK):
         pass
     assert sequence.new_tokens == plain.new_tokens
     text = np.array([*prompt, *plain.new_tokens])
@@ -97,7 +97,7 @@ def test_drafts_are_those_of_a_drafter_that_saw_every_row(bundle: Bundle, name: 
             chunk = text[None, first : min(first + CHUNK, start)]
             backend.prefill(chunk, np.array([first]), inject=True)
         fresh = OnnxRuntimeBackend.step(
-            backend, text[start : start + 1], np.array([start]), width=tokens.size + 1, inject=None
+            backend, text[start : start + 1], np.array([start]), verify_len=tokens.size + 1, inject=None
         )
         assert fresh.drafted[0].tolist() == tokens.tolist(), f"row {start}"
 
@@ -132,14 +132,14 @@ def test_twins_in_the_middle_of_different_sequences_give_what_they_give_alone(bu
             backend,
             Sequence(np.array(prompts[index])),
             max_new_tokens=150,  # the caches grow on the way
-            width=widths[index],
+            verify_len=widths[index],
             prefill_chunk=CHUNK,
         )
         return (step.token_ids for step in steps)
 
     first = OnnxRuntimeBackend(bundle, threads=1)
     alone = [[*chain.from_iterable(tokens(first, index))] for index in range(3)]
-    twins = [first, first.twin(), first.twin()]
+    twins = [first, first.share_weights(), first.share_weights()]
     together = [list[int]() for _ in twins]
     turns = zip_longest(*(tokens(twin, index) for index, twin in enumerate(twins)), fillvalue=())
     for turn in turns:

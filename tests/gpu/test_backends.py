@@ -87,7 +87,7 @@ def test_a_device_copies_captures_and_waits() -> None:
     captured = device.capture(lambda: device.copy(source, 10, target, 20, 10, 50))
     captured.launch()
     device.download(found, target)
-    device.wait(device.mark())
+    device.wait(device.record_event())
     rows = found.reshape(50, 20)
     assert np.array_equal(rows[:, :10], values[:500].reshape(50, 10))
     assert not rows[:, 10:].any()
@@ -127,7 +127,7 @@ def test_the_fused_target_is_the_plain_one_but_for_rounding(family: str, tmp_pat
         runs.append([run_loop(runner, bundle, PROMPT, 80, width) for width in (1, 2, 4)])
         runner.clear()
         runner.prefill(np.array([PROMPT]), np.array([0]), inject=True)
-        runner.step(np.array([1]), np.array([len(PROMPT)]), width=4, inject=None)
+        runner.step(np.array([1]), np.array([len(PROMPT)]), verify_len=4, inject=None)
         logits.append(runner.logits())
         runner.close()
     assert (runs[0], runs[2]) == (runs[1], runs[3])
@@ -151,7 +151,7 @@ def test_a_poisoned_cache_ends_the_request_and_no_other(backend: str, bundles: A
     runner.prefill(np.array([PROMPT]), np.array([0]), inject=True)
     runner._memory.write("target.value.0", np.full(8, np.nan, np.float32))
     with pytest.raises(NumericalError):
-        runner.step(np.array([1]), np.array([len(PROMPT)]), width=4, inject=None)
+        runner.step(np.array([1]), np.array([len(PROMPT)]), verify_len=4, inject=None)
     runner.clear()
     assert run_loop(runner, bundle, PROMPT, 40, 4) == wanted
     runner.close()

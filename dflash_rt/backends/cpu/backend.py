@@ -29,7 +29,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from dflash_rt.arrays import FloatArray, IntArray
-from dflash_rt.backends.base import Inject, StepOutput
+from dflash_rt.backends.base import Backend, Inject, StepOutput
 from dflash_rt.backends.host_arrays import STORAGE, HostBuffer, zeros
 from dflash_rt.backends.state.window import Window
 from dflash_rt.bundle.graph_names import STEP_GRAPHS, output_name
@@ -45,7 +45,7 @@ __all__ = ["OnnxRuntimeBackend"]
 _BUCKET = 128  # rows that a cache grows by, at least
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(Backend):
     """Backend ``onnxruntime``: see :class:`dflash_rt.backends.base.Backend` for the protocol.
 
     Args:
@@ -118,11 +118,8 @@ class OnnxRuntimeBackend:
         self._window_size = manifest.drafter.sliding_window if manifest.drafter.is_windowed else None
         self._allocate()
 
-    def twin(self) -> OnnxRuntimeBackend:
-        """Another backend on the same sessions, and so the same weights, with buffers and caches of its own.
-
-        Each is closed by itself, and two of them may be in the middle of a sequence at once.
-        """
+    def share_weights(self) -> OnnxRuntimeBackend:
+        """Another backend on the same sessions; see the protocol."""
         other = copy.copy(self)
         other._sessions = dict(self._sessions)
         other._allocate()
@@ -192,24 +189,24 @@ class OnnxRuntimeBackend:
         anchors: IntArray,
         start: IntArray,
         *,
-        width: int,
+        verify_len: int,
         inject: Inject | None,
         sampling: DraftSampling | None = None,
     ) -> StepOutput:
         """Run inject, draft and verify; see the protocol."""
         batch = anchors.shape[0]
-        block = np.full((batch, width), self._mask_token_id, np.int64)
+        block = np.full((batch, verify_len), self._mask_token_id, np.int64)
         block[:, 0] = anchors
         if inject is not None:
             places = self._places(inject.start, inject.rows)
             self._buffers["features"].view(batch, inject.rows)[:] = self._kept[places]
             self._inject(inject.start, batch, inject.rows)
-        if width > 1:
+        if verify_len > 1:
             block[:, 1:] = self._draft(block, start, sampling)
-        proposal = self._proposal(batch, width - 1) if width > 1 and sampling is not None else None
+        proposal = self._proposal(batch, verify_len - 1) if verify_len > 1 and sampling is not None else None
         self._target(block, start)
-        self._kept[self._places(start, width)] = self._buffers["features"].view(batch, width)
-        verified = self._head(self._buffers["hidden"].view(batch, width), "target_head")
+        self._kept[self._places(start, verify_len)] = self._buffers["features"].view(batch, verify_len)
+        verified = self._head(self._buffers["hidden"].view(batch, verify_len), "target_head")
         return StepOutput(drafted=block[:, 1:], verified=verified, proposal=proposal)
 
     def logits(self) -> FloatArray:

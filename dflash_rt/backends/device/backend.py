@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dflash_rt.arrays import FloatArray, IntArray
-from dflash_rt.backends.base import Inject, StepOutput
+from dflash_rt.backends.base import Backend, Inject, StepOutput
 from dflash_rt.backends.device.budget import Budget
-from dflash_rt.backends.device.memory import Memory, Report
+from dflash_rt.backends.device.memory import Memory, Readback
 from dflash_rt.backends.device.planner import Planner
-from dflash_rt.backends.device.protocols import Bytes, Device, Engines, Mark
+from dflash_rt.backends.device.protocols import Bytes, Device, Engines, Event
 from dflash_rt.backends.device.runner import Runner
 from dflash_rt.errors import BackendError, NumericalError
 from dflash_rt.sampling.proposal import DraftSampling, Proposal
@@ -59,21 +59,23 @@ class DeviceOptions:
 
 @dataclass(frozen=True)
 class _Launched:
-    """A step that wasn't read yet: its rows, where its report goes, and when that is there."""
+    """A pass that wasn't read yet: its rows, the staging buffer for its readback, and when that is there."""
 
-    width: int
-    report: Bytes
-    mark: Mark
+    verify_len: int
+    staging: Bytes
+    done: Event
 
 
-class DeviceBackend:
-    """See :class:`dflash_rt.backends.base.AheadBackend` for the protocol.
+class DeviceBackend(Backend):
+    """See :class:`dflash_rt.backends.base.Backend` for the protocol.
 
     ``device`` and ``engines`` are the backend's from now on, and closed with it.
 
     Raises:
         BackendError: something can't be loaded, or doesn't fit into the device's memory.
     """
+
+    max_seq_len: int
 
     def __init__(
         self, bundle: Bundle, device: Device, engines: Engines, *, name: str, options: DeviceOptions
@@ -104,16 +106,15 @@ class DeviceBackend:
         self._memory = memory = Memory(device, planner.layout)
         scratch_address = device.allocate(scratch) if scratch else 0
         self._runner = Runner(device, engines, memory, planner, scratch_address, graphs=options.cuda_graph)
-        self._windows = deque(memory.new_report() for _ in range(_DEPTH))
-        self._logits = memory.new_window("logits")
+        self._staging = deque(memory.new_readback() for _ in range(_DEPTH))
+        self._logits = memory.new_staging("logits")
         self._proposals = {
-            each: memory.new_window(each) for each in ("candidates", "probabilities") if self._selects
+            each: memory.new_staging(each) for each in ("candidates", "probabilities") if self._selects
         }
         self._launched: deque[_Launched] = deque()
         self._seconds = 0.0
         self._logit_rows = 0
         self._sampling_is_greedy = True
-        self._at: tuple[IntArray, IntArray] | None = None  # anchors and start that the device has
         self._furthest = 0  # where the device's next step may begin at most
         self._injects = False
         self._write_constants()
@@ -154,25 +155,22 @@ class DeviceBackend:
                 remedy="shorten the prompt or max_new_tokens, or build with a larger --max-seq-len",
             )
 
-    def settle(self, widths: Iterable[int]) -> None:
-        """Do now what passes do once: make what prefills and steps of these widths run, capture and compare.
-
-        Otherwise the first passes of each kind do it. All memory is zeroed afterwards.
-        """
+    def warm_up(self, verify_lens: Iterable[int]) -> None:
+        """Make what prefills and such steps run, capture their graphs and compare them; see the protocol."""
         for rows in self._planner.prefill_rows:
             self._prefill_anything(rows)
-        for width in widths:
-            self._settle_steps(width)
+        for verify_len in verify_lens:
+            self._warm_up_steps(verify_len)
         self.clear()
 
-    def _settle_steps(self, width: int) -> None:
+    def _warm_up_steps(self, verify_len: int) -> None:
         self._furthest = self.max_seq_len  # no room: begin anew
-        while not self._runner.settled(width, inject=True):
+        while not self._runner.is_warm(verify_len, inject=True):
             if self._furthest < self.max_seq_len:
-                self.launch(width)
+                self.launch(verify_len)
             else:
                 self._prefill_anything(1)
-                self.launch(width, np.zeros(1, np.int64), np.ones(1, np.int64))
+                self.launch(verify_len, np.zeros(1, np.int64), np.ones(1, np.int64))
             self.collect()
 
     def _prefill_anything(self, rows: int) -> None:
@@ -198,18 +196,18 @@ class DeviceBackend:
                 self._runner.prefill(rows, used, inject=inject)
                 done += used
             launched = self._read_later(0)
-            report = self._wait(launched)
-        self._at, self._injects = None, inject
-        self._check_finite(report, drafted=False)
+            readback = self._wait(launched)
+        self._injects = inject
+        self._check_finite(readback, drafted=False)
         self._logit_rows = 1
-        return report.rows("token_ids", 1)[:, 0]
+        return readback.rows("token_ids", 1)[:, 0]
 
     def step(
         self,
         anchors: IntArray,
         start: IntArray,
         *,
-        width: int,
+        verify_len: int,
         inject: Inject | None,
         sampling: DraftSampling | None = None,
     ) -> StepOutput:
@@ -219,13 +217,13 @@ class DeviceBackend:
         before it, unless nothing is drafted in this sequence.
         """
         self._forget()
-        self._launch(width, anchors, start, sampling)
+        self._launch(verify_len, anchors, start, sampling)
         output = self.collect()
-        if sampling is None or not self._selects or width == 1:
+        if sampling is None or not self._selects or verify_len == 1:
             return output
-        return StepOutput(output.drafted, output.verified, self._proposal(width - 1))
+        return StepOutput(output.drafted, output.verified, self._proposal(verify_len - 1))
 
-    def launch(self, width: int, anchors: IntArray | None = None, start: IntArray | None = None) -> None:
+    def launch(self, verify_len: int, anchors: IntArray | None = None, start: IntArray | None = None) -> None:
         """Enqueue a greedy step; see the protocol."""
         if len(self._launched) >= _DEPTH:
             raise BackendError(
@@ -236,34 +234,37 @@ class DeviceBackend:
             )
         if anchors is not None:
             self._forget()
-        self._launch(width, anchors, start, None)
+        self._launch(verify_len, anchors, start, None)
 
     def _launch(
-        self, width: int, anchors: IntArray | None, start: IntArray | None, sampling: DraftSampling | None
+        self,
+        verify_len: int,
+        anchors: IntArray | None,
+        start: IntArray | None,
+        sampling: DraftSampling | None,
     ) -> None:
         with self._timed():
             if self._selects:
-                self._set_sampling(sampling, width)
+                self._set_sampling(sampling, verify_len)
             if anchors is not None and start is not None:
-                self._place(anchors, start)
+                self._memory.write("anchors", anchors)
+                self._memory.write("start", start)
+                self._furthest = int(start.max())
             self._check_room(self._furthest)
-            self._runner.step(width, inject=self._injects or width > 1)
-            self._launched.append(self._read_later(width))
-            self._furthest += width
-            self._at = None
+            self._runner.step(verify_len, inject=self._injects or verify_len > 1)
+            self._launched.append(self._read_later(verify_len))
+            self._furthest += verify_len
 
     def collect(self) -> StepOutput:
         """Read the oldest step that was launched; see the protocol."""
         with self._timed():
             launched = self._launched.popleft()
-            report, width = self._wait(launched), launched.width
-        self._check_finite(report, drafted=width > 1)
-        start = report.values["start"]
-        self._furthest = int(start.max()) + sum(step.width for step in self._launched)
-        if not self._launched:
-            self._at = report.values["anchors"], start
-        self._logit_rows = 0 if self._launched else width
-        return StepOutput(report.rows("block", width)[:, 1:], report.rows("token_ids", width))
+            readback, verify_len = self._wait(launched), launched.verify_len
+        self._check_finite(readback, drafted=verify_len > 1)
+        start = readback.values["start"]
+        self._furthest = int(start.max()) + sum(step.verify_len for step in self._launched)
+        self._logit_rows = 0 if self._launched else verify_len
+        return StepOutput(readback.rows("block", verify_len)[:, 1:], readback.rows("token_ids", verify_len))
 
     def logits(self) -> FloatArray:
         """A copy; see the protocol."""
@@ -276,14 +277,14 @@ class DeviceBackend:
                 remedy="use step() where logits are wanted",
             )
         self._memory.read("logits", self._logits)
-        self._device.wait(self._device.mark())
+        self._device.wait(self._device.record_event())
         batch, _, vocab = self._memory.layout.buffers["logits"].shape
         logits: FloatArray = self._memory.as_array("logits", self._logits, (batch, rows, vocab)).copy()
         return logits
 
     def clear(self) -> None:
         """Wait for what runs, and zero all memory."""
-        self._device.wait(self._device.mark())
+        self._device.wait(self._device.record_event())
         self._reset()
         self._memory.zero_all()
         self._write_constants()
@@ -302,9 +303,8 @@ class DeviceBackend:
     def _reset(self) -> None:
         """Nothing runs, and nothing is known of where the device stands."""
         for step in self._launched:
-            self._windows.append(step.report)
+            self._staging.append(step.staging)
         self._launched.clear()
-        self._at = None
         self._furthest = self._logit_rows = 0
         self._injects = False
 
@@ -312,14 +312,6 @@ class DeviceBackend:
         for name, buffer in self._memory.layout.buffers.items():
             if name.startswith("draft_ids."):
                 self._memory.write(name, np.full(buffer.shape, self._mask_token_id, np.int64))
-
-    def _place(self, anchors: IntArray, start: IntArray) -> None:
-        """Make the device stand at ``start``, unless it does."""
-        at = self._at
-        if at is None or not np.array_equal(at[0], anchors) or not np.array_equal(at[1], start):
-            self._memory.write("anchors", anchors)
-            self._memory.write("start", start)
-        self._furthest = int(start.max())
 
     def _check_room(self, end: int) -> None:
         """There must be room for a block behind ``end``. A write behind a cache would hit other memory."""
@@ -332,21 +324,23 @@ class DeviceBackend:
             )
 
     def _forget(self) -> None:
-        """Wait for steps that nobody will read. If one of them failed, what it wrote must go."""
+        """Wait for steps that nobody will read. If one of them failed, what it wrote must go.
+
+        Otherwise it lies where they began, and is overwritten.
+        """
         failed = False
         while self._launched:
             step = self._launched.popleft()
-            failed |= bool(self._wait(step).bad_slots(drafted=step.width > 1))
-            self._at = None  # what is injected next lies where they began, and is overwritten
+            failed |= bool(self._wait(step).bad_slots(drafted=step.verify_len > 1))
         if failed:
             self.clear()
 
-    def _set_sampling(self, sampling: DraftSampling | None, width: int) -> None:
-        if width == 1:
+    def _set_sampling(self, sampling: DraftSampling | None, verify_len: int) -> None:
+        if verify_len == 1:
             return  # nothing is drafted
         if sampling is not None:
             self._memory.write("temperature", sampling.temperature)
-            self._memory.write("uniforms", sampling.uniforms[:, : width - 1])
+            self._memory.write("uniforms", sampling.uniforms[:, : verify_len - 1])
         elif not self._sampling_is_greedy:
             self._memory.write(
                 "temperature", np.zeros(self._memory.layout.buffers["temperature"].shape[0], np.float32)
@@ -355,25 +349,25 @@ class DeviceBackend:
 
     def _proposal(self, drafts: int) -> Proposal:
         arrays = []
-        for name, window in self._proposals.items():
-            self._memory.read(name, window)
-            self._device.wait(self._device.mark())
+        for name, staging in self._proposals.items():
+            self._memory.read(name, staging)
+            self._device.wait(self._device.record_event())
             batch, _, count = self._memory.layout.buffers[name].shape
-            arrays.append(self._memory.as_array(name, window, (batch, drafts, count)).copy())
+            arrays.append(self._memory.as_array(name, staging, (batch, drafts, count)).copy())
         return Proposal(*arrays)
 
-    def _read_later(self, width: int) -> _Launched:
-        report = self._windows.popleft()
-        self._memory.read_report(report)
-        return _Launched(width, report, self._device.mark())
+    def _read_later(self, verify_len: int) -> _Launched:
+        staging = self._staging.popleft()
+        self._memory.read_back(staging)
+        return _Launched(verify_len, staging, self._device.record_event())
 
-    def _wait(self, launched: _Launched) -> Report:
-        self._device.wait(launched.mark)
-        self._windows.append(launched.report)
-        return self._memory.report(launched.report)
+    def _wait(self, launched: _Launched) -> Readback:
+        self._device.wait(launched.done)
+        self._staging.append(launched.staging)
+        return self._memory.readback(launched.staging)
 
-    def _check_finite(self, report: Report, *, drafted: bool) -> None:
-        bad = report.bad_slots(drafted=drafted)
+    def _check_finite(self, readback: Readback, *, drafted: bool) -> None:
+        bad = readback.bad_slots(drafted=drafted)
         if bad:
             raise NumericalError(
                 "a step gave logits that are not finite",

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dflash_rt.backends.device.protocols import Bytes, Captured, Mark, Work
+from dflash_rt.backends.device.protocols import Bytes, Captured, Event, Work
 from dflash_rt.errors import BackendUnavailableError, DeviceError
 
 __all__ = ["CudaDevice"]
@@ -17,7 +17,7 @@ __all__ = ["CudaDevice"]
 _MODULE = "cuda.bindings.runtime"
 
 
-class _Event:
+class _CudaEvent:
     """A recorded event. It goes back to the pool when nobody can wait for it any more."""
 
     def __init__(self, handle: Any, pool: list[Any]) -> None:
@@ -151,21 +151,21 @@ class CudaDevice:
         self.check("cudaGraphUpload", executable, self.handle)
         return _Graph(self, executable)
 
-    def mark(self) -> Mark:
+    def record_event(self) -> Event:
         """Record an event."""
         if self._idle_events:
             handle = self._idle_events.pop()
         else:
             handle = self.check("cudaEventCreateWithFlags", self._runtime.cudaEventDisableTiming)
             self._events.append(handle)
-        event = _Event(handle, self._idle_events)
+        event = _CudaEvent(handle, self._idle_events)
         self.check("cudaEventRecord", handle, self.handle)
         return event
 
-    def wait(self, mark: Mark) -> None:
+    def wait(self, event: Event) -> None:
         """Wait for an event."""
-        assert isinstance(mark, _Event)
-        self.check("cudaEventSynchronize", mark.handle)
+        assert isinstance(event, _CudaEvent)
+        self.check("cudaEventSynchronize", event.handle)
 
     def drain(self) -> None:
         """Wait for the stream. Nothing is raised, as in :meth:`close`."""

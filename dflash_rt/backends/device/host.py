@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from dflash_rt.backends.device.plan import ALIGNMENT
-from dflash_rt.backends.device.protocols import Bytes, Captured, Mark, Work
+from dflash_rt.backends.device.protocols import Bytes, Captured, Event, Work
 from dflash_rt.errors import BackendError
 
 __all__ = ["HostDevice", "Recorded"]
 
 
 @dataclass
-class _Mark:
+class _HostEvent:
     reached: bool = False
 
     def __call__(self) -> None:
@@ -110,17 +110,17 @@ class HostDevice:
             self._recording = None
         return Recorded(self._queue, tuple(recorded))
 
-    def mark(self) -> Mark:
-        """Enqueue a mark."""
-        mark = _Mark()
-        self._add(mark)
-        return mark
+    def record_event(self) -> Event:
+        """Enqueue an event."""
+        event = _HostEvent()
+        self._add(event)
+        return event
 
-    def wait(self, mark: Mark) -> None:
-        """Do the work up to the mark. What fails takes the rest of the queue with it."""
-        assert isinstance(mark, _Mark)
+    def wait(self, event: Event) -> None:
+        """Do the work up to the event. What fails takes the rest of the queue with it."""
+        assert isinstance(event, _HostEvent)
         try:
-            while self._queue and not mark.reached:
+            while self._queue and not event.reached:
                 self._queue.popleft()()
         except BaseException:
             self._queue.clear()

@@ -1,4 +1,4 @@
-"""The buffers of a plan on a device, and the host's windows on them."""
+"""The buffers of a plan on a device, and the host's staging buffers for them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy.typing as npt
 
 from dflash_rt.arrays import IntArray
 from dflash_rt.backends.device.plan import Copy, Layout
-from dflash_rt.backends.device.protocols import Bytes, Device, Mark
+from dflash_rt.backends.device.protocols import Bytes, Device, Event
 
-__all__ = ["Memory", "Report"]
+__all__ = ["Memory", "Readback"]
 
 _NUMPY = {"int64": np.int64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
 @dataclass(frozen=True)
-class Report:
+class Readback:
     """What the host reads after a pass. The arrays are copies; each int64, slots first."""
 
     values: dict[str, IntArray]
@@ -44,7 +44,7 @@ class Memory:
         self.layout = layout
         self._device = device
         self._base = device.allocate(layout.nbytes)
-        self._inbox: dict[str, tuple[Bytes, Mark | None]] = {}
+        self._inbox: dict[str, tuple[Bytes, Event | None]] = {}
 
     def address(self, name: str) -> int:
         """Where a buffer begins."""
@@ -52,46 +52,46 @@ class Memory:
 
     def write(self, name: str, values: npt.NDArray[Any]) -> None:
         """Enqueue an upload to the beginning of a buffer; ``values`` may change afterwards."""
-        pinned, mark = self._inbox.get(name, (None, None))
+        pinned, event = self._inbox.get(name, (None, None))
         if pinned is None:
             pinned = self._device.pinned(self.layout.buffers[name].nbytes)
-        if mark is not None:
-            self._device.wait(mark)  # long past, except when the host writes twice in a row
+        if event is not None:
+            self._device.wait(event)  # long past, except when the host writes twice in a row
         source = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         pinned[: source.size] = source
         self._device.upload(self.address(name), pinned[: source.size])
-        self._inbox[name] = pinned, self._device.mark()
+        self._inbox[name] = pinned, self._device.record_event()
 
-    def read(self, name: str, target: Bytes) -> None:
-        """Enqueue a download of the first ``target.size`` bytes of a buffer into pinned memory."""
-        self._device.download(target, self.address(name))
+    def read(self, name: str, staging: Bytes) -> None:
+        """Enqueue a download of the first ``staging.size`` bytes of a buffer."""
+        self._device.download(staging, self.address(name))
 
-    def new_window(self, *names: str) -> Bytes:
-        """Pinned memory as large as the largest of some buffers."""
+    def new_staging(self, *names: str) -> Bytes:
+        """Pinned memory (a staging buffer) as large as the largest of some buffers."""
         return self._device.pinned(max(self.layout.buffers[name].nbytes for name in names))
 
-    def new_report(self) -> Bytes:
-        """Pinned memory for a report."""
-        return self._device.pinned(self.layout.report[1])
+    def new_readback(self) -> Bytes:
+        """Pinned memory for what a pass leaves for the host."""
+        return self._device.pinned(self.layout.readback[1])
 
-    def read_report(self, target: Bytes) -> None:
-        """Enqueue a download of the report."""
-        self._device.download(target, self._base + self.layout.report[0])
+    def read_back(self, staging: Bytes) -> None:
+        """Enqueue a download of it into such memory."""
+        self._device.download(staging, self._base + self.layout.readback[0])
 
-    def report(self, window: Bytes) -> Report:
-        """What a downloaded report says."""
-        begin, _ = self.layout.report
+    def readback(self, staging: Bytes) -> Readback:
+        """What was downloaded, by buffer."""
+        begin, _ = self.layout.readback
         values = {}
         for name, buffer in self.layout.buffers.items():
-            if buffer.kind == "report":
+            if buffer.kind == "readback":
                 at = self.layout.offsets[name] - begin
-                values[name] = window[at : at + buffer.nbytes].view(np.int64).reshape(buffer.shape).copy()
-        return Report(values)
+                values[name] = staging[at : at + buffer.nbytes].view(np.int64).reshape(buffer.shape).copy()
+        return Readback(values)
 
-    def as_array(self, name: str, window: Bytes, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    def as_array(self, name: str, staging: Bytes, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """A view of downloaded bytes; bfloat16 comes as its bits."""
         dtype = np.dtype(_NUMPY[self.layout.buffers[name].dtype])
-        return window[: int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
+        return staging[: int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
 
     def copy(self, copy: Copy) -> None:
         """Enqueue a copy of a plan."""

@@ -28,7 +28,7 @@ __all__ = ["Binding", "Buffer", "Copy", "Layout", "Operation", "Run", "item_size
 ALIGNMENT = 256
 _ITEM_SIZES = {"float32": 4, "int64": 8, "float16": 2, "bfloat16": 2}
 
-BufferKind: TypeAlias = Literal["cache", "state", "constant", "activation", "report"]
+BufferKind: TypeAlias = Literal["cache", "state", "constant", "activation", "readback"]
 
 
 def item_size(dtype: str) -> int:
@@ -40,7 +40,7 @@ def item_size(dtype: str) -> int:
 class Buffer:
     """Memory of one tensor at its largest; a smaller shape uses its beginning.
 
-    ``kind``: ``cache``; ``state`` moves from step to step; ``constant`` is written at load; ``report`` is
+    ``kind``: ``cache``; ``state`` moves from step to step; ``constant`` is written at load; ``readback`` is
     what the host reads after a pass; every other is an ``activation``.
     """
 
@@ -94,7 +94,7 @@ Operation: TypeAlias = Run | Copy
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every buffer lies in one allocation. Those of the report are next to each other."""
+    """Where every buffer lies in one allocation. Those that the host reads back are next to each other."""
 
     buffers: dict[str, Buffer]
     offsets: dict[str, int]
@@ -102,8 +102,8 @@ class Layout:
 
     @classmethod
     def of(cls, buffers: Iterable[Buffer]) -> Layout:
-        """Lay buffers out, aligned, those of the report last."""
-        ordered = sorted(buffers, key=lambda buffer: buffer.kind == "report")
+        """Lay buffers out, aligned, those that the host reads back last."""
+        ordered = sorted(buffers, key=lambda buffer: buffer.kind == "readback")
         offsets, at = {}, 0
         for buffer in ordered:
             offsets[buffer.name] = at
@@ -111,9 +111,9 @@ class Layout:
         return cls({buffer.name: buffer for buffer in ordered}, offsets, at)
 
     @property
-    def report(self) -> tuple[int, int]:
+    def readback(self) -> tuple[int, int]:
         """Offset and bytes of all that the host reads."""
-        begin = min(self.offsets[name] for name, buffer in self.buffers.items() if buffer.kind == "report")
+        begin = min(self.offsets[name] for name, buffer in self.buffers.items() if buffer.kind == "readback")
         return begin, self.nbytes - begin
 
     def bytes_of(self, *kinds: BufferKind) -> int:

@@ -66,9 +66,9 @@ class Planner:
         self._draft_head = "draft_lm_head" if "draft_lm_head" in manifest.graphs else "lm_head"
         self.layout = Layout.of(self._buffers())
 
-    def draft_rows(self, width: int) -> int:
-        """Rows of the draft pass of a step of ``width`` rows."""
-        return width - 1 + self._silent
+    def draft_rows(self, verify_len: int) -> int:
+        """Rows of the draft pass of a step of ``verify_len`` rows."""
+        return verify_len - 1 + self._silent
 
     # --- Plans ---
 
@@ -98,29 +98,29 @@ class Planner:
         ]
         return tuple(plan)
 
-    def step(self, width: int, *, inject: bool) -> tuple[Operation, ...]:
+    def step(self, verify_len: int, *, inject: bool) -> tuple[Operation, ...]:
         """Inject the features of the last pass, draft, verify, accept, and move on."""
         plan: list[Operation] = []
         if inject:
             plan.append(self._run("inject", self.block_size, {"start": "inject_start"}))
-        if width > 1:
-            plan += self._draft(width)
-            plan.append(self._copy_rows("drafted", width - 1, 0, "block", width, 1, width - 1))
+        if verify_len > 1:
+            plan += self._draft(verify_len)
+            plan.append(self._copy_rows("drafted", verify_len - 1, 0, "block", verify_len, 1, verify_len - 1))
         plan += [
-            self._copy_rows("anchors", 1, 0, "block", width, 0, 1),
-            self._run("embed", width, {"input_ids": "block"}),
-            self._run("target", width),
-            self._run("lm_head", width),
-            self._run("accept", width, _NEXT),
+            self._copy_rows("anchors", 1, 0, "block", verify_len, 0, 1),
+            self._run("embed", verify_len, {"input_ids": "block"}),
+            self._run("target", verify_len),
+            self._run("lm_head", verify_len),
+            self._run("accept", verify_len, _NEXT),
             self._copy_rows("start", 1, 0, "inject_start", 1, 0, 1),
             self._copy_rows("next_start", 1, 0, "start", 1, 0, 1),
             self._copy_rows("next_anchors", 1, 0, "anchors", 1, 0, 1),
         ]
         return tuple(plan)
 
-    def _draft(self, width: int) -> Iterator[Operation]:
-        """Fill ``drafted`` with ``width - 1`` tokens."""
-        rows, drafts = self.draft_rows(width), width - 1
+    def _draft(self, verify_len: int) -> Iterator[Operation]:
+        """Fill ``drafted`` with ``verify_len - 1`` tokens."""
+        rows, drafts = self.draft_rows(verify_len), verify_len - 1
         ids, hidden, logits = f"draft_ids.{rows}", "draft_hidden", "draft_logits"
         yield self._copy_rows("anchors", 1, 0, ids, rows, 0, 1)  # the other columns are masks, always
         yield self._run(self._draft_embed, rows, {"input_ids": ids})
@@ -181,8 +181,8 @@ class Planner:
             for name in ("temperature", "uniforms", "candidates", "probabilities"):
                 yield self._buffer("select", name, drafts)
         yield self._buffer(self._draft_head, "token_ids", drafts, "drafted")
-        for width in range(2, block + 1):
-            rows = self.draft_rows(width)
+        for verify_len in range(2, block + 1):
+            rows = self.draft_rows(verify_len)
             yield self._buffer(self._draft_embed, "input_ids", rows, f"draft_ids.{rows}", "constant")
         yield Buffer("offset", "int64", (self._batch,), "constant")
         for name in ("next_start", "next_anchors"):
@@ -192,10 +192,10 @@ class Planner:
         for name in STATE:
             yield Buffer(f"saved.{name}", "int64", (self._batch,))
         yield from self._caches()
-        yield self._buffer("accept", "block", block, "block", "report")
-        yield self._buffer("accept", "token_ids", block, "token_ids", "report")
+        yield self._buffer("accept", "block", block, "block", "readback")
+        yield self._buffer("accept", "token_ids", block, "token_ids", "readback")
         for name in (*STATE, "accepted", "finite", "draft_finite"):
-            yield Buffer(name, "int64", (self._batch,), "report")
+            yield Buffer(name, "int64", (self._batch,), "readback")
 
     def _caches(self) -> Iterator[Buffer]:
         for graph in ("target", "draft"):

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dflash_rt.backends.device.plan import Run
 
-__all__ = ["Bytes", "Captured", "Device", "Engines", "Mark", "Work"]
+__all__ = ["Bytes", "Captured", "Device", "Engines", "Event", "Work"]
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Work: TypeAlias = Callable[[], None]
@@ -23,7 +23,7 @@ class Captured(Protocol):
         """Enqueue all of it."""
 
 
-class Mark(Protocol):
+class Event(Protocol):
     """A place in the stream that the host can wait for."""
 
 
@@ -31,8 +31,8 @@ class Device(Protocol):
     """Memory and one stream of work, done in order, later than it is asked for.
 
     What enqueues returns at once. Host memory given to :meth:`upload` and :meth:`download` is :meth:`pinned`
-    memory, and is left alone until a later :meth:`mark` was waited for. Addresses are those of the device.
-    Raises BackendError for whatever fails, perhaps later than the call that caused it.
+    memory, and is left alone until a later event (:meth:`record_event`) was waited for. Addresses are those
+    of the device. Raises BackendError for whatever fails, perhaps later than the call that caused it.
     """
 
     @property
@@ -72,11 +72,11 @@ class Device(Protocol):
     def capture(self, record: Work) -> Captured:
         """Call ``record``, and keep what it enqueues instead of doing it. Only copies, zeroing and runs."""
 
-    def mark(self) -> Mark:
-        """Mark the place after everything that was enqueued so far."""
+    def record_event(self) -> Event:
+        """The place after everything that was enqueued so far."""
 
-    def wait(self, mark: Mark) -> None:
-        """Wait until everything before ``mark`` is done. Its downloads are then in host memory."""
+    def wait(self, event: Event) -> None:
+        """Wait until everything before ``event`` is done. Its downloads are then in host memory."""
 
     def drain(self) -> None:
         """Wait for what runs, so that it can be taken apart. Raises nothing."""

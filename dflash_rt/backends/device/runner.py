@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dflash_rt.arrays import FloatArray
-from dflash_rt.backends.device.memory import Memory, Report
+from dflash_rt.backends.device.memory import Memory, Readback
 from dflash_rt.backends.device.plan import Copy, Operation, Run
 from dflash_rt.backends.device.planner import STATE, Planner
 from dflash_rt.backends.device.protocols import Captured, Device, Engines, Work
@@ -23,7 +23,7 @@ __all__ = ["Runner"]
 # isn't moved on shows only where the next one is another token, and drafts that aren't written only where
 # they aren't the zeros that were put there: such steps are waited for, within reason.
 _COMPARED, _MOST_COMPARED = 2, 8
-# Besides the report: what no token may show. The buffer, and the one that has the size of a block of it.
+# Besides the readback: what no token may show. The buffer, and the one that has the size of a block of it.
 _SEEN = {"features": "saved.features", "draft_hidden": "draft_hidden"}
 _ROUNDING = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.02}  # of the largest value
 
@@ -78,19 +78,19 @@ class Runner:
         self._graphs = graphs
         self._prepared: dict[Run, Work] = {}
         self._steps: dict[tuple[int, bool], _Step] = {}
-        self._reports = [memory.new_report() for _ in range(2)]
-        self._seen = [{name: memory.new_window(name) for name in _SEEN.values()} for _ in range(2)]
+        self._readbacks = [memory.new_readback() for _ in range(2)]
+        self._seen = [{name: memory.new_staging(name) for name in _SEEN.values()} for _ in range(2)]
 
     def prefill(self, rows: int, used: int, *, inject: bool) -> None:
         """Enqueue a prefill pass of ``rows`` rows, of which the first ``used`` are the prompt's."""
         self._enqueue(self._planner.prefill(rows, used, inject=inject))
 
-    def step(self, width: int, *, inject: bool) -> None:
+    def step(self, verify_len: int, *, inject: bool) -> None:
         """Enqueue a step: one launch, once its graph was captured and compared."""
-        key = width, inject
+        key = verify_len, inject
         step = self._steps.get(key)
         if step is None:
-            operations = self._planner.step(width, inject=inject)
+            operations = self._planner.step(verify_len, inject=inject)
             step = self._steps[key] = _Step(operations, scratch=_computed(operations))
         if not self._graphs or not step.warm:
             step.warm = True
@@ -103,11 +103,11 @@ class Runner:
         if step.trusted:
             step.captured.launch()
         else:
-            self._compare(step, step.captured, width)
+            self._compare(step, step.captured, verify_len)
 
-    def settled(self, width: int, *, inject: bool) -> bool:
-        """Whether such a step has nothing left that is done only once."""
-        step = self._steps.get((width, inject))
+    def is_warm(self, verify_len: int, *, inject: bool) -> bool:
+        """Whether such a step has nothing left to do that is done only once."""
+        step = self._steps.get((verify_len, inject))
         return step is not None and (step.trusted if self._graphs else step.warm)
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ class Runner:
 
     # --- Is the graph the step? ---
 
-    def _compare(self, step: _Step, captured: Captured, width: int) -> None:
+    def _compare(self, step: _Step, captured: Captured, verify_len: int) -> None:
         """Launch the graph, then do the step again by its operations, whose results stay. Waits for both."""
         self._save("saved.{}", "{}")
         by_graph = self._observe(0, step, captured.launch)
@@ -141,20 +141,23 @@ class Runner:
             for name, values in by_operations.values.items()
             if not np.array_equal(values, by_graph.values[name])
         ]
-        rows = {"features": width, "draft_hidden": self._planner.draft_rows(width) if width > 1 else 0}
+        rows = {
+            "features": verify_len,
+            "draft_hidden": self._planner.draft_rows(verify_len) if verify_len > 1 else 0,
+        }
         differing += [name for name, count in rows.items() if count and not self._same(name, count)]
         if differing:
             raise BackendError(
-                f"the captured graph of a step of {width} rows isn't that step",
+                f"the captured graph of a step of {verify_len} rows isn't that step",
                 found="it left other values in " + ", ".join(differing),
                 expected="those of the same operations one by one, from the same state",
                 remedy="run without graphs (cuda_graph=False), and report this; kernels whose results vary "
                 "from run to run look the same where two tokens are nearly as likely",
             )
         step.compared += 1
-        block = by_operations.rows("block", width)
+        block = by_operations.rows("block", verify_len)
         step.anchor_moved |= not np.array_equal(block[:, 0], by_operations.values["anchors"])
-        step.drafts_show |= width == 1 or bool(block[:, 1:].any())
+        step.drafts_show |= verify_len == 1 or bool(block[:, 1:].any())
 
     def _save(self, target: str, source: str) -> None:
         """Copy what a step starts from, or put it back."""
@@ -164,7 +167,7 @@ class Runner:
                 Copy(source.format(name), 0, size, target.format(name), 0, size, size, height=1)
             )
 
-    def _observe(self, slot: int, step: _Step, launch: Work) -> Report:
+    def _observe(self, slot: int, step: _Step, launch: Work) -> Readback:
         for name in step.scratch:
             self._memory.zero(name)
         for operation in step.operations:
@@ -172,18 +175,18 @@ class Runner:
                 # Of these only the anchor's column is written, the others stay.
                 self._memory.copy(replace(operation, source="offset", source_at=0))
         launch()
-        self._memory.read_report(self._reports[slot])
-        for name, window in _SEEN.items():
-            self._memory.read(name, self._seen[slot][window])
-        self._device.wait(self._device.mark())
-        return self._memory.report(self._reports[slot])
+        self._memory.read_back(self._readbacks[slot])
+        for name, buffer in _SEEN.items():
+            self._memory.read(name, self._seen[slot][buffer])
+        self._device.wait(self._device.record_event())
+        return self._memory.readback(self._readbacks[slot])
 
     def _same(self, name: str, rows: int) -> bool:
         """Up to what kernels may round differently from run to run."""
         spec = self._memory.layout.buffers[_SEEN[name]]
         shape = (spec.shape[0], rows, *spec.shape[2:])
         first, second = (
-            _floats(self._memory.as_array(name, windows[_SEEN[name]], shape)) for windows in self._seen
+            _floats(self._memory.as_array(name, staging[_SEEN[name]], shape)) for staging in self._seen
         )
         error = float(np.abs(first - second).max())
         return error <= _ROUNDING[spec.dtype] * float(np.abs(second).max())  # also False for NaN

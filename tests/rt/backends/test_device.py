@@ -58,7 +58,7 @@ def pinned(device: Device, values: bytes) -> Any:
 def read(device: Device, address: int, count: int) -> bytes:
     target = device.pinned(count)
     device.download(target, address)
-    device.wait(device.mark())
+    device.wait(device.record_event())
     return target.tobytes()
 
 
@@ -115,16 +115,18 @@ def test_closing_twice(device: Device) -> None:
 
 
 def test_what_is_written_may_change_at_once(device: Device) -> None:
-    memory = Memory(device, Layout.of([Buffer("a", "int64", (1, 2)), Buffer("b", "int64", (1, 2), "report")]))
+    memory = Memory(
+        device, Layout.of([Buffer("a", "int64", (1, 2)), Buffer("b", "int64", (1, 2), "readback")])
+    )
     values = np.array([[1, 2]])
     memory.write("a", values)
     memory.copy(Copy("a", 0, 16, "b", 0, 16, 16, 1))
     values[:] = 3
     memory.write("a", values)
-    window = memory.new_report()
-    memory.read_report(window)
-    device.wait(device.mark())
-    assert memory.report(window).rows("b", 2).tolist() == [[1, 2]]
+    window = memory.new_readback()
+    memory.read_back(window)
+    device.wait(device.record_event())
+    assert memory.readback(window).rows("b", 2).tolist() == [[1, 2]]
 
 
 # --- The host ---
@@ -149,7 +151,7 @@ def test_what_fails_takes_the_queue_with_it() -> None:
     device.call(fail)
     device.upload(address, pinned(device, b"x"))
     with pytest.raises(BackendError, match="a graph failed"):
-        device.wait(device.mark())
+        device.wait(device.record_event())
     assert read(device, address, 1) == b"\0"
 
 
@@ -170,7 +172,7 @@ def test_cuda_frees_all_that_it_made(runtime: FakeRuntime) -> None:
     assert runtime.live[device.stream] == "stream"
     address = device.allocate(8)
     device.capture(lambda: device.zero(address, 8)).launch()
-    device.wait(device.mark())
+    device.wait(device.record_event())
     device.pinned(8)
     assert set(runtime.live.values()) == {"memory", "pinned", "stream", "event", "executable"}
     device.close()
@@ -180,8 +182,8 @@ def test_cuda_frees_all_that_it_made(runtime: FakeRuntime) -> None:
 def test_cuda_events_are_used_again(runtime: FakeRuntime) -> None:
     device = CudaDevice("tensorrt")
     for _ in range(5):
-        device.wait(device.mark())
-    kept = [device.mark(), device.mark()]
+        device.wait(device.record_event())
+    kept = [device.record_event(), device.record_event()]
     assert runtime.calls.count("cudaEventCreateWithFlags") == len(kept)
 
 
@@ -211,7 +213,7 @@ def test_every_status_is_looked_at(function: str, runtime: FakeRuntime) -> None:
         device.upload(address, memory)
         device.copy(address, 4, address + 2, 4, 2, 2)
         device.capture(lambda: device.zero(address, 8)).launch()
-        device.wait(device.mark())
+        device.wait(device.record_event())
         device.free_bytes()
     assert "words of the driver" in str(caught.value)
 
@@ -243,16 +245,16 @@ def test_the_stand_in_is_the_real_runtimes() -> None:
 
 def test_the_report_is_one_piece_and_nothing_overlaps() -> None:
     buffers = [
-        Buffer("a", "int64", (3,), "report"),
+        Buffer("a", "int64", (3,), "readback"),
         Buffer("cache", "float16", (1, 2, 300, 4), "cache"),
-        Buffer("b", "int64", (40,), "report"),
+        Buffer("b", "int64", (40,), "readback"),
         Buffer("c", "float32", (7,)),
     ]
     layout = Layout.of(buffers)
     ends = sorted((layout.offsets[b.name], layout.offsets[b.name] + b.nbytes) for b in buffers)
     assert all(before[1] <= after[0] for before, after in pairwise(ends))
     assert all(offset % ALIGNMENT == 0 for offset in layout.offsets.values())
-    begin, size = layout.report
+    begin, size = layout.readback
     assert {name for name, offset in layout.offsets.items() if begin <= offset < begin + size} == {"a", "b"}
     assert begin + size == layout.nbytes
     assert Budget.of(layout, weights=5, scratch=7).total == layout.nbytes + 12

@@ -53,7 +53,7 @@ def run(
             backend,
             sequence() if state is None else state,
             max_new_tokens=max_new_tokens,
-            width=width,
+            verify_len=width,
             prefill_chunk=prefill_chunk,
             stop_token_ids=frozenset(stop),
         )
@@ -94,12 +94,12 @@ def test_plain_decoding_never_drafts_or_injects() -> None:
             anchors: IntArray,
             start: IntArray,
             *,
-            width: int,
+            verify_len: int,
             inject: Inject | None,
             sampling: DraftSampling | None = None,
         ) -> StepOutput:
-            assert (width, inject) == (1, None)
-            return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
+            assert (verify_len, inject) == (1, None)
+            return super().step(anchors, start, verify_len=verify_len, inject=inject, sampling=sampling)
 
     items = run(Watched(follow(TEXT), draft), width=1, max_new_tokens=3)
     assert items == [Decoded((103,), 0, None), Decoded((104,), 0, None), Decoded((105,), 0, "length")]
@@ -185,7 +185,7 @@ def test_the_caller_may_leave_after_any_item(after: int) -> None:
             raise AssertionError("nothing is broken, and a clear takes time")
 
     backend = Watched(follow(TEXT))
-    items = decode(backend, sequence(), max_new_tokens=20, width=4, prefill_chunk=2)
+    items = decode(backend, sequence(), max_new_tokens=20, verify_len=4, prefill_chunk=2)
     for _ in range(after):
         next(items)
     items.close()
@@ -198,14 +198,14 @@ def test_an_error_clears_the_backend_and_passes_on(failing_call: int, error: Bas
     backend = ScriptedBackend(follow(TEXT), raise_at={failing_call: error})
     items: list[Decoded] = []
     with pytest.raises(type(error)) as caught:
-        items.extend(decode(backend, sequence(), max_new_tokens=20, width=4, prefill_chunk=2))
+        items.extend(decode(backend, sequence(), max_new_tokens=20, verify_len=4, prefill_chunk=2))
     assert caught.value is error
     assert tokens_of(run(backend, max_new_tokens=9)) == TEXT[3:12]  # refused by the backend without a clear
 
 
 def test_nothing_of_a_failed_step_is_emitted() -> None:
     backend = ScriptedBackend(follow(TEXT), raise_at={2: NumericalError("not finite")})
-    items = decode(backend, sequence(), max_new_tokens=20, width=4, prefill_chunk=512)
+    items = decode(backend, sequence(), max_new_tokens=20, verify_len=4, prefill_chunk=512)
     state = [next(items), next(items)]
     with pytest.raises(NumericalError):
         next(items)
@@ -222,14 +222,14 @@ def test_the_backend_sees_arrays_it_may_keep() -> None:
             anchors: IntArray,
             start: IntArray,
             *,
-            width: int,
+            verify_len: int,
             inject: Inject | None,
             sampling: DraftSampling | None = None,
         ) -> StepOutput:
             for array in (anchors, start, *([inject.start] if inject else [])):
                 assert (array.shape, array.dtype) == ((1,), np.int64)
                 seen.append((array, array.tolist()))
-            return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
+            return super().step(anchors, start, verify_len=verify_len, inject=inject, sampling=sampling)
 
     run(Keeper(follow(TEXT)))
     assert len(seen) > 10
@@ -333,7 +333,7 @@ def test_old_rows_never_leak_into_a_new_sequence(game: Game, prompts: list[int],
     backend = ScriptedBackend(game.target, game.drafter, block_size=5)
     for number, rows in enumerate(prompts):
         prompt = [(number + position) % game.vocabulary for position in range(rows)]
-        items = decode(backend, sequence(prompt), max_new_tokens=12, width=5, prefill_chunk=4)
+        items = decode(backend, sequence(prompt), max_new_tokens=12, verify_len=5, prefill_chunk=4)
         seen = list(islice(items, cut)) if number % 2 else list(items)
         assert tokens_of(seen) == oracle_tokens(game.target, prompt, 12, ())[: len(tokens_of(seen))]
 
@@ -379,9 +379,9 @@ def test_any_sequence_of_widths_gives_the_same_tokens(
     expected = oracle_tokens(game.target, prompt, limit, ())
     assert tokens_of(items) == state.new_tokens == expected
     steps = len(state.accepted_per_step)
-    assert state.width_per_step == [widths[step % len(widths)] for step in range(steps)]
+    assert state.verify_len_per_step == [widths[step % len(widths)] for step in range(steps)]
     said = 1
-    for width, accepted in zip(state.width_per_step, state.accepted_per_step, strict=True):
+    for width, accepted in zip(state.verify_len_per_step, state.accepted_per_step, strict=True):
         before, here = [*prompt, *expected[: said - 1]], expected[said - 1 : said + 1]
         one = oracle_accepted(game.target, game.drafter, before, here, width)
         if said + width <= len(expected):  # the oracle sees no further than the text
@@ -408,7 +408,9 @@ def test_any_sequence_of_widths_samples_the_same_text(
         state = sequence([1, 2, 3])
         backend = ScriptedBackend.with_logits(logits, drafter, block_size=6, prefill_chunk=chunk)
         sampler = Sampler(params, state.prompt)
-        items = decode(backend, state, max_new_tokens=30, width=width, prefill_chunk=chunk, sampler=sampler)
+        items = decode(
+            backend, state, max_new_tokens=30, verify_len=width, prefill_chunk=chunk, sampler=sampler
+        )
         return tokens_of(list(items))
 
     assert text(Told(widths, 6)) == text(1)
@@ -426,12 +428,12 @@ class Injections(ScriptedBackend):
         anchors: IntArray,
         start: IntArray,
         *,
-        width: int,
+        verify_len: int,
         inject: Inject | None,
         sampling: DraftSampling | None = None,
     ) -> StepOutput:
-        self.steps.append((width, inject.rows if inject else 0))
-        return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
+        self.steps.append((verify_len, inject.rows if inject else 0))
+        return super().step(anchors, start, verify_len=verify_len, inject=inject, sampling=sampling)
 
 
 def test_plain_steps_inject_nothing_until_a_step_drafts_again() -> None:
@@ -478,12 +480,12 @@ def test_a_policy_is_told_how_long_each_step_took_without_the_caller(monkeypatch
             anchors: IntArray,
             start: IntArray,
             *,
-            width: int,
+            verify_len: int,
             inject: Inject | None,
             sampling: DraftSampling | None = None,
         ) -> StepOutput:
-            self.now += width
-            return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
+            self.now += verify_len
+            return super().step(anchors, start, verify_len=verify_len, inject=inject, sampling=sampling)
 
     @dataclass
     class Noting:
@@ -498,6 +500,6 @@ def test_a_policy_is_told_how_long_each_step_took_without_the_caller(monkeypatch
 
     backend, policy = Clock(follow(TEXT)), Noting([])
     monkeypatch.setattr("dflash_rt.decoding.loop.time", backend)
-    for _ in decode(backend, sequence(), max_new_tokens=8, width=policy, prefill_chunk=8):
+    for _ in decode(backend, sequence(), max_new_tokens=8, verify_len=policy, prefill_chunk=8):
         backend.now += 100  # the caller takes its time
     assert policy.told == [(1, 0, 1.0), (2, 1, 2.0), (3, 2, 3.0), (1, 0, 1.0)]

@@ -143,14 +143,14 @@ class TableBackend(ScriptedBackend):
         anchors: IntArray,
         start: IntArray,
         *,
-        width: int,
+        verify_len: int,
         inject: Inject | None,
         sampling: DraftSampling | None = None,
     ) -> StepOutput:
         self._output = (*self._output[: int(start[0]) - len(PROMPT)], int(anchors[0]))
-        if (self._output, width) not in self._said:
-            self._said[self._output, width] = self._play(width)
-        output, self._now = self._said[self._output, width]
+        if (self._output, verify_len) not in self._said:
+            self._said[self._output, verify_len] = self._play(verify_len)
+        output, self._now = self._said[self._output, verify_len]
         self._output += tuple(output.drafted[0].tolist())
         return output
 
@@ -316,7 +316,7 @@ def decoded(
             backend,
             sequence,
             max_new_tokens=LENGTH,
-            width=widths(seed),
+            verify_len=widths(seed),
             prefill_chunk=len(PROMPT),
             sampler=Sampler(replace(params, seed=seed), prompt),
         ):

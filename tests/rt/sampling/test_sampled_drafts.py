@@ -78,12 +78,12 @@ class SamplingBackend(TableBackend):
         anchors: IntArray,
         start: IntArray,
         *,
-        width: int,
+        verify_len: int,
         inject: Inject | None,
         sampling: DraftSampling | None = None,
     ) -> StepOutput:
         assert sampling is not None
-        assert sampling.uniforms.shape == (1, width - 1)
+        assert sampling.uniforms.shape == (1, verify_len - 1)
         assert sampling.uniforms.dtype == sampling.temperature.dtype == np.float32
         output = (*self._output[: int(start[0]) - len(PROMPT)], int(anchors[0]))
         rows, candidates, probabilities = [target(PROMPT + output)], [], []
@@ -94,10 +94,10 @@ class SamplingBackend(TableBackend):
             probabilities.append(q)
             rows.append(target(PROMPT + output))
         self._output, self._now = output, np.array([rows])
-        drafted = np.array([output[len(output) - width + 1 :]], np.int64).reshape(1, width - 1)
+        drafted = np.array([output[len(output) - verify_len + 1 :]], np.int64).reshape(1, verify_len - 1)
         return StepOutput(
             drafted,
-            np.zeros((1, width), np.int64),
+            np.zeros((1, verify_len), np.int64),
             Proposal(np.array([candidates]), np.array([probabilities], np.float32)),
         )
 

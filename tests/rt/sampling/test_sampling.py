@@ -293,14 +293,16 @@ def test_the_fake_refuses_what_no_sampler_does() -> None:
         backend.reserve(20)
         backend.prefill(np.array([[0, 0]]), np.array([0]), inject=True)
         assert backend.logits().shape == (1, 1, 3)
-        backend.step(np.array([2]), np.array([2]), width=3, inject=None)
+        backend.step(np.array([2]), np.array([2]), verify_len=3, inject=None)
         assert backend.logits().shape == (1, 3, 3)
         return backend
 
-    started().step(np.array([0]), np.array([4]), width=1, inject=None)  # one draft kept, the next replaced
-    started().step(np.array([1]), np.array([5]), width=1, inject=None)  # all kept: any token may follow
+    started().step(
+        np.array([0]), np.array([4]), verify_len=1, inject=None
+    )  # one draft kept, the next replaced
+    started().step(np.array([1]), np.array([5]), verify_len=1, inject=None)  # all kept: any token may follow
     for anchor, start, what in ((1, 4, "anchor"), (0, 2, "start"), (0, 6, "start")):
         with pytest.raises(BackendError, match=f"{what} of a step"):
-            started().step(np.array([anchor]), np.array([start]), width=1, inject=None)
+            started().step(np.array([anchor]), np.array([start]), verify_len=1, inject=None)
     with pytest.raises(BackendError, match="protocol is broken: logits"):
         ScriptedBackend(lambda prefix: 0).logits()

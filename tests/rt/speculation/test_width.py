@@ -249,12 +249,12 @@ class Paced(ScriptedBackend):
         anchors: IntArray,
         start: IntArray,
         *,
-        width: int,
+        verify_len: int,
         inject: Inject | None,
         sampling: DraftSampling | None = None,
     ) -> StepOutput:
-        self.now += COSTS.seconds[width - 1]
-        return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
+        self.now += COSTS.seconds[verify_len - 1]
+        return super().step(anchors, start, verify_len=verify_len, inject=inject, sampling=sampling)
 
 
 def generator(drafter: Drafter, patch: pytest.MonkeyPatch, **changes: Any) -> Generator:

@@ -62,13 +62,13 @@ class Timed(ScriptedBackend):
         anchors: IntArray,
         start: IntArray,
         *,
-        width: int,
+        verify_len: int,
         inject: Inject | None,
         sampling: DraftSampling | None = None,
     ) -> StepOutput:
-        self.clock.now += 10 + width + (50 if width not in self.widths else 0)
-        self.widths.append(width)
-        return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
+        self.clock.now += 10 + verify_len + (50 if verify_len not in self.widths else 0)
+        self.widths.append(verify_len)
+        return super().step(anchors, start, verify_len=verify_len, inject=inject, sampling=sampling)
 
     def clear(self) -> None:
         self.cleared += 1
@@ -122,13 +122,13 @@ def test_a_machine_that_changes_its_speed_changes_no_cost(clock: Clock) -> None:
             anchors: IntArray,
             start: IntArray,
             *,
-            width: int,
+            verify_len: int,
             inject: Inject | None,
             sampling: DraftSampling | None = None,
         ) -> StepOutput:
             slow = len(self.widths) // 17 % 2
-            self.clock.now += 3 * (10 + width) * slow
-            return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
+            self.clock.now += 3 * (10 + verify_len) * slow
+            return super().step(anchors, start, verify_len=verify_len, inject=inject, sampling=sampling)
 
     relative = measure_step_costs(
         TwoSpeeds(clock), limits(), budget_seconds=1e9, warm_up_seconds=1e9
@@ -143,12 +143,12 @@ def test_a_wider_step_never_counts_as_cheaper(clock: Clock) -> None:
             anchors: IntArray,
             start: IntArray,
             *,
-            width: int,
+            verify_len: int,
             inject: Inject | None,
             sampling: DraftSampling | None = None,
         ) -> StepOutput:
-            self.clock.now += 30 * (width == 2)  # disturbed every time
-            return super().step(anchors, start, width=width, inject=inject, sampling=sampling)
+            self.clock.now += 30 * (verify_len == 2)  # disturbed every time
+            return super().step(anchors, start, verify_len=verify_len, inject=inject, sampling=sampling)
 
     costs = measure_step_costs(Uneven(clock), limits(), budget_seconds=1e9, warm_up_seconds=1e9)
     assert costs.seconds == pytest.approx((11, 42, 42, 42))
