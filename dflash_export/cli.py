@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
+from dflash_export.click_options import build_options
 from dflash_export.engines.options import choose_precision, chosen_options, echo_notes, engine_options
-from dflash_rt.cli.console import CommandGroup, JsonPair, as_chats, echo_json, fail, read_prompts
+from dflash_export.options import REQUIRED
+from dflash_rt.cli.console import CommandGroup, as_chats, echo_json, fail, read_prompts
 from dflash_rt.version import __version__
 
 __all__ = ["main"]
@@ -25,113 +27,40 @@ def main() -> None:
 
 @main.command()
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with the options below.")
-@click.option("--target", metavar="SOURCE", help="Hub id, folder, .gguf file or package:NAME/FILE.")
-@click.option("--drafter", metavar="SOURCE", help="DFlash or DFlash 2 drafter: hub id or folder.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Folder to write. By default the recipe's path without its suffix.",
-)
-@click.option("--name", help="Name of the bundle. By default the output folder's.")
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Of weights and caches [fp32; bf16 with --backend].",
-)
-@click.option("--max-seq-len", type=_COUNT, metavar="N", help="Prompt and output tokens together, at most.")
-@click.option("--prefill-chunk", type=_COUNT, metavar="N", help="Prompt rows of one pass, at most.")
-@click.option(
-    "--draft-width", type=_COUNT, metavar="N", help="Default rows of a verify pass, anchor included."
-)
-@click.option(
-    "--fused/--no-fused",
-    default=None,
-    help="Hold the target in ONNX Runtime's own operators as well, where they fit it [on].",
-)
-@click.option("--fp8", "quantize", flag_value="fp8", help="The target's linear layers in FP8, inputs too.")
-@click.option("--int8", "quantize", flag_value="int8", help="The same in 8-bit integers (SmoothQuant).")
-@click.option("--int4", "quantize", flag_value="int4", help="Their weights in 4 bits (AWQ).")
-@click.option(
-    "--int8-weight-only", "quantize", flag_value="int8-weight-only", help="Their weights in 8 bits, rounded."
-)
-@click.option(
-    "--int4-rtn", "quantize", flag_value="int4-rtn", help="Their weights in 4 bits, rounded without any text."
-)
-@click.option(
-    "--quantize-block",
-    type=click.Choice(["16", "32", "64", "128", "256"]),
-    help="Inputs that share a scale [128 for --int4 where it fits, else 32].",
-)
-@click.option(
-    "--quantize-head",
-    type=click.Choice(["int8", "int4"]),
-    is_flag=False,
-    flag_value="int8",
-    help="Store the LM head in 8 bits as well, or in 4.",
-)
-@click.option(
-    "--quantize-drafter", is_flag=True, default=None, help="Store the drafter's layers but fc in 8 bits."
-)
-@click.option(
-    "--calib",
-    metavar="FILE",
-    help="Prompts whose answers calibrate: a line each, or a .json list [built in].",
-)
-@click.option("--calib-limit", type=_COUNT, metavar="N", help="The first N prompts only [32].")
-@click.option("--calib-tokens", type=_COUNT, metavar="N", help="Tokens of an answer at most [48].")
-@click.option(
-    "--measure-quantization/--no-measure-quantization",
-    default=None,
-    help="Measure what quantisation changed, in PyTorch [on].",
-)
-@click.option(
-    "--measure-tokens", type=_COUNT, metavar="N", help="Of each of the eight answers measured over [32]."
-)
-@click.option("--target-revision", metavar="REV", help="Commit, tag or branch of the target's hub id.")
-@click.option("--drafter-revision", metavar="REV", help="Commit, tag or branch of the drafter's hub id.")
-@click.option(
-    "--chat-template-kwarg",
-    "chat_template_kwargs",
-    type=JsonPair(),
-    multiple=True,
-    help="Variable for the chat template, like enable_thinking=false. May be repeated.",
-)
-@click.option("--force", is_flag=True, help="Replace the output if it exists, with its engines and reports.")
+@build_options
 @engine_options(required=False)
-def build(recipe: Path | None, output: Path | None, force: bool, backend: str | None, **options: Any) -> None:
+def build(recipe: Path | None, backend: str | None, **options: Any) -> None:
     """Export a pair to a bundle.
 
     Options win over the recipe's. The bundle appears whole or not at all. With --backend its engines are
     built afterwards, as `dflash-export compile` does.
     """
     engines = chosen_options(options, backend)
+    given = {name: value for name, value in options.items() if value is not None}
     # A recipe without a suffix would be its own output folder.
-    destination = output if output or not recipe or not recipe.suffix else recipe.with_suffix("")
-    missing = [] if recipe else [f"--{key}" for key in ("target", "drafter") if not options[key]]
-    if missing or destination is None:
-        missing += ["--output"] if destination is None else []
+    if recipe is not None and recipe.suffix:
+        given.setdefault("output", recipe.with_suffix(""))
+    wanted = REQUIRED if recipe is None else ("output",)
+    if missing := [f"--{name}" for name in wanted if not given.get(name)]:
         raise click.UsageError(f"{' and '.join(missing)} must be given{'' if recipe else ', or --recipe'}")
     from dflash_export.progress import make_progress
-    from dflash_export.recipe import Recipe, read_recipe
+    from dflash_export.recipe import override, read_recipe
 
-    options["target"] = _located(options["target"])
-    options["chat_template_kwargs"] = dict(options["chat_template_kwargs"]) or None
-    if options["quantize_block"] is not None:
-        options["quantize_block"] = int(options["quantize_block"])
-    chosen = Recipe(**options) if recipe is None else read_recipe(recipe).overridden(**options)
+    if "target" in given:
+        given["target"] = _located(given["target"])
+    chosen = override({} if recipe is None else read_recipe(recipe), given)
 
     if backend is not None:
         from dflash_export.engines.compiler import check_options, compile_engines
 
         chosen = choose_precision(chosen, backend)
         # Now, and not after an export that takes minutes.
-        check_options(backend, chosen.precision or "fp32", chosen.quantize, **engines)
+        check_options(backend, chosen["precision"], chosen.get("quantize"), **engines)
 
     from dflash_export.exporter import build as build_bundle
 
     progress = make_progress()
-    bundle = build_bundle(output=destination, force=force, progress=progress, **chosen.build_options())
+    bundle = build_bundle(**chosen, progress=progress)
     if backend is not None:
         result = compile_engines(bundle, backend=backend, progress=progress, **engines)
         echo_notes(result.notes)
@@ -220,10 +149,9 @@ def verify(
     from dflash_export.recipe import read_recipe
 
     recipe = options.pop("recipe")
-    if recipe is not None:
-        chosen = read_recipe(recipe).overridden(target=options["target"], drafter=options["drafter"])
-        options.update(target=chosen.target, drafter=chosen.drafter)
-    options["target"] = _located(options["target"])
+    chosen = {} if recipe is None else read_recipe(recipe)
+    options["target"] = _located(options["target"] or chosen.get("target"))
+    options["drafter"] = options["drafter"] or chosen.get("drafter")
     texts = None if prompts is None else read_prompts(prompts, limit)
 
     from dflash_export.parity.run import verify as verify_bundle

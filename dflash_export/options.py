@@ -1,131 +1,195 @@
-"""Options of an export that are wrong whatever the models are: refused before anything is read or written."""
+"""Every option of a build, once.
+
+An option is a field of :class:`BuildOptions`: its annotation is its check, its :class:`Option` is its help.
+The keyword arguments of :func:`dflash_export.build`, recipes, the command line and what a bundle records of
+its build derive from the class.
+"""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
+from typing import Annotated, Any, Literal, TypeAlias, get_origin, get_type_hints
 
 from dflash_export.errors import RecipeError
-from dflash_export.quantize.formats import BLOCK_SIZES
-from dflash_export.quantize.plan import HEAD_TYPES, SCHEMES
-from dflash_rt.errors import Problem
+from dflash_export.progress import Progress
+from dflash_rt.bundle.manifest import Precision
+from dflash_rt.bundle.schema import Bounds, Pattern, Problems, read
 
-__all__ = ["check_options"]
+__all__ = [
+    "OPTIONS",
+    "REQUIRED",
+    "AtLeast",
+    "BuildOptions",
+    "HeadType",
+    "Option",
+    "QuantizeName",
+]
 
-_MAX_TEXT = 4096  # characters; what a manifest takes
 
+@dataclass(frozen=True)
+class Option:
+    """What the command line needs to know of an option beside its annotation.
 
-def check_options(**options: object) -> None:
-    """Raise ``RecipeError`` with everything that is wrong with a build's arguments.
-
-    ``None`` stands for an option that wasn't given. Without a ``name`` the output folder's is looked at.
+    Args:
+        help: one line for ``--help``.
+        metavar: what stands for the value there; default: what its type is called.
+        short: a second, short name.
+        name: the name where it isn't the field's.
+        bare: the value that the name alone stands for.
+        flags: a flag for each value, with its help, in place of one option with a value.
     """
-    problems = [
-        Problem(f"{option} is wrong", _shown(value), *_RULES[option][1:])
-        for option, value in options.items()
-        if not (value is None and option not in _NEEDED) and not _RULES[option][0](value)
+
+    help: str = ""
+    metavar: str | None = None
+    short: str | None = None
+    name: str | None = None
+    bare: str | None = None
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """A check: an integer in ``[low, 2**31)``."""
+
+    low: int
+
+    @property
+    def expected(self) -> str:
+        return f"a whole number of at least {self.low}"
+
+    def accepts(self, value: int) -> bool:
+        return self.low <= value < 2**31
+
+
+class _Printable:
+    expected = "text without control characters"
+
+    def accepts(self, value: str) -> bool:
+        return all(character.isprintable() or character in "\t\n" for character in value)
+
+
+class _IsPath:
+    expected = "a path"
+
+    def accepts(self, value: object) -> bool:
+        path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+        return isinstance(path, str) and bool(path.strip())
+
+
+class _IsSource(_IsPath):
+    expected = "a hub id org/name, or a path"
+
+
+QuantizeName: TypeAlias = Literal["int4", "int4-rtn", "int8", "int8-weight-only", "fp8"]
+HeadType: TypeAlias = Literal["int8", "int4"]
+_Source: TypeAlias = Annotated[str | os.PathLike[str], _IsSource()]
+_Path: TypeAlias = Annotated[str | os.PathLike[str], _IsPath()]
+_Text: TypeAlias = Annotated[str, Pattern(r"(?s).*\S.*", "text that isn't blank"), _Printable()]
+_Count: TypeAlias = Annotated[int, AtLeast(1)]
+_Json: TypeAlias = (
+    Annotated[str, _Printable()] | Annotated[int, Bounds(-(2**63), 2**63 - 1)] | float | bool | None
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """The options of one build, checked. ``None`` leaves the choice to the build.
+
+    Raises:
+        RecipeError: options are wrong, whatever the models are; all of them are named.
+    """
+
+    target: Annotated[_Source, Option("Hub id, folder, .gguf file or package:NAME/FILE.", "SOURCE")]
+    drafter: Annotated[_Source, Option("DFlash or DFlash 2 drafter: hub id or folder.", "SOURCE")]
+    output: Annotated[
+        _Path, Option("Folder to write. By default the recipe's path without its suffix.", "PATH", "-o")
     ]
-    output = options.get("output")
-    if not problems and options.get("name") is None and isinstance(output, str | os.PathLike):
-        folder = os.path.basename(os.path.abspath(os.fspath(output)))
-        if folder and not _is_text(folder):
-            problems = [Problem("the output's name can't be recorded", _shown(folder), _TEXT, "pass a name")]
-    if len(problems) == 1:
-        only = problems[0]
-        raise RecipeError(only.what, found=only.found, expected=only.expected, remedy=only.remedy)
-    if problems:
-        listed = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems, 1))
-        raise RecipeError(f"options of the export are wrong\n{listed}")
-
-
-def _shown(value: object) -> str:
-    return repr(value)[:100]
-
-
-def _is_path(value: object) -> bool:
-    return isinstance(value, str | os.PathLike) and isinstance(path := os.fspath(value), str) and path != ""
-
-
-def _is_text(value: object) -> bool:
-    # A manifest holds no control characters, which a terminal would obey, and no unpaired surrogates.
-    return (
-        isinstance(value, str)
-        and 0 < len(value) <= _MAX_TEXT
-        and all(character.isprintable() or character in "\t\n" for character in value)
+    _: KW_ONLY
+    name: Annotated[_Text | None, Option("Name of the bundle. By default the output folder's.")] = None
+    precision: Annotated[Precision, Option("Of weights and caches [fp32; bf16 with --backend].")] = "fp32"
+    max_seq_len: Annotated[
+        _Count | None, Option("Prompt and output tokens together, at most [what both models were made for].")
+    ] = None
+    prefill_chunk: Annotated[
+        _Count | None, Option("Prompt rows of one pass, at most [256; 16 for a mixture of experts].")
+    ] = None
+    draft_width: Annotated[
+        _Count | None, Option("Default rows of a verify pass, anchor included [the drafter's block].")
+    ] = None
+    fused: Annotated[
+        bool, Option("Hold the target in ONNX Runtime's own operators as well, where they fit it [on].")
+    ] = True
+    quantize: Annotated[
+        QuantizeName | None,
+        Option(
+            flags={
+                "fp8": "The target's linear layers in FP8, inputs too.",
+                "int8": "The same in 8-bit integers (SmoothQuant).",
+                "int4": "Their weights in 4 bits (AWQ).",
+                "int8-weight-only": "Their weights in 8 bits, rounded.",
+                "int4-rtn": "Their weights in 4 bits, rounded without any text.",
+            }
+        ),
+    ] = None
+    quantize_block: Annotated[
+        Literal[16, 32, 64, 128, 256] | None,  # what ONNX Runtime's MatMulNBits takes
+        Option("Inputs that share a scale [128 for --int4 where it fits, else 32]."),
+    ] = None
+    quantize_head: Annotated[
+        bool | HeadType | None, Option("Store the LM head in 8 bits as well, or in 4.", bare="int8")
+    ] = None
+    quantize_drafter: Annotated[bool | None, Option("Store the drafter's layers but fc in 8 bits [off].")] = (
+        None
     )
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 1 <= value < 2**31
-
-
-def _is_precision(value: object) -> bool:
-    return isinstance(value, str) and value in ("fp32", "fp16", "bf16")
-
-
-def _is_scheme(value: object) -> bool:
-    return isinstance(value, str) and value in SCHEMES
-
-
-def _is_block_size(value: object) -> bool:
-    return type(value) is int and value in BLOCK_SIZES
-
-
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_head(value: object) -> bool:
-    return isinstance(value, bool) or (isinstance(value, str) and value in HEAD_TYPES)
-
-
-def _is_json_object(value: object) -> bool:
-    return isinstance(value, Mapping) and all(
-        _is_text(key) and _is_scalar(item) for key, item in value.items()
+    calib: Annotated[
+        _Path | None,
+        Option("Prompts whose answers calibrate: a line each, or a .json list [built in].", "FILE"),
+    ] = None
+    calib_limit: Annotated[_Count | None, Option("The first N prompts only [32].")] = None
+    calib_tokens: Annotated[_Count | None, Option("Tokens of an answer at most [48].")] = None
+    measure_quantization: Annotated[
+        bool | None, Option("Measure what quantisation changed, in PyTorch [on].")
+    ] = None
+    measure_tokens: Annotated[_Count | None, Option("Of each of the eight answers measured over [32].")] = (
+        None
     )
+    target_revision: Annotated[
+        _Text | None, Option("Commit, tag or branch of the target's hub id.", "REV")
+    ] = None
+    drafter_revision: Annotated[
+        _Text | None, Option("Commit, tag or branch of the drafter's hub id.", "REV")
+    ] = None
+    chat_template_kwargs: Annotated[
+        Mapping[_Text, _Json] | None,
+        Option(
+            "Variable for the chat template, like enable_thinking=false. May be repeated.",
+            name="--chat-template-kwarg",
+        ),
+    ] = None
+    force: Annotated[bool, Option("Replace the output if it exists, with its engines and reports.")] = False
+    # Where stages are reported; by default nowhere. No option: nothing of the bundle depends on it.
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        problems = Problems("the build", "correct the option, or leave it out", RecipeError)
+        for name, annotation in OPTIONS.items():
+            read(annotation, getattr(self, name), name, problems)
+        problems.raise_if_any()
+        # Without a name the bundle is called what its folder is called.
+        folder = os.path.basename(os.path.abspath(os.fspath(self.output)))
+        if folder and self.name is None:
+            problems = Problems("the output", "pass a name, or choose another output", RecipeError)
+            read(_Text, folder, "its name", problems)
+            problems.raise_if_any()
 
 
-def _is_scalar(value: object) -> bool:
-    if isinstance(value, str):
-        return value == "" or _is_text(value)
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return value is None or isinstance(value, bool) or (type(value) is int and abs(value) < 2**63)
+def _options() -> dict[str, Any]:
+    hints = get_type_hints(BuildOptions, include_extras=True)
+    return {name: hint for name, hint in hints.items() if get_origin(hint) is Annotated}
 
 
-_TEXT = f"1 to {_MAX_TEXT} characters without control characters"
-_Rule = tuple[Callable[[Any], bool], str, str]
-_SOURCE: _Rule = (_is_path, "a hub id org/name, or a path", "name the model")
-_NAME: _Rule = (_is_text, _TEXT, "choose another text, or leave the option out")
-_COUNT: _Rule = (_is_count, "a whole number of at least 1", "correct the option, or leave it out")
-_FLAG: _Rule = (_is_flag, "true or false", "correct the option, or leave it out")
-_NEEDED = ("target", "drafter", "output", "precision", "fused")
-_RULES: dict[str, _Rule] = {
-    "target": _SOURCE,
-    "drafter": _SOURCE,
-    "output": (_is_path, "the path of a folder that isn't there yet", "name the folder to make"),
-    "name": _NAME,
-    "precision": (_is_precision, "fp32, fp16 or bf16", "choose one of these"),
-    "max_seq_len": _COUNT,
-    "prefill_chunk": _COUNT,
-    "draft_width": _COUNT,
-    "fused": _FLAG,
-    "quantize": (_is_scheme, ", ".join(SCHEMES), "choose one of these, or leave the option out"),
-    "quantize_block": (_is_block_size, ", ".join(map(str, BLOCK_SIZES)), "choose one of these"),
-    "quantize_head": (_is_head, ", ".join(HEAD_TYPES) + ", true (int8) or false", "choose one of these"),
-    "quantize_drafter": _FLAG,
-    "calib": (_is_path, "the path of a file of prompts", "name the file"),
-    "calib_limit": _COUNT,
-    "calib_tokens": _COUNT,
-    "measure_quantization": _FLAG,
-    "measure_tokens": _COUNT,
-    "target_revision": _NAME,
-    "drafter_revision": _NAME,
-    "chat_template_kwargs": (
-        _is_json_object,
-        "names and values; a value is text, a finite number, true, false or null",
-        "correct the value",
-    ),
-}
+# The annotation of each option; and those that must be given.
+OPTIONS = _options()
+REQUIRED = tuple(option.name for option in fields(BuildOptions) if option.default is MISSING)

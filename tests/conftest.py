@@ -37,7 +37,7 @@ import re, sys
 from pathlib import Path
 from dflash_export import build
 from dflash_export.recipe import read_recipe
-build(output=sys.argv[2], **read_recipe(sys.argv[1]).build_options())
+build(output=sys.argv[2], **read_recipe(sys.argv[1]))
 print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]))
 """
 

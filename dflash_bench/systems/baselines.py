@@ -244,8 +244,7 @@ def _source(setup: BenchSetup, role: Literal["target", "drafter"]) -> Any:
 
     spec = setup.target if role == "target" else setup.drafter
     if spec is None and setup.recipe is not None:
-        recipe = read_recipe(setup.recipe)
-        spec = recipe.target if role == "target" else recipe.drafter
+        spec = read_recipe(setup.recipe)[role]
     if spec is not None and spec.startswith(PACKAGE_PREFIX):
         spec = str(locate_package_file(spec))
     manifest = setup.bundle.manifest

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import click
 
 from dflash_export.engines.devices import DEVICE_CLASSES
 from dflash_export.engines.vendor import BACKENDS
-
-if TYPE_CHECKING:
-    from dflash_export.recipe import Recipe
 
 __all__ = ["ByteSize", "choose_precision", "chosen_options", "echo_notes", "engine_options"]
 
@@ -93,15 +90,14 @@ def chosen_options(options: dict[str, Any], backend: str | None) -> dict[str, An
     return chosen
 
 
-def choose_precision(recipe: Recipe, backend: str) -> Recipe:
-    """``recipe`` in bf16 if it leaves the precision open, and says so.
+def choose_precision(options: Mapping[str, Any], backend: str) -> dict[str, Any]:
+    """A build's options with bf16 if they leave the precision open, and says so.
 
     A GPU's attention is fused, and its caches are half as large, in 16 bits only; bf16 has fp32's range.
     """
-    if recipe.precision is not None:
-        return recipe
-    click.echo(f"precision: bf16, for engines of {backend} (--precision chooses another)", err=True)
-    return recipe.overridden(precision="bf16")
+    if "precision" not in options:
+        click.echo(f"precision: bf16, for engines of {backend} (--precision chooses another)", err=True)
+    return {"precision": "bf16", **options}
 
 
 def echo_notes(notes: Sequence[str]) -> None:

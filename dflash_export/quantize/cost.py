@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dflash_export.errors import VerifyError
+from dflash_export.pairing.read import Pair
 from dflash_export.progress import Progress
 from dflash_export.quantize.dequantized import put_dequantized
 from dflash_export.reference import (
@@ -26,7 +27,7 @@ from dflash_export.sources.resolve import Source
 from dflash_rt.bundle.manifest import QuantizationCost, QuantizationInfo
 from dflash_rt.text.prompts import Prompt, PromptEncoder
 
-__all__ = ["QUALITY_TOKENS", "measure_cost", "quality_prompts"]
+__all__ = ["measure_cost"]
 
 _QUESTIONS = (
     "Why do leaves change colour in autumn?",
@@ -38,12 +39,10 @@ _QUESTIONS = (
     "Nenne drei Sehenswürdigkeiten in Wien.",
     "List the planets in order and say one thing about each.",
 )
-# Of each answer, at most, unless a build asks for more. Two cores take about a minute for a target of 135M.
-QUALITY_TOKENS = 32
 _RANDOM_ROWS = 16
 
 
-def quality_prompts(encoder: PromptEncoder, vocab_size: int, room: int) -> list[list[int]]:
+def _prompts(encoder: PromptEncoder, vocab_size: int, room: int) -> list[list[int]]:
     """Token ids of the built-in prompts; random ones without a tokenizer. None is longer than ``room``."""
     if encoder.tokenizer is None:
         random = np.random.default_rng(0)
@@ -59,32 +58,30 @@ def _prompt(text: str, encoder: PromptEncoder) -> Prompt:
 
 def measure_cost(
     folder: Path,
-    target: Source,
-    drafter: Source,
-    prompts: Sequence[Sequence[int]],
-    *,
+    pair: Pair,
+    encoder: PromptEncoder,
     quantization: QuantizationInfo,
-    width: int,
-    new_tokens: int = QUALITY_TOKENS,
-    stop_token_ids: Collection[int],
     progress: Progress,
 ) -> QuantizationCost:
     """Compare the target of ``folder`` with the checkpoint that it came from.
 
-    The text is what the checkpoint answers to ``prompts``, greedily. Loads the target in fp32, once. Tokens
-    per step are those of the reference's loop at ``width`` rows, each target with its own answers; they stay
-    ``None`` in plain decoding, and where PyPI ``dflash`` isn't installed or can't load the drafter.
+    The text is what the checkpoint answers to built-in prompts, greedily. Loads the target in fp32, once.
+    Tokens per step are those of the reference's loop at ``pair.draft_width`` rows, each target with its own
+    answers; they stay ``None`` in plain decoding, and where PyPI ``dflash`` isn't installed or can't load the
+    drafter.
 
     Raises:
         VerifyError: PyTorch can't load the target.
     """
+    room = max(1, pair.limits.max_seq_len - pair.measured_tokens)
+    prompts = _prompts(encoder, pair.facts.vocab_size, room)
     with (
         progress.stage("measuring what quantisation changed", total=4 * len(prompts)) as stage,
         contextlib.ExitStack() as threads,
     ):
-        model = load_target(target)
+        model = load_target(pair.target)
         threads.enter_context(_quickest_threads(model))
-        loop = _Loop(drafter, width, new_tokens, stop_token_ids)
+        loop = _Loop(pair.drafter, pair.draft_width, pair.measured_tokens, pair.stop_token_ids)
         before, text = [], []
         for prompt in prompts:
             text.append(loop.answer(model, prompt))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from dflash_export.errors import RecipeError
 from dflash_export.graphs.graph import TracedGraph
 from dflash_export.graphs.stored_weight import CodeType, WeightFormat
+from dflash_export.options import BuildOptions, HeadType, QuantizeName
 from dflash_export.quantize.calibration import Calibration, Folding, folding
 from dflash_export.quantize.graph_pass import InputTreatment, quantize_graph
 from dflash_export.quantize.text import CalibrationText
 from dflash_rt.bundle.manifest import CalibrationInfo, QuantizationInfo
 
-__all__ = ["HEAD_TYPES", "SCHEMES", "QuantizePlan", "Scheme", "make_plan"]
+__all__ = ["SCHEMES", "QuantizePlan", "Scheme", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,13 @@ class Scheme:
         return self.activations is None
 
 
-SCHEMES = {
+SCHEMES: Mapping[QuantizeName, Scheme] = {
     "int4": Scheme("int4", None, "awq"),
     "int4-rtn": Scheme("int4", None, "rtn"),
     "int8": Scheme("int8", "int8", "smoothquant"),
     "int8-weight-only": Scheme("int8", None, "rtn"),
     "fp8": Scheme("fp8", "fp8", "max"),
 }
-
-HEAD_TYPES: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
 
 # The first that divides the inputs of every layer. 128 is AWQ's. Models that it doesn't fit are small, and
 # small ones need small blocks: the demo's target keeps more of its tokens with 32 than with 64.
@@ -54,10 +54,10 @@ class QuantizePlan:
 
     scheme: Scheme
     block_size: int | None
-    head: Literal["int8", "int4"] | None
+    head: HeadType | None
     drafter: bool
     measure: bool
-    calib: str | None
+    calib: Path | None
     calib_limit: int
     calib_tokens: int
 
@@ -118,55 +118,38 @@ class QuantizePlan:
         )
 
 
-def make_plan(
-    quantize: str | None,
-    block_size: int | None,
-    *,
-    head: bool | str | None,
-    drafter: bool | None,
-    measure: bool | None,
-    measure_tokens: int | None,
-    calib: str | None,
-    calib_limit: int | None,
-    calib_tokens: int | None,
-) -> QuantizePlan | None:
-    """The plan behind a build's options, each of which may be ``None``; ``None`` if nothing is quantised.
+def make_plan(options: BuildOptions) -> QuantizePlan | None:
+    """The plan behind a build's options; ``None`` if nothing is quantised.
 
     Raises:
         RecipeError: an option that the choice of ``quantize`` has no use for.
     """
-    calibrating = {"calib": calib, "calib_limit": calib_limit, "calib_tokens": calib_tokens}
-    given = {
-        "quantize_block": block_size,
-        "quantize_head": head,
-        "quantize_drafter": drafter,
-        "measure_quantization": measure,
-        "measure_tokens": measure_tokens,
-    } | calibrating
-    if quantize is None:
+    calibrating = {name: getattr(options, name) for name in ("calib", "calib_limit", "calib_tokens")}
+    names = ("quantize_block", "quantize_head", "quantize_drafter", "measure_quantization", "measure_tokens")
+    given = {name: getattr(options, name) for name in names} | calibrating
+    if options.quantize is None:
         _refuse_useless(given, given, "quantize", f"quantize: one of {', '.join(SCHEMES)}")
         return None
-    scheme = SCHEMES[quantize]  # checked with the other options
-    if not scheme.has_blocks and not head and not drafter:
-        _refuse_useless(given, ("quantize_block",), "blocks", f"{quantize} has one scale for an output")
-    if measure is False:
+    scheme, head = SCHEMES[options.quantize], options.quantize_head
+    if not scheme.has_blocks and not head and not options.quantize_drafter:
+        _refuse_useless(
+            given, ("quantize_block",), "blocks", f"{options.quantize} has one scale for an output"
+        )
+    if options.measure_quantization is False:
         _refuse_useless(given, ("measure_tokens",), "a measurement", "no measure_quantization: false")
     if scheme.method == "rtn":
-        _refuse_useless(given, calibrating, "calibration", f"{quantize} rounds to nearest without any text")
+        expected = f"{options.quantize} rounds to nearest without any text"
+        _refuse_useless(given, calibrating, "calibration", expected)
     return QuantizePlan(
         scheme=scheme,
-        block_size=block_size,
-        head=_head_type(head),
-        drafter=bool(drafter),
-        measure=measure is not False,
-        calib=calib,
-        calib_limit=_DEFAULT_PROMPTS if calib_limit is None else calib_limit,
-        calib_tokens=_DEFAULT_TOKENS if calib_tokens is None else calib_tokens,
+        block_size=options.quantize_block,
+        head="int8" if head is True else head or None,
+        drafter=bool(options.quantize_drafter),
+        measure=options.measure_quantization is not False,
+        calib=None if options.calib is None else Path(options.calib),
+        calib_limit=options.calib_limit or _DEFAULT_PROMPTS,
+        calib_tokens=options.calib_tokens or _DEFAULT_TOKENS,
     )
-
-
-def _head_type(head: bool | str | None) -> Literal["int8", "int4"] | None:
-    return next((kind for kind in HEAD_TYPES if head == kind), "int8" if head is True else None)
 
 
 def _refuse_useless(given: Mapping[str, object], names: Collection[str], missing: str, expected: str) -> None:

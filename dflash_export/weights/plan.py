@@ -10,8 +10,10 @@ import torch
 from dflash_export.drafters.config import DrafterConfig
 from dflash_export.drafters.vocabulary import target_ids
 from dflash_export.graphs.graph import TracedGraph
+from dflash_export.pairing.read import Pair
 from dflash_export.progress import Progress
-from dflash_export.quantize.calibration import Calibration, Folding
+from dflash_export.quantize.calibrate import Quantized
+from dflash_export.quantize.calibration import Folding
 from dflash_export.sources.weights import Weights
 from dflash_export.targets.config import TargetFacts
 from dflash_export.weights.data_file import DataFile, LoadParameter
@@ -22,23 +24,15 @@ _Files = dict[str, list[tuple[str, LoadParameter]]]
 
 
 def write_weights(
-    folder: Path,
-    graphs: Mapping[str, TracedGraph],
-    facts: TargetFacts,
-    config: DrafterConfig,
-    target: Weights,
-    drafter: Weights,
-    progress: Progress,
-    *,
-    folded: Folding | None = None,
-    calibration: Calibration | None = None,
+    folder: Path, quantized: Quantized, pair: Pair, target: Weights, drafter: Weights, progress: Progress
 ) -> None:
-    """Stream the weights of ``graphs``. Matrices that graphs share are in one file, once.
-
-    ``folded`` says what the target's parameters are multiplied with, ``calibration`` what their errors cost.
-    """
-    files = {**_target_files(facts, graphs, target, folded or Folding()), **_drafter_files(config, drafter)}
-    layers = {} if calibration is None else calibration.layers
+    """Stream the weights of all graphs to their files. Matrices that graphs share are in one file, once."""
+    graphs = quantized.graphs
+    files = {
+        **_target_files(pair.facts, graphs, target, quantized.folded),
+        **_drafter_files(pair.drafter_config, drafter),
+    }
+    layers = {} if quantized.calibration is None else quantized.calibration.layers
     costs = {name: layer.rounding_cost for name, layer in layers.items()}
     # A weight that two graphs share is written once.
     distinct = {

@@ -15,7 +15,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dflash_rt.errors import DFlashError, ManifestError
 
@@ -42,8 +42,9 @@ _REMEDY = "build the bundle again with `dflash-export build`; manifest.json isn'
 _INVALID = object()
 
 
+@runtime_checkable
 class Check(Protocol):
-    """A limit in an ``Annotated`` type."""
+    """A limit in an ``Annotated`` type. Other metadata of such a type is its reader's own."""
 
     @property
     def expected(self) -> str:
@@ -96,15 +97,15 @@ class Pattern:
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """One of a few strings."""
+    """One of a few strings or integers."""
 
-    values: tuple[str, ...]
+    values: tuple[str | int, ...]
 
     @property
     def expected(self) -> str:
-        return "one of " + ", ".join(self.values)
+        return "one of " + ", ".join(map(str, self.values))
 
-    def accepts(self, value: str) -> bool:
+    def accepts(self, value: str | int) -> bool:
         return value in self.values
 
 
@@ -149,11 +150,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def child(path: str, key: str | int) -> str:
+def child(path: str, key: object) -> str:
     """JSON path of a member: ``drafter.feature_layers[2]``, ``files["target.data"]``."""
     if isinstance(key, int):
         return f"{path}[{key}]"
-    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", key):
+    if isinstance(key, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", key):
         return f"{path}.{key}" if path else key
     return f"{path}[{shown(key)}]"
 
@@ -213,9 +214,9 @@ def _finite(text: str) -> float:
 def read(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
     """Read a parsed JSON value as ``annotation``; wrong parts are added to ``problems``.
 
-    Known annotations: dataclasses, ``str``, ``int``, ``float``, ``bool``, ``None``, ``Literal``, unions of
-    scalars or with ``None``, ``tuple[T, ...]``, ``Mapping[K, T]`` and ``Annotated[T, Check, ...]``. The
-    result is of no use once ``problems`` isn't empty.
+    Known annotations: dataclasses, ``str``, ``int``, ``float``, ``bool``, ``None``, ``Literal`` of strings or
+    integers, unions of scalars or with ``None``, ``tuple[T, ...]``, ``Mapping[K, T]`` and
+    ``Annotated[T, Check, ...]``. The result is of no use once ``problems`` isn't empty.
     """
     readers = {
         typing.Annotated: _read_annotated,
@@ -235,18 +236,21 @@ def _refuse(problems: Problems, path: str, value: object, expected: str) -> obje
 
 
 def _read_annotated(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
-    base, *checks = typing.get_args(annotation)
-    if type(value) is not base:
+    base, *metadata = typing.get_args(annotation)
+    checks = [each for each in metadata if isinstance(each, Check)]
+    is_scalar = isinstance(base, type)
+    if checks and is_scalar and type(value) is not base:
         return _refuse(problems, path, value, checks[0].expected)
     for check in checks:
         if not check.accepts(value):
             return _refuse(problems, path, value, check.expected)
-    return _read_scalar(base, value, path, problems)
+    # A check of several types has looked at the type, too.
+    return value if checks and not is_scalar else read(base, value, path, problems)
 
 
 def _read_literal(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
     choices = typing.get_args(annotation)
-    if isinstance(value, str) and value in choices:
+    if _is_one_of(choices, value):
         return value
     return _refuse(problems, path, value, OneOf(choices).expected)
 
@@ -266,15 +270,25 @@ def _read_union(annotation: Any, value: Any, path: str, problems: Problems) -> A
     if len(others) == 1:
         return read(others[0], value, path, problems)
     for member in others:
-        base = typing.get_args(member)[0] if typing.get_origin(member) is typing.Annotated else member
-        if type(value) is base:
+        if _takes(member, value):
             return read(member, value, path, problems)
     return _refuse(problems, path, value, " or ".join(_described(member) for member in members))
 
 
+def _takes(member: Any, value: Any) -> bool:
+    """Whether a member of a union is the one to read a scalar with."""
+    if typing.get_origin(member) is typing.Literal:
+        return _is_one_of(typing.get_args(member), value)
+    return type(value) is (typing.get_args(member)[0] if typing.get_args(member) else member)
+
+
+def _is_one_of(choices: tuple[Any, ...], value: Any) -> bool:
+    return any(type(value) is type(choice) and value == choice for choice in choices)
+
+
 def _read_mapping(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
     key_type, item_type = typing.get_args(annotation)
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return _refuse(problems, path, value, "an object")
     for key in value:
         read(key_type, key, f"the key {child(path, key)}", problems)
@@ -302,6 +316,8 @@ def _read_object(cls: Any, value: Any, path: str, problems: Problems) -> Any:
 def _read_scalar(base: Any, value: Any, path: str, problems: Problems) -> Any:
     if type(value) is not base:
         return _refuse(problems, path, value, _described(base))
+    if base is float and not math.isfinite(value):
+        return _refuse(problems, path, value, "a finite number")
     if base is str and len(value) > MAX_STRING:
         return _refuse(problems, path, value, f"at most {MAX_STRING} characters")
     if base is str and _BAD_CHARACTER.search(value):
@@ -312,6 +328,8 @@ def _read_scalar(base: Any, value: Any, path: str, problems: Problems) -> Any:
 def _described(member: Any) -> str:
     if typing.get_origin(member) is typing.Annotated:
         return str(typing.get_args(member)[1].expected)
+    if typing.get_origin(member) is typing.Literal:
+        return ", ".join(map(str, typing.get_args(member)))
     names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
     return names[member]
 

@@ -120,9 +120,10 @@ def test_all_wrong_options_are_listed(pair: Path) -> None:
     refuse(
         pair,
         RecipeError,
-        "1. precision",
-        "2. max_seq_len",
-        "3. draft_width",
+        "has 3 problems",
+        "precision: found 'int3'",
+        "max_seq_len: found 0",
+        "draft_width: found -1",
         precision="int3",
         max_seq_len=0,
         draft_width=-1,
@@ -223,7 +224,7 @@ WRONG_SOURCES: dict[str, tuple[type[DFlashError], str, dict[str, Any]]] = {
     "no such folder": (SourceError, "doesn't exist", {"target": "./nowhere"}),
     "no such gguf": (SourceError, "doesn't exist", {"target": "missing.gguf"}),
     "neither path nor id": (SourceError, "hub id", {"target": "just-a-name"}),
-    "blank": (SourceError, "no target was named", {"target": "  "}),
+    "blank": (RecipeError, "target is wrong", {"target": "  "}),
     "a revision that can't be fetched": (
         SourceError,
         "org/model at revision 0123abc",

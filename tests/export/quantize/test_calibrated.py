@@ -280,7 +280,7 @@ def test_every_graph_of_the_demo_pair_is_built(tmp_path: Path, precision: str, s
     few = {"calib_limit": 2, "calib_tokens": 4, "measure_quantization": False, "quantize_head": "int8"}
     sources = read_recipe(ROOT / "engines" / "smollm2-135m.yaml")
     options = {} if scheme is None else {"quantize": scheme, **few}
-    bundle = build(sources.target, sources.drafter, tmp_path / "bundle", precision=precision, **options)
+    bundle = build(sources["target"], sources["drafter"], tmp_path / "bundle", precision=precision, **options)
     with watch_builds(trt) as builds:
         result = compile_engines(bundle, backend="tensorrt-rtx", max_seq_len=1016, compute_capabilities=(89,))
     assert result.built == tuple(bundle.manifest.graphs)

@@ -265,7 +265,7 @@ def test_drafted_tokens_are_plain_tokens(bundle: Bundle) -> None:
 
 def test_drafted_tokens_of_the_demo_pair_are_plain_tokens(tmp_path: Path) -> None:
     recipe = read_recipe(ROOT / "engines" / "smollm2-135m.yaml")
-    sources = {"target": recipe.target, "drafter": recipe.drafter}
+    sources = {"target": recipe["target"], "drafter": recipe["drafter"]}
     made = build_bundle(
         **sources, output=tmp_path / "b", quantize="int4-rtn", quantize_head=True, measure_quantization=False
     )

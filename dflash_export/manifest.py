@@ -1,0 +1,143 @@
+"""The manifest of a bundle that has just been written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from dflash_export.drafters.config import DrafterConfig
+from dflash_export.graphs.graph import TracedGraph
+from dflash_export.options import BuildOptions
+from dflash_export.pairing.read import Pair
+from dflash_export.provenance import provenance
+from dflash_export.sources.resolve import Source
+from dflash_export.sources.tokenizer import TokenizerFiles
+from dflash_export.targets.config import TargetFacts, sampling_defaults
+from dflash_rt.bundle.folder import hash_file
+from dflash_rt.bundle.graph_names import output_name
+from dflash_rt.bundle.manifest import (
+    FORMAT_VERSION,
+    DrafterInfo,
+    FileRecord,
+    GenerationDefaults,
+    GraphSpec,
+    Manifest,
+    QuantizationInfo,
+    SourceInfo,
+    TargetInfo,
+    TensorSpec,
+    TokenizerSpec,
+)
+
+__all__ = ["graph_spec", "make_manifest"]
+
+
+def make_manifest(
+    options: BuildOptions,
+    pair: Pair,
+    tokenizer: TokenizerFiles | None,
+    graphs: Mapping[str, GraphSpec],
+    quantization: QuantizationInfo | None,
+    folder: Path,
+) -> Manifest:
+    """The manifest of the files in ``folder``, which are hashed."""
+    return Manifest(
+        format="dflash-bundle",
+        format_version=FORMAT_VERSION,
+        name=options.name or Path(options.output).absolute().name,
+        precision=options.precision,
+        quantization=quantization,
+        limits=pair.limits,
+        target=_target_info(pair.facts, pair.target),
+        drafter=_drafter_info(pair.drafter_config, pair.drafter),
+        graphs=graphs,
+        tokenizer=_tokenizer_spec(tokenizer),
+        generation=GenerationDefaults(
+            stop_token_ids=pair.stop_token_ids,
+            num_draft_tokens=pair.draft_width - 1,
+            chat_template_kwargs=dict(options.chat_template_kwargs or {}),
+            sampling=sampling_defaults(pair.target),
+        ),
+        provenance=provenance(options),
+        files=_records(folder),
+    )
+
+
+def _records(folder: Path) -> dict[str, FileRecord]:
+    return {
+        path.relative_to(folder).as_posix(): hash_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def _source_info(source: Source) -> SourceInfo:
+    files = {name: FileRecord(record.size, record.sha256) for name, record in source.files().items()}
+    return SourceInfo(kind=source.kind, id=source.id, revision=source.revision, files=files)
+
+
+def _target_info(facts: TargetFacts, source: Source) -> TargetInfo:
+    return TargetInfo(
+        source=_source_info(source),
+        model_type=facts.model_type,
+        num_layers=facts.num_layers,
+        hidden_size=facts.hidden_size,
+        vocab_size=facts.vocab_size,
+        num_key_value_heads=facts.num_key_value_heads,
+        head_dim=facts.head_dim,
+        max_position_embeddings=facts.max_position_embeddings,
+        tie_word_embeddings=facts.tie_word_embeddings,
+    )
+
+
+def _drafter_info(config: DrafterConfig, source: Source) -> DrafterInfo:
+    return DrafterInfo(
+        source=_source_info(source),
+        kind=config.kind,
+        num_layers=config.num_layers,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        block_size=config.block_size,
+        mask_token_id=config.mask_token_id,
+        feature_layers=config.feature_layers,
+        layer_types=config.layer_types,  # type: ignore[arg-type]  # checked by drafter_config
+        layer_is_causal=config.layer_is_causal,
+        sliding_window=config.sliding_window,
+        vocab_size=config.vocab_size if config.draft_vocab_size is None else config.draft_vocab_size,
+        samples_from_anchor=config.samples_from_anchor,
+        selector_top_k=None if config.selector is None else config.selector.top_k,
+    )
+
+
+def _tokenizer_spec(files: TokenizerFiles | None) -> TokenizerSpec | None:
+    if files is None:
+        return None
+    return TokenizerSpec(
+        path=files.path,
+        chat_template=files.chat_template_path,
+        bos_token=files.bos_token,
+        eos_token=files.eos_token,
+    )
+
+
+def graph_spec(path: str, fused: str | None, graph: TracedGraph) -> GraphSpec:
+    """What a manifest says of a graph in the file ``path``, and of its other form in ``fused``."""
+    inputs = tuple(_tensor_spec(value) for value in graph.model.graph.inputs)
+    outputs = tuple(_tensor_spec(value) for value in graph.model.graph.outputs)
+    names = {tensor.name for tensor in outputs}
+    aliases = {
+        output_name(tensor.name): tensor.name
+        for tensor in inputs
+        if "capacity" in tensor.shape and output_name(tensor.name) in names
+    }
+    return GraphSpec(path=path, fused=fused, inputs=inputs, outputs=outputs, aliases=aliases)
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None
+    assert value.shape is not None
+    assert value.dtype is not None
+    shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    return TensorSpec(value.name, value.dtype.numpy().name, shape)  # type: ignore[arg-type]

@@ -1,0 +1,135 @@
+"""What is known of a pair, and of a build's options, before any weights are opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dflash_export.drafters.config import DrafterConfig
+from dflash_export.drafters.read import read_drafter_config
+from dflash_export.errors import ExportError, RecipeError
+from dflash_export.options import BuildOptions
+from dflash_export.sources.config_reader import Findings, raise_together
+from dflash_export.sources.resolve import Source, resolve_drafter, resolve_target
+from dflash_export.targets.config import TargetFacts, load_target_config, stop_token_ids, target_facts
+from dflash_rt.bundle.manifest import Limits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["Pair", "read_pair"]
+
+# Rows of one prefill pass. A mixture of experts gathers the weights of every (row, expert) pair.
+_PREFILL_CHUNK, _PREFILL_CHUNK_MOE = 256, 16
+# With eight answers of that length, two cores take about a minute for a target of 135M.
+_MEASURED_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Where both models are, what their configs say, and the limits of their bundle.
+
+    ``findings`` is what is wrong with the drafter's config: reported with what is wrong with the pair.
+    ``measured_tokens`` is how long an answer is, at most, that quantisation is measured over.
+    """
+
+    target: Source
+    drafter: Source
+    config: PreTrainedConfig
+    facts: TargetFacts
+    drafter_config: DrafterConfig
+    findings: Findings
+    limits: Limits
+    stop_token_ids: tuple[int, ...]
+    draft_width: int
+    measured_tokens: int
+
+
+def read_pair(options: BuildOptions) -> Pair:
+    """Find both models and read their configs.
+
+    Raises:
+        SourceError, CheckpointError: a model can't be found, or its config read.
+        UnsupportedModelError: the target would not be exported faithfully.
+        PairError: both configs are of no use.
+        RecipeError: an option doesn't suit the models.
+    """
+    target = resolve_target(options.target, revision=options.target_revision)
+    drafter = resolve_drafter(options.drafter, revision=options.drafter_revision)
+    config, drafter_config, findings = _read_configs(target, drafter)
+    facts = target_facts(config)
+    limits = _limits(facts, drafter_config, config, options)
+    return Pair(
+        target=target,
+        drafter=drafter,
+        config=config,
+        facts=facts,
+        drafter_config=drafter_config,
+        findings=findings,
+        limits=limits,
+        stop_token_ids=stop_token_ids(target, config),
+        draft_width=_draft_width(options.draft_width, drafter_config.block_size, findings),
+        measured_tokens=_measured_tokens(options.measure_tokens, limits),
+    )
+
+
+def _read_configs(target: Source, drafter: Source) -> tuple[PreTrainedConfig, DrafterConfig, Findings]:
+    """Both configs. What is wrong with the drafter's is reported with what is wrong with the pair; there is
+    nothing to compare only where one of the two is of no use at all.
+    """
+    drafter_config, findings = read_drafter_config(drafter)
+    try:
+        config = load_target_config(target)
+    except ExportError as error:
+        raise_together([error, *findings.errors])
+        raise
+    if drafter_config is None:
+        raise_together(findings.errors)
+    assert drafter_config is not None
+    return config, drafter_config, findings
+
+
+def _limits(
+    facts: TargetFacts, drafter: DrafterConfig, config: PreTrainedConfig, options: BuildOptions
+) -> Limits:
+    max_seq_len, prefill_chunk = options.max_seq_len, options.prefill_chunk
+    if max_seq_len is None:
+        max_seq_len = min(facts.max_position_embeddings, drafter.max_position_embeddings)
+    if prefill_chunk is None:
+        is_moe = getattr(config, "num_experts", None) is not None
+        prefill_chunk = min(_PREFILL_CHUNK_MOE if is_moe else _PREFILL_CHUNK, max_seq_len)
+    elif prefill_chunk > max_seq_len:
+        raise RecipeError(
+            "prefill_chunk is out of range",
+            found=prefill_chunk,
+            expected=f"at most max_seq_len, {max_seq_len}",
+            remedy="choose a smaller one, or leave it out",
+        )
+    return Limits(max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
+
+
+def _draft_width(draft_width: int | None, block_size: int, findings: Findings) -> int:
+    if draft_width is None or "block_size" in findings.wrong:  # the export won't go on then
+        return block_size
+    if draft_width > block_size:
+        raise RecipeError(
+            "draft_width is out of range",
+            found=draft_width,
+            expected=f"1 (no drafting) to the drafter's block_size, {block_size}",
+            remedy="choose a width in that range; a drafter can't draft wider than it was trained for",
+        )
+    return draft_width
+
+
+def _measured_tokens(wanted: int | None, limits: Limits) -> int:
+    """At least one row is left for the prompt."""
+    if wanted is None:
+        return max(1, min(_MEASURED_TOKENS, limits.max_seq_len - 1))
+    if wanted >= limits.max_seq_len:
+        raise RecipeError(
+            "measure_tokens is out of range",
+            found=wanted,
+            expected=f"less than max_seq_len, {limits.max_seq_len}: the prompt needs room, too",
+            remedy="choose a smaller number",
+        )
+    return wanted
