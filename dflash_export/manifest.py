@@ -56,7 +56,7 @@ def make_manifest(
         tokenizer=_tokenizer_spec(tokenizer),
         generation=GenerationDefaults(
             stop_token_ids=pair.stop_token_ids,
-            num_draft_tokens=pair.draft_width - 1,
+            num_draft_tokens=pair.num_draft_tokens,
             chat_template_kwargs=dict(options.chat_template_kwargs or {}),
             sampling=sampling_defaults(pair.target),
         ),

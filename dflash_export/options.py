@@ -115,8 +115,9 @@ class BuildOptions:
     prefill_chunk: Annotated[
         _Count | None, Option("Prompt rows of one pass, at most [256; 16 for a mixture of experts].")
     ] = None
-    draft_width: Annotated[
-        _Count | None, Option("Default rows of a verify pass, anchor included [the drafter's block].")
+    num_draft_tokens: Annotated[
+        Annotated[int, AtLeast(0)] | None,
+        Option("Drafted tokens of a step by default, at most; 0 is plain decoding [a whole draft block]."),
     ] = None
     fused: Annotated[
         bool, Option("Hold the target in ONNX Runtime's own operators as well, where they fit it [on].")

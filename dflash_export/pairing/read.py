@@ -41,7 +41,7 @@ class Pair:
     findings: Findings
     limits: Limits
     stop_token_ids: tuple[int, ...]
-    draft_width: int
+    num_draft_tokens: int
     measured_tokens: int
 
 
@@ -68,7 +68,7 @@ def read_pair(options: BuildOptions) -> Pair:
         findings=findings,
         limits=limits,
         stop_token_ids=stop_token_ids(target, config),
-        draft_width=_draft_width(options.draft_width, drafter_config.block_size, findings),
+        num_draft_tokens=_num_draft_tokens(options.num_draft_tokens, drafter_config.block_size, findings),
         measured_tokens=_measured_tokens(options.measure_tokens, limits),
     )
 
@@ -108,17 +108,18 @@ def _limits(
     return Limits(max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
 
 
-def _draft_width(draft_width: int | None, block_size: int, findings: Findings) -> int:
-    if draft_width is None or "block_size" in findings.wrong:  # the export won't go on then
-        return block_size
-    if draft_width > block_size:
+def _num_draft_tokens(wanted: int | None, block_size: int, findings: Findings) -> int:
+    most = block_size - 1  # a block holds the anchor, too
+    if wanted is None or "block_size" in findings.wrong:  # the export won't go on then
+        return most
+    if wanted > most:
         raise RecipeError(
-            "draft_width is out of range",
-            found=draft_width,
-            expected=f"1 (no drafting) to the drafter's block_size, {block_size}",
-            remedy="choose a width in that range; a drafter can't draft wider than it was trained for",
+            "num_draft_tokens is out of range",
+            found=wanted,
+            expected=f"0 (no drafting) to {most}, one less than the drafter's block_size",
+            remedy="choose a number in that range; a drafter can't draft more than it was trained for",
         )
-    return draft_width
+    return wanted
 
 
 def _measured_tokens(wanted: int | None, limits: Limits) -> int:

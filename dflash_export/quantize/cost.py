@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from dflash_export.reference import (
     reference_version,
     teacher_forced,
 )
-from dflash_export.sources.resolve import Source
 from dflash_rt.bundle.manifest import QuantizationCost, QuantizationInfo
 from dflash_rt.text.prompts import Prompt, PromptEncoder
 
@@ -66,7 +65,7 @@ def measure_cost(
     """Compare the target of ``folder`` with the checkpoint that it came from.
 
     The text is what the checkpoint answers to built-in prompts, greedily. Loads the target in fp32, once.
-    Tokens per step are those of the reference's loop at ``pair.draft_width`` rows, each target with its own
+    Tokens per step are those of the reference's loop with ``pair.num_draft_tokens``, each target with its own
     answers; they stay ``None`` in plain decoding, and where PyPI ``dflash`` isn't installed or can't load the
     drafter.
 
@@ -81,7 +80,7 @@ def measure_cost(
     ):
         model = load_target(pair.target)
         threads.enter_context(_quickest_threads(model))
-        loop = _Loop(pair.drafter, pair.draft_width, pair.measured_tokens, pair.stop_token_ids)
+        loop = _Loop(pair)
         before, text = [], []
         for prompt in prompts:
             text.append(loop.answer(model, prompt))
@@ -144,12 +143,13 @@ def _divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
 class _Loop:
     """Greedy answers, by the reference's loop where it can be had, and the steps that they took."""
 
-    def __init__(self, drafter: Source, width: int, new_tokens: int, stop_token_ids: Collection[int]) -> None:
+    def __init__(self, pair: Pair) -> None:
         self.drafter: Any | None = None
-        if width > 1 and reference_version() is not None:
+        if pair.num_draft_tokens > 0 and reference_version() is not None:
             with contextlib.suppress(VerifyError):  # a drafter that the reference doesn't know
-                self.drafter = load_drafter(drafter)
-        self._width, self._new_tokens, self._stops = width, new_tokens, stop_token_ids
+                self.drafter = load_drafter(pair.drafter)
+        self._block_size = pair.num_draft_tokens + 1
+        self._new_tokens, self._stops = pair.measured_tokens, pair.stop_token_ids
         self._steps = self._tokens = 0
 
     def answer(self, model: Any, prompt: Sequence[int]) -> tuple[int, ...]:
@@ -163,7 +163,7 @@ class _Loop:
             prompt,
             max_new_tokens=self._new_tokens,
             stop_token_ids=self._stops,
-            block_size=self._width,
+            block_size=self._block_size,
         )
         self._steps += len(run.tokens_by_step)
         self._tokens += len(run.token_ids) - 1  # the first comes from the prefill

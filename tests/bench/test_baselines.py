@@ -41,7 +41,7 @@ class Pair:
         # attention takes head sizes that are multiples of 16 only.
         self.target = save_target(folder / "target", "qwen3", initializer_range=0.5, head_dim=16)
         self.drafter = save_drafter(folder / "drafter", drafter_json(initializer_range=0.5))
-        self.bundle = build(self.target, self.drafter, folder / "bundle", draft_width=3)
+        self.bundle = build(self.target, self.drafter, folder / "bundle", num_draft_tokens=2)
         self.cache = folder / "cache"
         self.lines: list[str] = []
         make_genai(self.setup(say=self.lines.append))

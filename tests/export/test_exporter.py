@@ -91,7 +91,7 @@ def test_options(pair: Folders, tmp_path: Path) -> None:
         precision="bf16",
         max_seq_len=100,
         prefill_chunk=8,
-        draft_width=2,
+        num_draft_tokens=1,
         chat_template_kwargs={"enable_thinking": False, "tone": ""},
         name="Grüße",
     )

@@ -87,8 +87,8 @@ WRONG_OPTIONS: dict[str, dict[str, Any]] = {
     "room is huge": {"max_seq_len": 2**40},
     "empty pieces": {"prefill_chunk": 0},
     "pieces are a truth value": {"prefill_chunk": False},
-    "no width": {"draft_width": 0},
-    "width is text": {"draft_width": "4"},
+    "fewer drafts than none": {"num_draft_tokens": -1},
+    "drafts are text": {"num_draft_tokens": "3"},
     "name is empty": {"name": ""},
     "name rings a bell": {"name": "a\x07b"},
     "name is a number": {"name": 7},
@@ -123,15 +123,15 @@ def test_all_wrong_options_are_listed(pair: Path) -> None:
         "has 3 problems",
         "precision: found 'int3'",
         "max_seq_len: found 0",
-        "draft_width: found -1",
+        "num_draft_tokens: found -1",
         precision="int3",
         max_seq_len=0,
-        draft_width=-1,
+        num_draft_tokens=-1,
     )
 
 
-def test_a_width_beyond_the_block(pair: Path) -> None:
-    refuse(pair, RecipeError, "draft_width", "found: 5", "block_size, 4", draft_width=5)
+def test_more_drafts_than_a_block(pair: Path) -> None:
+    refuse(pair, RecipeError, "num_draft_tokens", "found: 4", "to 3, one less", num_draft_tokens=4)
 
 
 @pytest.mark.parametrize(("max_seq_len", "limit"), [(64, 64), (None, 1024)])
@@ -534,7 +534,7 @@ def test_problems_of_the_config_and_of_the_pair_are_reported_together(pair: Path
         "hidden_size = 48",
         "vocab_size = 301",
         "fc.weight [32, 64]",
-        draft_width=3,
+        num_draft_tokens=2,
     )
     assert text.count("found: ") == text.count("expected: ") == text.count("what to do: ")
     assert [word for word in ("drafts nothing", "the mask token", "don't fit") if word in text] == []

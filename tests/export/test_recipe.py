@@ -39,7 +39,7 @@ def test_demo_recipe_points_at_files_that_are_there() -> None:
     recipe = read_recipe(ENGINES / "smollm2-135m.yaml")
     assert Path(recipe["target"]).read_bytes()[:4] == b"GGUF"
     assert (Path(recipe["drafter"]) / "model.safetensors").is_file()
-    assert "draft_width" not in recipe  # up to the drafter's block size
+    assert "num_draft_tokens" not in recipe  # up to the drafter's block size
 
 
 @pytest.mark.parametrize("name", ["qwen3-4b", "qwen3-8b"])
@@ -65,7 +65,7 @@ def test_keys_are_options_of_build() -> None:
 def test_every_key(tmp_path: Path) -> None:
     text = (
         "target: org/target\ntarget_revision: '1234567'\ndrafter: ./drafter\ndrafter_revision: main\n"
-        "name: pair\nprecision: bf16\nmax_seq_len: 2048\nprefill_chunk: 64\ndraft_width: 1\n"
+        "name: pair\nprecision: bf16\nmax_seq_len: 2048\nprefill_chunk: 64\nnum_draft_tokens: 0\n"
         "chat_template_kwargs: {a: true, b: 1, c: 0.5, d: text, e: null}\n"
     )
     assert read_recipe(write(tmp_path, text)) == {
@@ -77,7 +77,7 @@ def test_every_key(tmp_path: Path) -> None:
         "precision": "bf16",
         "max_seq_len": 2048,
         "prefill_chunk": 64,
-        "draft_width": 1,
+        "num_draft_tokens": 0,
         "chat_template_kwargs": {"a": True, "b": 1, "c": 0.5, "d": "text", "e": None},
     }
 
@@ -133,8 +133,8 @@ def test_paths_start_at_the_recipe(tmp_path: Path, source: str, found: str) -> N
         (PAIR + "target_revision: 2026-01-02\n", "put it in quotes"),
         (PAIR + "precision: int8\n", "fp32, fp16, bf16"),
         (PAIR + "precision: [fp32]\n", "fp32, fp16, bf16"),
-        (PAIR + "draft_width: 0\n", "at least 1"),
-        (PAIR + "draft_width: true\n", "at least 1"),
+        (PAIR + "num_draft_tokens: -1\n", "at least 0"),
+        (PAIR + "num_draft_tokens: true\n", "at least 0"),
         (PAIR + "max_seq_len: '2048'\n", "without quotes"),
         (PAIR + "max_seq_len: 1.5\n", "a whole number"),
         (PAIR + "prefill_chunk: -1\n", "at least 1"),
@@ -226,7 +226,7 @@ def test_bad_package_file(source: str, part: str) -> None:
 
 
 def test_given_options_win() -> None:
-    recipe = {"target": "a", "drafter": "b", "precision": "bf16", "draft_width": 4}
+    recipe = {"target": "a", "drafter": "b", "precision": "bf16", "num_draft_tokens": 3}
     assert override(recipe, {"precision": "fp16"}) == {**recipe, "precision": "fp16"}
 
 

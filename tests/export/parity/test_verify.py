@@ -57,7 +57,7 @@ class Pair:
 
 
 def export(folder: Path, target: Path, drafter: Path, **options: Any) -> Pair:
-    sizes = {"prefill_chunk": 4, "draft_width": 3, "max_seq_len": 96}
+    sizes = {"prefill_chunk": 4, "num_draft_tokens": 2, "max_seq_len": 96}
     return Pair(build(target, drafter, folder / "bundle", **{**sizes, **options}), target, drafter)
 
 
