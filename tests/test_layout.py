@@ -196,6 +196,7 @@ def test_extras() -> None:
         "cuda",
         "test",
         "bench",
+        "release",
     }
     assert groups[""] == RUNTIME - {"dflash_rt"} | {"onnxruntime"}
     assert groups["compile"] < groups["export"]
