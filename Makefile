@@ -1,6 +1,7 @@
 # make setup   virtual environment in .venv (all other targets do this first, when needed)
 # make demo    export the demo pair, answer two questions (drafts suit the first), prove parity, measure the gain
 # make test    lint, then all tests
+# make dist    sdist and wheel in dist/, checked
 # make bench   the full comparison on the demo pair, with a plot
 # make lint    ruff and mypy
 # make clean   remove .venv, caches and the demo bundle
@@ -21,7 +22,7 @@ PROMPTS := examples/smollm2-135m-instruct-dflash/heldout_prompts.json
 # A file of tests stays on one worker: its fixtures export bundles.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup setup-all dist demo test test-all bench lint clean
 
 setup: $(STAMP)
 
@@ -34,6 +35,17 @@ $(STAMP): Makefile setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(PIP_INSTALL) -c constraints/constraints.txt --no-build-isolation -e ".[export,quantize,test,bench]"
 	$(PIP_INSTALL) --no-deps -r constraints/no-deps.txt
 	touch $@
+
+setup-all: $(VENV)/.stamp-all
+
+$(VENV)/.stamp-all: $(STAMP)
+	$(PIP_INSTALL) -c constraints/constraints.txt --no-build-isolation -e ".[release]"
+	touch $@
+
+dist: setup-all
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 # What of the runtime shapes a bundle: its format, and the checks of it.
 FORMAT := dflash_rt/bundle/manifest.py dflash_rt/bundle/contract.py dflash_rt/bundle/rules.py dflash_rt/bundle/schema.py
@@ -53,6 +65,9 @@ demo: $(BUNDLE)/manifest.json
 		--max-new-tokens 64 --repeats 1 --compare hf --draft-width 4
 
 test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: lint setup-all
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)
