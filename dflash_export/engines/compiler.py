@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dflash_export.engines.builder import EngineJob, build_engine
-from dflash_export.engines.devices import FP8_SINCE, Gpu, check_device, check_fp8, present_gpu
+from dflash_export.engines.devices import Gpu
 from dflash_export.engines.header import data_files, load_header, read_header
 from dflash_export.engines.profiles import graph_profiles
+from dflash_export.engines.reuse import link_engine, present_set, reusable_engines
+from dflash_export.engines.targets import check_precision, check_targets
 from dflash_export.engines.vendor import Vendor, load_vendor
 from dflash_export.errors import EngineBuildError
 from dflash_export.progress import SILENT, Progress
@@ -29,13 +30,11 @@ from dflash_rt.bundle.engine_sets import (
     EngineLimits,
     EngineSet,
     EngineSpec,
-    engine_folders,
     folder_name,
-    read_engines,
 )
 from dflash_rt.bundle.folder import hash_file
 from dflash_rt.bundle.manifest import ENGINES_FOLDER
-from dflash_rt.errors import EngineError, OutputError
+from dflash_rt.errors import OutputError
 from dflash_rt.files import utc_now
 from dflash_rt.version import __version__
 
@@ -43,7 +42,6 @@ __all__ = ["CompiledEngines", "check_options", "compile_engines"]
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _LOCK = ".lock"
-_TURING = 75
 
 
 @dataclass(frozen=True)
@@ -109,8 +107,8 @@ def compile_engines(
     if workspace is not None and (type(workspace) is not int or workspace < 1):
         raise _wrong("workspace", workspace, "a number of bytes, at least 1")
     quantization = opened.manifest.quantization
-    _check_precision(opened.manifest.precision, None if quantization is None else quantization.weights)
-    gpu, targets = _check_targets(
+    check_precision(opened.manifest.precision, None if quantization is None else quantization.weights)
+    gpu, targets = check_targets(
         vendor,
         device,
         compute_capabilities,
@@ -130,7 +128,7 @@ def compile_engines(
     specs = {graph: _engine_spec(opened, graph, limits) for graph in opened.manifest.graphs}
     output = opened.root / ENGINES_FOLDER / folder_name(build, specs)
     with _only_builder(output.parent, progress):
-        present = _present(output, progress)
+        present = present_set(output, progress)
         if present is not None:
             return CompiledEngines(output, present, (), tuple(specs), _notes(vendor))
         timings = None if timing_folder is None else Path(timing_folder)
@@ -157,8 +155,8 @@ def check_options(
     """
     vendor = load_vendor(backend)
     vendor.check_options(version_compatible=version_compatible, hardware_compatible=hardware_compatible)
-    _check_precision(precision, quantize)
-    _check_targets(vendor, device, compute_capabilities, fp8=quantize == "fp8")
+    check_precision(precision, quantize)
+    check_targets(vendor, device, compute_capabilities, fp8=quantize == "fp8")
 
 
 @dataclass(frozen=True)
@@ -190,88 +188,11 @@ def _limits(bundle: Bundle, max_seq_len: int | None, max_batch: int) -> EngineLi
     return EngineLimits(max_seq_len=length, capacity=capacity, max_batch=max_batch)
 
 
-def _check_precision(precision: str, quantize: str | None) -> None:
-    """Caches, activations and attention of a quantised target are in 16 bits."""
-    if quantize is not None and precision == "fp32":
-        raise EngineBuildError(
-            f"no engines of a target in {quantize} with caches and activations in fp32",
-            found="precision fp32",
-            expected="bf16 or fp16: half the memory, and fused attention",
-            remedy="build the bundle with --precision bf16",
-        )
-
-
 def _notes(vendor: Vendor) -> tuple[str, ...]:
     if vendor.limits_attention:
         return ()
     unlimited = f"{vendor.backend} {vendor.version} can't be told how much of a cache is valid"
     return (f"{unlimited}: attention costs the whole of --max-seq-len at every length; 11.4 can be told",)
-
-
-def _check_targets(
-    vendor: Vendor,
-    device: str | None,
-    compute_capabilities: Sequence[int],
-    *,
-    fp8: bool = False,
-) -> tuple[Gpu | None, tuple[int, ...]]:
-    """The GPU to build on (None: without one), and the compute capabilities to build for."""
-    chosen = None if device is None else check_device(device, vendor.backend)
-    if chosen is not None and fp8:
-        check_fp8(chosen.title, chosen.compute_capability)
-    if chosen is not None and compute_capabilities:
-        raise EngineBuildError(
-            "a device class and compute capabilities say the same thing",
-            found=f"{chosen.name} and {', '.join(map(str, compute_capabilities))}",
-            expected="one of them",
-            remedy="leave one out",
-        )
-    if not vendor.needs_gpu:
-        wanted = (chosen.compute_capability,) if chosen else tuple(sorted(set(compute_capabilities)))
-        return None, _known_targets(vendor, wanted, fp8=fp8)
-    if compute_capabilities:
-        raise EngineBuildError(
-            f"{vendor.backend} builds for the GPU that it runs on",
-            found=f"compute capabilities {', '.join(map(str, compute_capabilities))}",
-            expected="no choice",
-            remedy="leave it out, or use the backend tensorrt-rtx",
-        )
-    gpu = present_gpu()
-    if gpu is None:
-        raise EngineBuildError(
-            f"{vendor.backend} builds engines on the GPU that will run them",
-            found="no GPU",
-            expected="a CUDA device and its driver",
-            remedy="compile on the machine that will run the engines, or use tensorrt-rtx",
-        )
-    if chosen is not None and chosen.compute_capability != gpu.compute_capability:
-        raise EngineBuildError(
-            f"this machine is not a {chosen.title}",
-            found=f"{gpu.name} (sm{gpu.compute_capability})",
-            expected=f"sm{chosen.compute_capability}",
-            remedy="build on that machine; TensorRT can't build for another GPU",
-        )
-    if fp8:
-        check_fp8(gpu.name, gpu.compute_capability)
-    return gpu, (gpu.compute_capability,)
-
-
-def _known_targets(vendor: Vendor, wanted: tuple[int, ...], *, fp8: bool) -> tuple[int, ...]:
-    known = vendor.compute_capabilities
-    unknown = [str(number) for number in wanted if number not in known]
-    if unknown:
-        raise EngineBuildError(
-            f"{vendor.backend} {vendor.version} can't build for this GPU",
-            found=", ".join(f"sm{number}" for number in unknown),
-            expected=", ".join(f"sm{number}" for number in known),
-            remedy="use the backend tensorrt on that machine",
-        )
-    # TensorRT-RTX has no fp32 products for Turing (sm75), and nearly every bundle has some: the feature
-    # projection of an fp16 bundle runs in fp32.
-    if fp8:
-        for number in wanted:
-            check_fp8(f"sm{number}", number)
-    return wanted or tuple(number for number in known if number >= (FP8_SINCE if fp8 else _TURING + 1))
 
 
 def _engine_spec(bundle: Bundle, graph: str, limits: EngineLimits) -> EngineSpec:
@@ -324,39 +245,8 @@ def _only_builder(parent: Path, progress: Progress) -> Iterator[None]:
         lock.release()
 
 
-def _present(output: Path, progress: Progress) -> EngineSet | None:
-    """The set if it is there and unchanged. One that is damaged is removed, to be built again."""
-    if not os.path.lexists(output):
-        return None
-    try:
-        engines = read_engines(output)
-        if engines.folder == output.name and all(
-            _is_unchanged(output / file.name, file, progress) for file in engines.files.values()
-        ):
-            return engines
-    except EngineError:
-        pass
-    try:
-        shutil.rmtree(output)
-    except OSError as error:
-        raise OutputError(
-            f"the damaged engines in {output} can't be removed",
-            found=error.strerror or error,
-            expected="a writable bundle",
-            remedy="remove that folder",
-        ) from error
-    return None
-
-
-def _is_unchanged(path: Path, file: EngineFile, progress: Progress) -> bool:
-    """Whether it still has its recorded SHA-256: reading it takes far less than building it."""
-    with progress.stage(f"checking {file.name}", total=file.size) as stage:
-        found = hash_file(path, name=file.name, progress=lambda _, size: stage.advance(size))
-    return found.sha256 == file.sha256
-
-
 def _build_set(work: _Work, output: Path, progress: Progress) -> CompiledEngines:
-    others = _reusable(work, progress)
+    others = reusable_engines(work.bundle, work.build, work.specs, progress)
     missing = [graph for graph in work.specs if graph not in others]
     if missing:
         with progress.stage("checking the bundle's files", total=work.bundle.total_bytes) as stage:
@@ -366,7 +256,7 @@ def _build_set(work: _Work, output: Path, progress: Progress) -> CompiledEngines
         for graph in work.specs:
             path = folder / f"{graph}.engine"
             if graph in others:
-                files[graph] = _take_over(*others[graph], path)
+                files[graph] = link_engine(*others[graph], path)
             else:
                 path.write_bytes(_build(work, graph, progress))
                 record = hash_file(path)
@@ -383,33 +273,6 @@ def _build_set(work: _Work, output: Path, progress: Progress) -> CompiledEngines
         (folder / ENGINES_NAME).write_text(engines.to_json(), encoding="utf-8", newline="\n")
     reused = tuple(graph for graph in work.specs if graph in others)
     return CompiledEngines(output, engines, tuple(missing), reused, _notes(work.vendor))
-
-
-def _reusable(work: _Work, progress: Progress) -> dict[str, tuple[Path, EngineFile]]:
-    """Engines of other sets of this bundle that have the keys that are wanted, and are unchanged."""
-    wanted = {spec.digest(graph, work.build): graph for graph, spec in work.specs.items()}
-    found: dict[str, tuple[Path, EngineFile]] = {}
-    for folder in engine_folders(work.bundle):
-        try:
-            engines = read_engines(folder)
-        except EngineError:
-            continue
-        for graph, spec in engines.engines.items():
-            file = engines.files[graph]
-            if graph in found or wanted.get(spec.digest(graph, engines.build)) != graph:
-                continue
-            if _is_unchanged(folder / file.name, file, progress):
-                found[graph] = (folder / file.name, file)
-    return found
-
-
-def _take_over(source: Path, file: EngineFile, path: Path) -> EngineFile:
-    """The same engine in another set; the same file where the disk can do that, as neither ever changes."""
-    try:
-        os.link(source, path)
-    except OSError:
-        shutil.copyfile(source, path)
-    return EngineFile(path.name, file.size, file.sha256)
 
 
 def _build(work: _Work, graph: str, progress: Progress) -> Any:

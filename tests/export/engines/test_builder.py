@@ -13,11 +13,12 @@ import pytest
 from click.testing import CliRunner
 
 from dflash_export.cli import main
-from dflash_export.engines import compiler
+from dflash_export.engines import compiler, targets
 from dflash_export.engines.devices import Gpu, present_gpu
 from dflash_export.engines.monitor import BuildMonitor
 from dflash_export.engines.options import ByteSize
 from dflash_export.engines.profiles import graph_profiles
+from dflash_export.engines.targets import check_targets
 from dflash_export.engines.timing import default_timing_folder, timing_path, use_timings
 from dflash_export.engines.vendor import BACKENDS, Vendor, load_vendor
 from dflash_export.errors import EngineBuildError
@@ -82,9 +83,9 @@ def test_options_that_only_one_library_has(option: str) -> None:
 
 
 def test_targets_without_a_gpu() -> None:
-    assert compiler._check_targets(RTX, None, ()) == (None, (80, 86, 89, 120, 121))
-    assert compiler._check_targets(RTX, None, (120, 75, 120)) == (None, (75, 120))
-    assert compiler._check_targets(RTX, "rtx-4090", ()) == (None, (89,))
+    assert check_targets(RTX, None, ()) == (None, (80, 86, 89, 120, 121))
+    assert check_targets(RTX, None, (120, 75, 120)) == (None, (75, 120))
+    assert check_targets(RTX, "rtx-4090", ()) == (None, (89,))
 
 
 @pytest.mark.parametrize(
@@ -105,30 +106,30 @@ def test_targets_that_can_not_be_met(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compiler, "present_gpu", lambda: Gpu("H100", 90))
+    monkeypatch.setattr(targets, "present_gpu", lambda: Gpu("H100", 90))
     with pytest.raises(EngineBuildError, match=message):
-        compiler._check_targets(library, device, capabilities)
+        check_targets(library, device, capabilities)
 
 
 def test_tensorrt_builds_for_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu("H100", 90)
-    monkeypatch.setattr(compiler, "present_gpu", lambda: gpu)
-    assert compiler._check_targets(TRT, "h100", ()) == (gpu, (90,))
-    monkeypatch.setattr(compiler, "present_gpu", lambda: None)
+    monkeypatch.setattr(targets, "present_gpu", lambda: gpu)
+    assert check_targets(TRT, "h100", ()) == (gpu, (90,))
+    monkeypatch.setattr(targets, "present_gpu", lambda: None)
     with pytest.raises(EngineBuildError, match="found: no GPU"):
-        compiler._check_targets(TRT, "h100", ())
+        check_targets(TRT, "h100", ())
 
 
 def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compiler._check_targets(RTX, None, (), fp8=True) == (None, (89, 120, 121))
+    assert check_targets(RTX, None, (), fp8=True) == (None, (89, 120, 121))
     with pytest.raises(EngineBuildError, match=r"sm86 has no FP8"):
-        compiler._check_targets(RTX, None, (86, 89), fp8=True)
+        check_targets(RTX, None, (86, 89), fp8=True)
     # By the class alone: on a workstation, before an export of minutes.
     with pytest.raises(EngineBuildError, match=r"(?s)Jetson Orin.*no FP8.*8\.7.*--int8 or --int4"):
-        compiler._check_targets(TRT, "jetson-orin", (), fp8=True)
-    monkeypatch.setattr(compiler, "present_gpu", lambda: Gpu("A100", 80))
+        check_targets(TRT, "jetson-orin", (), fp8=True)
+    monkeypatch.setattr(targets, "present_gpu", lambda: Gpu("A100", 80))
     with pytest.raises(EngineBuildError, match="A100 has no FP8"):
-        compiler._check_targets(TRT, None, (), fp8=True)
+        check_targets(TRT, None, (), fp8=True)
 
 
 def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from dflash_export import compile_engines
 from dflash_export.cli import main
 from dflash_export.engines import compiler
 from dflash_export.engines.builder import EngineJob
+from dflash_export.engines.reuse import link_engine
 from dflash_export.engines.vendor import load_vendor
 from dflash_export.errors import EngineBuildError
 from dflash_rt import Bundle
@@ -247,7 +248,7 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     record = hash_file(tmp_path / "old")
     file = EngineFile("old", record.size, record.sha256)
     monkeypatch.setattr(os, "link", refuse)
-    assert compiler._take_over(tmp_path / "old", file, tmp_path / "new").name == "new"
+    assert link_engine(tmp_path / "old", file, tmp_path / "new").name == "new"
     assert (tmp_path / "new").read_bytes() == b"engine"
     assert not os.path.samefile(tmp_path / "old", tmp_path / "new")
 
