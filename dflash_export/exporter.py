@@ -58,11 +58,10 @@ def _taking(
         def taking(*args: _P.args, **kwargs: _P.kwargs) -> Bundle:
             return function(options(*args, **kwargs))
 
-        # For help(): the types alone.
-        hints = get_type_hints(options)
-        signature = inspect.signature(options)
-        parameters = [each.replace(annotation=hints[name]) for name, each in signature.parameters.items()]
-        taking.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        # For help(): types without their checks.
+        types, signature = get_type_hints(options), inspect.signature(options)
+        parameters = [each.replace(annotation=types[name]) for name, each in signature.parameters.items()]
+        taking.__signature__ = inspect.Signature(parameters, return_annotation=Bundle)  # type: ignore[attr-defined]
         return taking
 
     return decorate
@@ -114,7 +113,7 @@ def build(options: BuildOptions) -> Bundle:
             quantization = replace(quantization, cost=cost)
         with progress.stage("hashing files"):
             manifest = make_manifest(options, pair, tokenizer, specs, quantization, folder)
-        _write_text(folder / MANIFEST_NAME, manifest_json(manifest))
+        (folder / MANIFEST_NAME).write_text(manifest_json(manifest), encoding="utf-8", newline="\n")
     return Bundle.open(output)
 
 
@@ -187,13 +186,6 @@ def _save(path: Path, model: ir.Model) -> None:
         ) from error
     # By path, so that the checker also follows the pointers into the data files.
     onnx.checker.check_model(path, full_check=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("x", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _encoder(
