@@ -61,8 +61,8 @@ demo: $(BUNDLE)/manifest.json
 	$(BIN)/dflash-rt generate $(BUNDLE) --chat --prompt "Why is the sky blue?" --max-new-tokens 96 --stats
 	$(BIN)/dflash-export verify $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) --limit 4 \
 		--max-new-tokens 64
-	$(BIN)/dflash-rt bench $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) --limit 4 \
-		--max-new-tokens 64 --repeats 1 --compare hf --draft-width 4
+	$(BIN)/dflash-bench run $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) --limit 4 \
+		--max-new-tokens 64 --repeats 1 --compare hf --num-draft-tokens 3
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -76,8 +76,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(BUNDLE)/manifest.json
-	$(BIN)/dflash-rt bench $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) --limit 8 \
-		--compare hf,reference,genai --draft-width 4 --draft-width 8 --plot $(BUNDLE)/reports/bench.png
+	$(BIN)/dflash-bench run $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) --limit 8 \
+		--compare hf,reference,genai --num-draft-tokens 3 --num-draft-tokens 7 --plot $(BUNDLE)/reports/bench.png
 
 clean:
 	rm -rf $(VENV) $(BUNDLE) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

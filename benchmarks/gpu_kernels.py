@@ -50,7 +50,7 @@ def main() -> int:
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
                 for _ in range(_WARM if warm else options.steps):
                     # Its anchor's row is committed and no draft: what random weights mostly come to.
-                    backend.step(np.array([1]), np.array([place]), width=width, inject=None)
+                    backend.step(np.array([1]), np.array([place]), verify_len=width, inject=None)
                     place += 1
         events = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)
         total = sum(event.device_time_total for event in events)

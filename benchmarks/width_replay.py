@@ -69,7 +69,7 @@ def record(
         rows += piece.shape[1]
     inject = None
     while len(confirmed) < NEW_TOKENS - 1 and token not in stops:
-        output = backend.step(np.array([token]), np.array([rows]), width=block, inject=inject)
+        output = backend.step(np.array([token]), np.array([rows]), verify_len=block, inject=inject)
         confirmed.append(int(accept_greedy(output.drafted, output.verified)[0]))
         token = int(output.verified[0, 0])
         inject = Inject(np.array([rows]), 1)

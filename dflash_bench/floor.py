@@ -1,7 +1,8 @@
-"""The floor of a step: no step can be faster than reading the weights that it uses from memory.
+"""The floor of a step: no step can be faster than reading the weights and caches that it uses from memory.
 
-A row more costs no further byte, only arithmetic, so this is a floor and not an estimate: one row comes
-near it, and the more rows a pass has the more its arithmetic counts.
+A row more costs hardly a further byte, only arithmetic, so this is a floor and not an estimate: one row comes
+near it, and the more rows a pass has the more its arithmetic counts. Activations and the few rows of the
+embedding are left out.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from dflash_rt.bundle.onnx_scan import weight_bytes
 if TYPE_CHECKING:
     from dflash_rt.bundle.folder import Bundle
 
-__all__ = ["StepFloor", "measure_read_bandwidth", "step_floor", "weight_bytes"]
+__all__ = ["StepFloor", "cache_bytes", "measure_read_bandwidth", "step_floor", "weight_bytes"]
 
 _PROBE_BYTES = 512 * 2**20
 _PROBE_ROUNDS = 8
+_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,23 @@ class StepFloor:
 
     Attributes:
         weight_bytes: bytes of the weights that are used; one used twice is read twice.
-        operations: multiplications and additions of its matrix products.
-        bytes_per_second: what memory delivers.
+        operations: multiplications and additions of its matrix products; ``None`` for quantised weights,
+            whose bytes don't say how many numbers they are.
+        cache_bytes: bytes of the rows of all caches that attention reads, where a context is given.
     """
 
     weight_bytes: int
-    operations: int
-    bytes_per_second: float
+    operations: int | None = None
+    cache_bytes: int = 0
 
     @property
-    def milliseconds(self) -> float:
-        """Time in which memory delivers the weights: no step is faster."""
-        return 1e3 * self.weight_bytes / self.bytes_per_second
+    def total_bytes(self) -> int:
+        """Weights and caches."""
+        return self.weight_bytes + self.cache_bytes
+
+    def milliseconds(self, bytes_per_second: float) -> float:
+        """Time in which memory delivers them: no step is faster."""
+        return 1e3 * self.total_bytes / bytes_per_second
 
 
 def measure_read_bandwidth(threads: int, *, size: int = _PROBE_BYTES, rounds: int = _PROBE_ROUNDS) -> float:
@@ -60,12 +67,14 @@ def measure_read_bandwidth(threads: int, *, size: int = _PROBE_BYTES, rounds: in
     return sum(part.nbytes for part in parts) / best
 
 
-def step_floor(bundle: Bundle, width: int, bytes_per_second: float) -> StepFloor | None:
-    """The floor of a step of ``width`` rows; ``None`` where it depends on the data or weights are quantised.
+def step_floor(bundle: Bundle, width: int, context: int | None = None) -> StepFloor | None:
+    """The floor of a step of ``width`` rows, behind ``context`` committed rows (``None``: weights alone).
 
     A plain step (width 1) reads the target and the head, a drafted one also ``inject``, ``draft`` and the
-    head once more. The embedding is a lookup of a few rows and isn't counted. In a mixture of experts the
-    rows decide which experts are read.
+    head once more; all as they are stored, quantised ones too. A GPU's cache keeps some of the head between
+    its two uses at most: it is larger than the cache.
+
+    ``None`` for a mixture of experts: its rows decide which experts are read.
 
     Raises:
         IntegrityError: a graph's file can't be read as ONNX.
@@ -73,17 +82,32 @@ def step_floor(bundle: Bundle, width: int, bytes_per_second: float) -> StepFloor
     manifest = bundle.manifest
     if "moe" in manifest.target.model_type:
         return None
-    if manifest.quantization is not None:
-        return None  # bytes don't say how many numbers they are
     passes = [("target", width), ("lm_head", width)]
     if width > 1:
         drafting = width - 1 if manifest.drafter.samples_from_anchor else width
         head = "draft_lm_head" if "draft_lm_head" in manifest.graphs else "lm_head"
         passes += [("inject", width), ("draft", drafting), (head, width - 1)]
     sizes = {graph: weight_bytes(bundle.graph_path(graph)) for graph, _ in passes}
-    item_size = 4 if manifest.precision == "fp32" else 2
+    products = sum(2 * rows * sizes[graph] for graph, rows in passes) // _ITEM_BYTES[manifest.precision]
     return StepFloor(
         weight_bytes=sum(sizes[graph] for graph, _ in passes),
-        operations=sum(2 * rows * sizes[graph] // item_size for graph, rows in passes),
-        bytes_per_second=bytes_per_second,
+        operations=products if manifest.quantization is None else None,
+        cache_bytes=0 if context is None else cache_bytes(bundle, width, context),
     )
+
+
+def cache_bytes(bundle: Bundle, width: int, context: int) -> int:
+    """Bytes of the valid rows of all caches that attention reads in such a step, its own rows included.
+
+    A drafter with a window reads no more than that of its sliding layers.
+    """
+    target, drafter = bundle.manifest.target, bundle.manifest.drafter
+    item = _ITEM_BYTES[bundle.manifest.precision]
+    total = target.num_layers * 2 * target.num_key_value_heads * target.head_dim * item * (context + width)
+    if width > 1:
+        draft_row = 2 * drafter.num_key_value_heads * drafter.head_dim * item
+        for kind in drafter.layer_types:
+            window = drafter.sliding_window if kind == "sliding_attention" else None
+            seen = context if window is None else min(context, window)
+            total += draft_row * (seen + width)
+    return total

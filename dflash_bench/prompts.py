@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dflash_rt.errors import PromptError
 from dflash_rt.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from dflash_rt.bundle.folder import Bundle
+    from dflash_rt.generator import Generator
     from dflash_rt.text.prompts import Prompt
 
-__all__ = ["BenchPrompt", "default_prompts", "mixed_prompts"]
+__all__ = ["BenchPrompt", "default_prompts", "encode_prompts", "mixed_prompts"]
 
 _QUESTIONS = (
     "Why is the sky blue?",
@@ -22,7 +25,7 @@ _QUESTIONS = (
     "List five things to take on a hike, with a reason for each.",
 )
 _RANDOM_PROMPT_TOKENS = 32
-_SEED = 1  # of sampled answers: any fixed one, so that every contender decodes the same text
+_SEED = 1  # of sampled answers: any fixed one, so that every system decodes the same text
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,21 @@ def mixed_prompts(bundle: Bundle) -> list[tuple[str, Prompt, SamplingParams]]:
     chats = tokenizer.chat_template is not None
     prompts = [_as_chat(item.text) if item.chat and chats else item.text for item in _MIX]
     return [(item.kind, prompt, item.sampling) for item, prompt in zip(_MIX, prompts, strict=True)]
+
+
+def encode_prompts(generator: Generator, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+    """Token ids of all prompts. Whatever a request would be refused for is found here, before the run."""
+    if not prompts:
+        raise PromptError(
+            "there is no prompt to measure with",
+            found="an empty list",
+            expected="at least one prompt",
+            remedy="pass some, or None for the built-in ones",
+        )
+    encoded = [generator.encode(prompt) for prompt in prompts]
+    for ids in encoded:
+        generator.stream(ids, max_new_tokens=max_new_tokens).close()
+    return encoded
 
 
 def _as_chat(text: str) -> Prompt:

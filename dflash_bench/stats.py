@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median, median_low, quantiles
 from typing import TypeAlias
@@ -17,8 +17,11 @@ __all__ = [
     "Ratio",
     "Summary",
     "agreement",
+    "quartiles",
     "ratio",
+    "seconds_per_step",
     "summarise",
+    "tokens_per_second",
 ]
 
 STAGES = ("inject", "draft", "draft_head", "embed", "target", "target_head")
@@ -28,12 +31,12 @@ OUTSIDE = "outside"
 """Time of a step that is spent in no stage: in Python, between the backend's runs."""
 
 Outcomes: TypeAlias = "Mapping[tuple[int, int], Outcome]"
-"""What one contender did, by (prompt, repeat)."""
+"""What one system did, by (prompt, repeat)."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of two contenders: median and quartiles over the pairs of runs that it was computed for.
+    """A ratio of two systems: median and quartiles over the pairs of runs that it was computed for.
 
     The two runs of a pair had the same prompt in the same repeat, seconds apart, so that whatever else the
     machine was doing slowed both.
@@ -48,13 +51,15 @@ class Ratio:
         return f"{self.median:.2f} ({self.lower_quartile:.2f}-{self.upper_quartile:.2f})"
 
     def as_dict(self) -> dict[str, float | int]:
-        """The fields as JSON values."""
-        return asdict(self)
+        """The fields as JSON values, with six significant digits."""
+        return {
+            key: item if isinstance(item, int) else float(f"{item:.6g}") for key, item in asdict(self).items()
+        }
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a contender's tokens are those of plain decoding, over all prompts and repeats.
+    """How far a system's tokens are those of plain decoding, over all prompts and repeats.
 
     ``equal_tokens`` counts up to the first difference of each answer: what comes after one follows from it.
     """
@@ -72,7 +77,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Summary:
-    """One contender over the whole run.
+    """One system over the whole run.
 
     For each prompt it takes the repeat whose decode time is the median (the lower one of two), and adds up
     those: all totals are of the same runs, and a repeat that something disturbed doesn't count.
@@ -121,16 +126,16 @@ class Summary:
         seconds[OUTSIDE] = self.decode_seconds - sum(seconds.values())
         return {stage: 1e3 * value / self.steps for stage, value in seconds.items()}
 
-    def accepted_by_position(self, width: int) -> list[float] | None:
-        """Share of the steps that accepted the draft at each position, ``width - 1`` of them."""
+    def accepted_by_position(self, num_draft_tokens: int) -> list[float] | None:
+        """Share of the steps that accepted the draft at each position, ``num_draft_tokens`` of them."""
         counts = self.accepted_per_step
         if counts is None or not counts:
             return None
-        return [sum(count > position for count in counts) / len(counts) for position in range(width - 1)]
+        return [sum(count > place for count in counts) / len(counts) for place in range(num_draft_tokens)]
 
 
 def summarise(outcomes: Outcomes) -> Summary:
-    """Add up one contender's outcomes; there has to be at least one."""
+    """Add up one system's outcomes; there has to be at least one."""
     by_prompt: dict[int, list[Outcome]] = {}
     for (prompt, _), outcome in sorted(outcomes.items(), key=lambda item: item[0]):
         by_prompt.setdefault(prompt, []).append(outcome)
@@ -147,23 +152,36 @@ def summarise(outcomes: Outcomes) -> Summary:
     )
 
 
+def tokens_per_second(outcome: Outcome) -> float:
+    """Decode rate of a measurable outcome."""
+    return outcome.tokens_per_second
+
+
+def seconds_per_step(outcome: Outcome) -> float:
+    """Mean time of a step of a measurable outcome."""
+    return outcome.seconds_per_step
+
+
 def ratio(numerator: Outcomes, denominator: Outcomes, of: Callable[[Outcome], float]) -> Ratio | None:
     """Ratio of ``of(outcome)`` over the pairs where both are measurable; ``None`` if there is none."""
-    values = [
+    return quartiles(
         of(outcome) / of(denominator[pair])
         for pair, outcome in numerator.items()
         if pair in denominator and outcome.measurable and denominator[pair].measurable
-    ]
+    )
+
+
+def quartiles(ratios: Iterable[float]) -> Ratio | None:
+    """Median and quartiles of ratios; ``None`` if there are none."""
+    values = list(ratios)
     if not values:
         return None
-    if len(values) == 1:
-        return Ratio(values[0], values[0], values[0], 1)
-    lower, middle, upper = quantiles(values, n=4, method="inclusive")
+    lower, middle, upper = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return Ratio(middle, lower, upper, len(values))
 
 
 def agreement(outcomes: Outcomes, expected: Outcomes) -> Agreement:
-    """Compare a contender's answers with those expected for the same pairs."""
+    """Compare a system's answers with those expected for the same pairs."""
     equal_tokens = tokens = equal_answers = 0
     for pair, outcome in outcomes.items():
         wanted = expected[pair].token_ids

@@ -16,6 +16,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from dflash_bench.cli import main as bench_main
 from dflash_export.cli import main as export_main
 from dflash_rt import Bundle
 from dflash_rt.bundle.engine_sets import EngineFile
@@ -27,8 +28,12 @@ from tests.rt.bundle_maker import manifest_document, write_bundle
 
 ROOT = Path(__file__).parents[1]
 
-COMMANDS = {"dflash-export": export_main, "dflash-rt": rt_main}
-MODULES = {"dflash-export": "dflash_export.cli", "dflash-rt": "dflash_rt.cli.main"}
+COMMANDS = {"dflash-bench": bench_main, "dflash-export": export_main, "dflash-rt": rt_main}
+MODULES = {
+    "dflash-bench": "dflash_bench.cli",
+    "dflash-export": "dflash_export.cli",
+    "dflash-rt": "dflash_rt.cli.main",
+}
 HEAVY = {"jinja2", "numpy", "onnx", "onnxruntime", "rich", "tokenizers", "torch", "transformers", "yaml"}
 HELP = [(program, "") for program in COMMANDS] + [
     (program, name) for program, group in COMMANDS.items() for name in group.commands
@@ -63,13 +68,14 @@ def test_help_lists_every_option_and_loads_nothing_heavy(program: str, command: 
     parameters = (group.commands[command] if command else group).params
     options = [name for parameter in parameters for name in parameter.opts if name.startswith("-")]
     assert [name for name in options if name not in result.stdout] == []
-    assert "BUNDLE" in result.stdout or command in ("", "build")
+    assert "BUNDLE" in result.stdout or command in ("", "build", "gpu")
     assert HEAVY & set(result.stderr.split()) == set()
 
 
 def test_commands_of_the_issue_exist() -> None:
     assert set(export_main.commands) == {"build", "compile", "inspect", "verify"}
-    assert set(rt_main.commands) == {"generate", "bench"}
+    assert set(rt_main.commands) == {"generate"}
+    assert set(bench_main.commands) == {"run", "widths", "gpu"}
 
 
 @pytest.mark.parametrize("program", COMMANDS)
@@ -109,10 +115,11 @@ def test_backends_come_from_the_registry() -> None:
         ("dflash-rt generate b --prompt x --chat --chat-template-kwarg a=yes", "text needs its own quotes"),
         ("dflash-rt generate b --prompt x --chat --chat-template-kwarg a=[1]", "is not text"),
         ("dflash-rt generate b --prompt x --chat --chat-template-kwarg a=NaN", "is not text"),
-        ("dflash-rt bench b --compare hf,vllm", "nothing of that name to compare with"),
-        ("dflash-rt bench b --compare ,", "nothing of that name"),
-        ("dflash-rt bench b --limit 3", "give --prompts"),
-        ("dflash-rt bench b --widths --compare hf --target x", "leave out --compare, --target"),
+        ("dflash-bench run b --compare hf,vllm", "nothing of that name to compare with"),
+        ("dflash-bench run b --compare ,", "nothing of that name"),
+        ("dflash-bench run b --limit 3", "give --prompts"),
+        ("dflash-bench widths b --chat", "give --prompts"),
+        ("dflash-bench widths b --compare hf", "No such option"),
         ("dflash-export build", "--target and --drafter and --output must be given, or --recipe"),
         ("dflash-export build --target a/b --drafter c/d", "--output must be given"),
         ("dflash-export build --recipe engines/x", "--output must be given"),
@@ -142,8 +149,8 @@ def test_wrong_usage(line: str, part: str) -> None:
         ("dflash-export inspect missing", "no bundle at missing"),
         ("dflash-export verify missing --recipe missing.yaml", "missing.yaml can't be read"),
         ("dflash-export verify missing", "no bundle at missing"),
-        ("dflash-rt bench missing", "no bundle at missing"),
-        ("dflash-rt bench missing --prompts missing.txt", "missing.txt can't be read"),
+        ("dflash-bench run missing", "no bundle at missing"),
+        ("dflash-bench widths missing --prompts missing.txt", "missing.txt can't be read"),
         ("dflash-export build --recipe missing.yaml", "missing.yaml can't be read"),
         ("dflash-export build --target package:x --drafter c/d -o o", "spelled wrongly"),
         ("dflash-export build --target ./no-model --drafter ./no-drafter -o o", "no-model"),
@@ -506,18 +513,24 @@ def test_generate_refuses(smollm2_bundle: Bundle, options: tuple[str, ...], part
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [("generate", "BUNDLE", "--prompt", "x"), ("bench", "BUNDLE"), ("bench", "WHOLE", "--beside", "BUNDLE")],
+    "line",
+    [
+        "dflash-rt generate BUNDLE --prompt x",
+        "dflash-bench run BUNDLE",
+        "dflash-bench run WHOLE --baseline BUNDLE",
+        "dflash-bench widths BUNDLE",
+    ],
 )
-def test_files_are_compared_on_request(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_files_are_compared_on_request(tmp_path: Path, line: str) -> None:
     folders = {"WHOLE": write_bundle(tmp_path / "whole"), "BUNDLE": write_bundle(tmp_path / "bundle")}
     file = folders["BUNDLE"] / "data" / "weights.bin"
     file.write_bytes(file.read_bytes().swapcase())
-    line = [folders.get(argument, argument) for argument in arguments]
-    result = invoke("dflash-rt", *line, "--verify-files")
+    words = [folders.get(word, word) for word in line.split()]
+    program, *arguments = map(str, words)
+    result = invoke(program, *arguments, "--verify-files")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "data/weights.bin: found sha256" in result.stderr
-    assert "found sha256" not in invoke("dflash-rt", *line).stderr  # it fails at another place
+    assert "found sha256" not in invoke(program, *arguments).stderr  # it fails at another place
 
 
 # --- Prompt files ---

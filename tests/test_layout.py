@@ -16,11 +16,11 @@ import pytest
 from dflash_rt.cli import console
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("dflash_rt", "dflash_export")
+PACKAGES = ("dflash_rt", "dflash_export", "dflash_bench")
 
 # What setup.cfg's install_requires promises. Only backends/onnxruntime.py touches onnxruntime.
 RUNTIME = {"dflash_rt", "numpy", "tokenizers", "jinja2", "click"}
-EXTRA_IN_FOLDER = {"dflash_rt/backends": {"onnxruntime"}, "dflash_rt/bench": {"matplotlib", "psutil"}}
+EXTRA_IN_FOLDER = {"dflash_rt/backends": {"onnxruntime"}}
 # The packages that those need in turn.
 CLOSURE = RUNTIME | {"onnxruntime", "markupsafe", "flatbuffers", "google", "packaging"}
 
@@ -204,7 +204,7 @@ def test_extras() -> None:
 
 def test_extras_that_errors_name_exist() -> None:
     named = set()
-    for package in (*PACKAGES, "dflash_bench"):
+    for package in PACKAGES:
         for path in files(package):
             named.update(re.findall(r"dflash-export\[([^\]]+)\]", path.read_text(encoding="utf-8")))
     assert named >= {"bench", "export"}
@@ -238,9 +238,7 @@ def test_every_requirement_is_pinned() -> None:
 
 def test_entry_points_exist() -> None:
     scripts = settings()["options.entry_points"]["console_scripts"].strip().splitlines()
-    assert [line.split(" = ")[0] for line in scripts] == ["dflash-export", "dflash-rt"]
-    contenders = settings()["options.entry_points"]["dflash_rt.contenders"].strip().splitlines()
-    assert [line.split(" = ")[0] for line in contenders] == ["genai", "genai-int4", "hf", "reference"]
-    for line in (*scripts, *contenders):
+    assert [line.split(" = ")[0] for line in scripts] == ["dflash-bench", "dflash-export", "dflash-rt"]
+    for line in scripts:
         module, _, attribute = line.split(" = ")[1].partition(":")
         assert callable(getattr(importlib.import_module(module), attribute))

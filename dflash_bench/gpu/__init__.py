@@ -1,1 +1,1 @@
-"""The parts of ``benchmarks/gpu_suite.py``: what it measures on a GPU, each part on its own."""
+"""Parity and speed on a GPU, in one run that ends in time."""

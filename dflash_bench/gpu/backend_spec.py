@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dflash_rt import Bundle
 from dflash_rt.backends import BACKEND_NAMES, create_backend
-from dflash_rt.backends.base import Backend
 from dflash_rt.errors import BackendUnavailableError
+
+if TYPE_CHECKING:
+    from dflash_rt.backends.base import Backend
+    from dflash_rt.bundle.folder import Bundle
 
 __all__ = ["FUSED", "NO_GRAPH", "BackendSpec"]
 

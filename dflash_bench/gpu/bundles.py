@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dflash_bench.gpu.budget import Budget, SkippedError
+from dflash_bench.budget import Budget, SkippedError
 from dflash_bench.gpu.checkpoint import checkpoint_bytes, write_pair
 from dflash_bench.gpu.shapes import PairShape
 from dflash_export import build, compile_engines
@@ -18,10 +17,9 @@ from dflash_export.engines.vendor import BACKENDS as ENGINE_BACKENDS
 from dflash_export.progress import Progress
 from dflash_rt import Bundle
 
-__all__ = ["DTYPES", "PRECISIONS", "Made", "compile_for", "is_made", "make_bundle", "seconds_to_make"]
+__all__ = ["DTYPES", "Made", "compile_for", "is_made", "make_bundle", "seconds_to_make"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PRECISIONS = (*DTYPES, "fp8")
 
 # Guesses for planning, on the careful side: no measurement behind them.
 _EXPORT_SECONDS, _EXPORT_SECONDS_A_GB = 20.0, 4.0
@@ -56,11 +54,10 @@ def make_bundle(
     """Export random weights of a shape. One that is in ``scratch`` already is taken as it is.
 
     The checkpoints' weights are removed afterwards unless ``keep_weights``: a bundle has them all, and a
-    large pair is there twice otherwise. ``precision`` is one of :data:`PRECISIONS`; ``"fp8"`` is bf16 with an
-    8-bit target.
+    large pair is there twice otherwise. ``precision`` is one of ``shapes.PRECISIONS``.
 
     Raises:
-        SkippedError: the exporter doesn't offer this precision, or the disk is too full.
+        SkippedError: the disk is too full.
         DFlashError: as :func:`dflash_export.build` does.
     """
     options = _options(precision)
@@ -114,9 +111,7 @@ def _options(precision: str) -> dict[str, Any]:
         return {"precision": precision}
     # Calibrated on next to nothing: the scales of random weights mean nothing, only their places count.
     fp8 = {"quantize": "fp8", "calib_limit": 1, "calib_tokens": 4, "measure_quantization": False}
-    if fp8.keys() <= inspect.signature(build).parameters.keys():
-        return {"precision": "bf16", **fp8}
-    raise SkippedError("dflash_export.exporter offers no fp8 in this version")
+    return {"precision": "bf16", **fp8}
 
 
 def _require_disk(scratch: Path, size: int) -> None:

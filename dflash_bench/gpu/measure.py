@@ -1,36 +1,33 @@
-"""One row: a pair on a backend at one context, beside PyTorch's two loops."""
+"""One row: a pair on a backend at one context, with PyTorch's two loops."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from dflash_bench.budget import Budget, SkippedError
+from dflash_bench.floor import StepFloor, step_floor
 from dflash_bench.gpu.backend_spec import BackendSpec
-from dflash_bench.gpu.budget import Budget, SkippedError
 from dflash_bench.gpu.bundles import DTYPES, Made, compile_for, is_made, make_bundle, seconds_to_make
-from dflash_bench.gpu.contest import Contender, run_contest
 from dflash_bench.gpu.device_clock import measure_draft_share
-from dflash_bench.gpu.floor import step_bytes
-from dflash_bench.gpu.machine import free_bytes, release_memory
+from dflash_bench.gpu.plan import Plan
+from dflash_bench.gpu.random_models import load_random_drafter, load_random_target, needed_bytes
 from dflash_bench.gpu.rows import DRAFTED, HF, PLAIN, REFERENCE, Sample, make_row
 from dflash_bench.gpu.shapes import PairShape
 from dflash_bench.gpu.timing import time_steps
-from dflash_bench.gpu.torch_side import (
-    HuggingFace,
-    Reference,
-    load_random_drafter,
-    load_random_target,
-    needed_bytes,
-)
+from dflash_bench.gpu.torch_device import free_bytes, release_memory
+from dflash_bench.interleave import measure
+from dflash_bench.systems.huggingface import HuggingFace
+from dflash_bench.systems.reference_loop import ReferenceLoop
+from dflash_export.reference import reference_version
 from dflash_rt import Bundle
 from dflash_rt.backends.base import Backend
-
-if TYPE_CHECKING:
-    from dflash_bench.gpu.suite import Plan
+from dflash_rt.errors import BackendError
 
 __all__ = ["Measured", "measure_row", "seconds_to_measure"]
 
@@ -67,13 +64,15 @@ class Measured:
     def open(
         cls, plan: Plan, budget: Budget, folder: Path, usable: Mapping[str, Sequence[BackendSpec]]
     ) -> Self:
-        """A bundle that is there already; PyTorch isn't run beside it."""
+        """A bundle that is there already; PyTorch doesn't run on it."""
         bundle = Bundle.open(folder)
         names = usable.get(bundle.manifest.precision, ())
         if not names:
             raise SkippedError(f"no backend decodes the small pair in {bundle.manifest.precision}")
         compile_for(names[0].name, bundle, budget, progress=plan.progress)
-        reason = "only pairs of random weights are compared with PyTorch; for real ones see `dflash-rt bench`"
+        reason = (
+            "only pairs of random weights are compared with PyTorch; for real ones see `dflash-bench run`"
+        )
         missing = {HF: reason, REFERENCE: reason}
         made = Made(bundle, folder, folder)
         return cls(made, names[0].open(bundle), str(names[0]), None, missing=missing)
@@ -102,24 +101,26 @@ class Measured:
         free = free_bytes(plan.device)
         needed = needed_bytes(self.shape, dtype)
         if free is not None and free < needed:
-            reason = f"{needed / 1e9:.0f} GB of GPU memory needed, {free / 1e9:.0f} GB free beside our own"
+            reason = (
+                f"{needed / 1e9:.0f} GB of GPU memory needed, {free / 1e9:.0f} GB free beside the backend"
+            )
             self.missing |= {HF: reason, REFERENCE: reason}
             return
         try:
             target = load_random_target(self.shape, dtype, plan.device)
             drafter = None
-            if absent := Reference.missing():
-                self.missing[REFERENCE] = absent
+            if reference_version() is None:
+                self.missing[REFERENCE] = "PyPI dflash isn't installed"
             else:
                 drafter = load_random_drafter(self.shape, dtype, plan.device)
-        except Exception as error:  # noqa: BLE001  # our own steps are still worth measuring
+        except Exception as error:  # noqa: BLE001  # the backend's steps are still worth measuring
             self.missing |= dict.fromkeys((HF, REFERENCE), f"{type(error).__name__}: {error}")
         else:
             self.torch_models = (target, drafter)
 
 
 def seconds_to_measure(shape: PairShape, context: int) -> float:
-    """A guess for planning, on the careful side: four contenders prefill and step in every repeat."""
+    """A guess for planning, on the careful side: four systems prefill and step in every repeat."""
     return 10 + shape.layers * shape.hidden / 147456 * (15 + context / 400)
 
 
@@ -134,10 +135,13 @@ def measure_row(
     """Measure one row. Raises SkippedError if the time isn't enough for one repeat."""
     manifest = measured.made.bundle.manifest
     width, context = manifest.drafter.block_size, len(prompt)
-    contenders = _contenders(plan, measured, prompt)
-    samples = run_contest(
-        contenders,
+    results = measure(
+        _systems(measured),
+        [prompt],
+        max_new_tokens=plan.steps,
         repeats=plan.repeats,
+        pause_seconds=0,
+        warm_up_tokens=plan.steps,
         budget=budget,
         optional=(HF, REFERENCE),
         missing=measured.missing,
@@ -154,9 +158,9 @@ def measure_row(
         backend=measured.name,
         context=context,
         width=width,
-        samples=samples,
-        step_bytes=step_bytes(measured.made.bundle, width, middle),
-        plain_bytes=step_bytes(measured.made.bundle, 1, middle),
+        samples={name: list(done.values()) for name, done in results.items()},
+        floor=_floor(measured.made.bundle, width, middle),
+        plain_floor=_floor(measured.made.bundle, 1, middle),
         bytes_per_second=bytes_per_second,
         published=published or {},
         missing=measured.missing,
@@ -164,26 +168,57 @@ def measure_row(
     )
 
 
-def _contenders(plan: Plan, measured: Measured, prompt: Sequence[int]) -> dict[str, Contender]:
-    manifest = measured.made.bundle.manifest
+def _floor(bundle: Bundle, width: int, context: int) -> StepFloor:
+    floor = step_floor(bundle, width, context)
+    if floor is None:
+        raise BackendError(
+            "a mixture of experts has no floor",
+            found=bundle.manifest.target.model_type,
+            expected="a target whose steps all read the same weights",
+            remedy="measure another pair",
+        )
+    return floor
 
-    def ours(width: int) -> Contender:
-        return lambda: time_steps(
-            measured.backend,
-            prompt,
-            width=width,
-            steps=plan.steps,
-            prefill_chunk=manifest.limits.prefill_chunk,
+
+@dataclass(frozen=True)
+class _Timed:
+    """A system whose steps are timed: ``take`` gives a sample of so many steps after a prompt."""
+
+    name: str
+    take: Callable[[Sequence[int], int], Sample]
+
+    def decode(self, prompt: Sequence[int], steps: int, /) -> Sample:
+        return self.take(prompt, steps)
+
+
+def _systems(measured: Measured) -> list[_Timed]:
+    manifest = measured.made.bundle.manifest
+    block_size, chunk = manifest.drafter.block_size, manifest.limits.prefill_chunk
+
+    def own(name: str, width: int) -> _Timed:
+        return _Timed(
+            name,
+            lambda prompt, steps: time_steps(
+                measured.backend, prompt, width=width, steps=steps, prefill_chunk=chunk
+            ),
         )
 
-    contenders = {DRAFTED: ours(manifest.drafter.block_size), PLAIN: ours(1)}
+    systems = [own(DRAFTED, block_size), own(PLAIN, 1)]
     if measured.torch_models is not None:
         target, drafter = measured.torch_models
         plain = HuggingFace(target)
-        contenders[HF] = lambda: Sample(plain.median_step_seconds(prompt, plan.steps))
+        systems.append(
+            _Timed(
+                HF, lambda prompt, steps: Sample(median(plain.decode(prompt, steps + 1).step_seconds or ()))
+            )
+        )
         if drafter is not None:
-            reference = Reference(drafter, target)
+            loop = ReferenceLoop(drafter, target, block_size - 1)
             # Most of its blocks are whole: the last ones are clipped to the tokens still wanted.
-            tokens = plan.steps + manifest.drafter.block_size
-            contenders[REFERENCE] = lambda: Sample(reference.mean_step_seconds(prompt, tokens))
-    return contenders
+            systems.append(
+                _Timed(
+                    REFERENCE,
+                    lambda prompt, steps: Sample(loop.decode(prompt, steps + block_size).seconds_per_step),
+                )
+            )
+    return systems

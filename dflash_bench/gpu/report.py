@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dflash_bench.gpu.shapes import PUBLISHED_SOURCE
+from dflash_bench.tables import cell, markdown
 from dflash_rt.files import write_atomically
 
 __all__ = ["DRY_RUN_WARNING", "FORMAT", "default_name", "to_markdown", "write_report"]
@@ -63,7 +64,7 @@ def _machine(report: Mapping[str, Any]) -> list[str]:
     return [
         "## Machine",
         "",
-        *_table(
+        *markdown(
             ("", ""),
             [
                 ("GPU", environment["gpu"] or "none"),
@@ -86,7 +87,7 @@ def _backends(report: Mapping[str, Any]) -> list[str]:
         for item in report["backends"]
     ]
     return (
-        ["## Backends", "", *_table(("backend", "precision", "loads", "why not"), rows), ""] if rows else []
+        ["## Backends", "", *markdown(("backend", "precision", "loads", "why not"), rows), ""] if rows else []
     )
 
 
@@ -111,7 +112,7 @@ def _parity(report: Mapping[str, Any]) -> list[str]:
         "below it, beside the bound of a near tie. Answers are compared with PyTorch's in the bundle's own "
         "precision."
     )
-    return ["## Parity", "", text, "", *_table(header, rows), ""]
+    return ["## Parity", "", text, "", *markdown(header, rows), ""]
 
 
 def _steps(report: Mapping[str, Any]) -> list[str]:
@@ -146,7 +147,7 @@ def _steps(report: Mapping[str, Any]) -> list[str]:
         "copy bandwidth. The gap is the mean time of a step less its mean time on the device. The share of "
         "drafting is of the device time of a step whose operations are enqueued one by one."
     )
-    return ["## Steps", "", text, "", *_table(header, rows), "", *notes, ""]
+    return ["## Steps", "", text, "", *markdown(header, rows), "", *notes, ""]
 
 
 def _gains(report: Mapping[str, Any]) -> list[str]:
@@ -168,7 +169,7 @@ def _gains(report: Mapping[str, Any]) -> list[str]:
             )
     text = "Ratios are medians over pairs of runs of the same repeat, with the quartiles."
     return (
-        ["## What follows from the costs", "", RANDOM_WEIGHTS, text, "", *_table(header, rows), ""]
+        ["## What follows from the costs", "", RANDOM_WEIGHTS, text, "", *markdown(header, rows), ""]
         if rows
         else []
     )
@@ -178,7 +179,7 @@ def _goals(report: Mapping[str, Any]) -> list[str]:
     if not report["goals"]:
         return []
     rows = [(goal["text"], _number(goal["value"], 3), goal["verdict"]) for goal in report["goals"]]
-    return [f"## Goals ({report['goals_of']})", "", *_table(("goal", "measured", "verdict"), rows), ""]
+    return [f"## Goals ({report['goals_of']})", "", *markdown(("goal", "measured", "verdict"), rows), ""]
 
 
 def _parts(report: Mapping[str, Any]) -> list[str]:
@@ -186,12 +187,7 @@ def _parts(report: Mapping[str, Any]) -> list[str]:
         (part["name"], part["state"], f"{part['seconds']:.1f}", _one_line(part["reason"] or ""))
         for part in report["parts"]
     ]
-    return ["## Parts", "", *_table(("part", "state", "seconds", "reason"), rows), ""] if rows else []
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+    return ["## Parts", "", *markdown(("part", "state", "seconds", "reason"), rows), ""] if rows else []
 
 
 def _one_line(text: str) -> str:
@@ -199,7 +195,7 @@ def _one_line(text: str) -> str:
 
 
 def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    return cell(value, f".{digits}f", missing="")
 
 
 def _short(value: float | None) -> str:

@@ -11,9 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dflash_export.drafters.read import parse_drafter_config
-
-__all__ = ["PAIRS", "PARITY", "PUBLISHED_SOURCE", "TINY", "PairShape", "drafter_tensors", "target_tensors"]
+__all__ = [
+    "PAIRS",
+    "PARITY",
+    "PRECISIONS",
+    "PUBLISHED_SOURCE",
+    "TINY",
+    "PairShape",
+    "drafter_tensors",
+    "target_tensors",
+]
 
 PUBLISHED_SOURCE = "arXiv 2602.06036v2, temperature 0"
 
@@ -126,6 +133,9 @@ QWEN3_4B = PairShape(
 PAIRS: Mapping[str, PairShape] = {shape.name: shape for shape in (QWEN3_8B, QWEN3_4B)}
 """What ``--pair`` takes. The goals are those of the first."""
 
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
+"""What ``--precision`` takes; ``fp8`` is bf16 with an 8-bit target."""
+
 PARITY = PairShape(
     name="parity",
     hidden=256,
@@ -181,4 +191,6 @@ def target_tensors(shape: PairShape) -> Shapes:
 
 def drafter_tensors(shape: PairShape) -> Shapes:
     """The same of the drafter's."""
+    from dflash_export.drafters.read import parse_drafter_config
+
     return parse_drafter_config(shape.drafter_config()).tensor_shapes()

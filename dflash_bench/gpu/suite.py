@@ -4,68 +4,30 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dflash_bench.budget import Budget
 from dflash_bench.gpu.backend_spec import BackendSpec
-from dflash_bench.gpu.budget import Budget, Parts
 from dflash_bench.gpu.bundles import Made, compile_for, make_bundle
 from dflash_bench.gpu.goals import GOAL_CONTEXT, GOAL_PAIR, GOAL_PRECISION, judge_goals
-from dflash_bench.gpu.machine import copy_bandwidth, environment, release_memory
 from dflash_bench.gpu.measure import Measured, measure_row, seconds_to_measure
 from dflash_bench.gpu.parity import run_parity
+from dflash_bench.gpu.parts import Parts
+from dflash_bench.gpu.plan import Plan, rows_needed
 from dflash_bench.gpu.report import FORMAT, write_report
 from dflash_bench.gpu.shapes import PairShape
-from dflash_bench.gpu.timing import rows_needed
-from dflash_export.progress import SILENT, Progress
+from dflash_bench.gpu.torch_device import copy_bandwidth, release_memory
+from dflash_bench.machine import environment
 from dflash_rt.errors import DFlashError
 from dflash_rt.files import utc_now
 
-__all__ = ["Plan", "run_suite"]
+__all__ = ["run_suite"]
 
 _PROMPT_SEED = 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one run of the suite does.
-
-    Attributes:
-        backends: names to try; the first that loads a pair is measured.
-        small: the pair of which tokens are compared.
-        pairs, precisions, contexts: the rows, in this order.
-        device: of PyTorch: ``"cuda"`` or ``"cpu"``.
-        steps, repeats: of each measurement.
-        copy_bytes: size of the copy that gives the bandwidth.
-        demo: a bundle of real weights that is measured, too.
-        keep: leave what was built in the scratch folder, and take what another run left there.
-    """
-
-    output: Path
-    scratch: Path
-    backends: Sequence[BackendSpec]
-    small: PairShape
-    pairs: Sequence[PairShape]
-    precisions: Sequence[str]
-    contexts: Sequence[int]
-    device: str
-    minutes: float
-    steps: int
-    repeats: int
-    copy_bytes: int
-    dry_run: bool
-    demo: Path | None = None
-    keep: bool = False
-    progress: Progress = field(default=SILENT)
-
-    @property
-    def max_seq_len(self) -> int:
-        """Rows that every bundle has to offer."""
-        widest = max(pair.block_size for pair in self.pairs)
-        return rows_needed(max(self.contexts), self.steps, widest)
 
 
 def run_suite(plan: Plan, budget: Budget) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Seconds of our own steps, through the public loop."""
+"""Seconds of this project's own steps, through the public loop."""
 
 from __future__ import annotations
 
@@ -10,21 +10,14 @@ from typing import cast
 import numpy as np
 
 from dflash_bench.gpu.device_clock import Clocked
+from dflash_bench.gpu.plan import WARM_STEPS, rows_needed
 from dflash_bench.gpu.rows import Sample
 from dflash_rt.backends.base import Backend
 from dflash_rt.backends.device.backend import DeviceBackend
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence as Tokens
 
-__all__ = ["WARM_STEPS", "rows_needed", "time_steps"]
-
-WARM_STEPS = 10
-"""Steps before the first one that counts: shapes are new in them, and a graph is captured and compared."""
-
-
-def rows_needed(context: int, steps: int, width: int) -> int:
-    """Rows of prompt and output that :func:`time_steps` may use, should every draft be accepted."""
-    return context + (steps + WARM_STEPS) * width + 1
+__all__ = ["time_steps"]
 
 
 def time_steps(

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dflash_bench.run.report import PLAIN
+from dflash_bench.plots import INK, new_figure, save, tidy, title
+from dflash_bench.run.report import BenchReport
 from dflash_bench.stats import OUTSIDE
-from dflash_rt.errors import OutputError, RequestError
+from dflash_bench.systems.own import PLAIN
 
-if TYPE_CHECKING:
-    from dflash_bench.run.report import BenchReport
-
-__all__ = ["cannot_write", "check_plot", "draw_plot", "tidy"]
+__all__ = ["draw_plot"]
 
 # The drafter's stages in one hue, the target's in another; outside is what should not be seen.
 _STAGE_COLORS = {
@@ -27,45 +24,9 @@ _STAGE_COLORS = {
     OUTSIDE: "#d1495b",
 }
 _OTHER_STAGE_COLOR = "#7d8597"
-_WIDTH_COLORS = ("#5b4b8a", "#a99bd0", "#4f7f5c", "#a7c9a0", "#8a5a44", "#d3b29e", "#7d8597")
-_INK, _FAINT = "#222222", "#dddddd"
+_DRAFTED_COLORS = ("#5b4b8a", "#a99bd0", "#4f7f5c", "#a7c9a0", "#8a5a44", "#d3b29e", "#7d8597")
 _LABELLED_SHARE = 0.045  # of the longest bar: a narrower part has no room for its number
 _BAR_HEIGHT = 0.6
-
-
-def check_plot(path: str | os.PathLike[str]) -> Path:
-    """The path of a plot that can be drawn later; its folder is made. For use before a long run.
-
-    Raises:
-        RequestError: matplotlib isn't installed, or the path doesn't end in ``.png``.
-        OutputError: the file can't be written.
-    """
-    path = Path(path)
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise RequestError(
-            "a plot needs matplotlib",
-            found=error,
-            expected="the package matplotlib",
-            remedy="pip install 'dflash-export[bench]', or leave out the plot",
-        ) from error
-    if path.suffix.lower() != ".png":
-        raise RequestError(
-            "the plot has a wrong file name",
-            found=str(path),
-            expected="a name that ends in .png",
-            remedy="choose such a name",
-        )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
-        if path.stat().st_size == 0:
-            path.unlink()
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    return path
 
 
 def draw_plot(report: BenchReport, path: Path) -> None:
@@ -74,33 +35,25 @@ def draw_plot(report: BenchReport, path: Path) -> None:
     Raises:
         OutputError: the file can't be written.
     """
-    from matplotlib.figure import Figure
-
-    bars = len(report.ours)
-    figure = Figure(figsize=(12.5, 2.6 + 0.75 * max(bars, 3)), layout="constrained", facecolor="white")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.45))
     conditions = report.conditions
-    figure.suptitle(
-        f"{conditions.bundle} ({conditions.precision}) on {conditions.backend}, "
-        f"{conditions.threads} threads, {len(conditions.prompt_tokens)} prompts",
-        fontsize=12,
-        color=_INK,
+    figure = new_figure(
+        12.5, 2.6 + 0.75 * max(len(report.own), 3), conditions, f", {len(conditions.prompt_tokens)} prompts"
     )
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.45))
     _draw_acceptance(left, report)
     _draw_stages(right, report)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    save(figure, path)
 
 
 def _draw_acceptance(axes: Any, report: BenchReport) -> None:
-    """Share of the steps in which the draft at each position was accepted, beside each other by width."""
+    """Share of the steps in which the draft at each position was accepted, side by side."""
     names = report.drafted
     slot = 0.8 / max(len(names), 1)
     positions, highest = 0, 0.0
     for index, name in enumerate(names):
-        percent = [100 * s for s in report.summaries[name].accepted_by_position(report.widths[name]) or []]
+        percent = [
+            100 * s for s in report.summaries[name].accepted_by_position(report.num_draft_tokens[name]) or []
+        ]
         positions, highest = max(positions, len(percent)), max(highest, *percent, 0.0)
         offset = (index - (len(names) - 1) / 2) * slot
         tokens = report.summaries[name].tokens_per_step or 0
@@ -108,13 +61,13 @@ def _draw_acceptance(axes: Any, report: BenchReport) -> None:
             [position + 1 + offset for position in range(len(percent))],
             percent,
             width=0.92 * slot,
-            color=_WIDTH_COLORS[index % len(_WIDTH_COLORS)],
-            label=f"width {report.widths[name]}: {tokens:.2f} tokens a step",
+            color=_DRAFTED_COLORS[index % len(_DRAFTED_COLORS)],
+            label=f"{report.num_draft_tokens[name]} drafts: {tokens:.2f} tokens a step",
         )
         if len(names) <= 3:  # more would be too narrow for numbers
             labels = [f"{value:.1f}" if 0 < value < 1 else f"{value:.0f}" for value in percent]
-            axes.bar_label(bars, labels, padding=2, fontsize=8, color=_INK)
-    axes.set_title("Drafts accepted, by position", fontsize=11, color=_INK)
+            axes.bar_label(bars, labels, padding=2, fontsize=8, color=INK)
+    title(axes, "Drafts accepted, by position")
     axes.set_xlabel("position of the draft after the anchor")
     axes.set_ylabel("% of steps")
     axes.set_xticks(range(1, positions + 1))
@@ -125,9 +78,9 @@ def _draw_acceptance(axes: Any, report: BenchReport) -> None:
 
 
 def _draw_stages(axes: Any, report: BenchReport) -> None:
-    """Milliseconds of a step by stage, a bar for each of ours, with the floor where it is known."""
+    """Milliseconds of a step by stage, a bar for each own system, with the floor where it is known."""
     splits: Mapping[str, Mapping[str, float]] = {
-        name: stages for name in report.ours if (stages := report.summaries[name].stage_ms) is not None
+        name: stages for name in report.own if (stages := report.summaries[name].stage_ms) is not None
     }
     totals = {name: sum(split.values()) for name, split in splits.items()}
     longest = max(totals.values(), default=1.0)
@@ -145,16 +98,16 @@ def _draw_stages(axes: Any, report: BenchReport) -> None:
         cost = None if name == PLAIN else report.step_cost(name)
         more = "" if cost is None else f"  ({cost.median:.2f} x plain)"
         text = axes.text(
-            begin + 0.012 * longest, row, f"{begin:.1f} ms{more}", va="center", fontsize=9, color=_INK
+            begin + 0.012 * longest, row, f"{begin:.1f} ms{more}", va="center", fontsize=9, color=INK
         )
         text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.5})
         if name in report.floors:
             # Beside the bar and not across it, where the numbers are.
-            floor, half = report.floors[name].milliseconds, _BAR_HEIGHT / 2
+            floor, half = report.floors[name].milliseconds(report.bytes_per_second), _BAR_HEIGHT / 2
             axes.vlines(
-                [floor, floor], [row - half - 0.13, row + half], [row - half, row + half + 0.13], color=_INK
+                [floor, floor], [row - half - 0.13, row + half], [row - half, row + half + 0.13], color=INK
             )
-    axes.set_title("Time of a step, by stage", fontsize=11, color=_INK)
+    title(axes, "Time of a step, by stage")
     axes.set_xlabel("milliseconds")
     axes.set_yticks(range(len(splits)), list(splits))
     axes.set_ylim(len(splits) - 0.45, -0.55)
@@ -173,7 +126,7 @@ def _add_stage_legend(axes: Any, stages: set[str], with_floor: bool) -> None:
     handles += [Patch(color=_OTHER_STAGE_COLOR, label=stage) for stage in sorted(stages - {*known})]
     if with_floor:
         label = "floor: reading the weights"
-        handles.append(Line2D([], [], color=_INK, marker="|", linestyle="none", markersize=9, label=label))
+        handles.append(Line2D([], [], color=INK, marker="|", linestyle="none", markersize=9, label=label))
     axes.legend(
         handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4, frameon=False, fontsize=9
     )
@@ -182,23 +135,4 @@ def _add_stage_legend(axes: Any, stages: set[str], with_floor: bool) -> None:
 def _ink_on(color: str) -> str:
     """Black or white, whichever is easier to read on ``#rrggbb``."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "white"
-
-
-def tidy(axes: Any, *, grid: str) -> None:
-    """No frame, and faint lines behind what is drawn."""
-    axes.grid(axis=grid, color=_FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(colors=_INK, length=0)
-
-
-def cannot_write(path: Path, error: OSError) -> OutputError:
-    """The error for a plot whose file the system refuses."""
-    return OutputError(
-        f"the plot {path} can't be written",
-        found=error.strerror or error,
-        expected="a file in a writable folder",
-        remedy="choose another path",
-    )
+    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "white"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from dflash_bench.run.report import PLAIN, BenchReport
+from dflash_bench.run.report import BenchReport
 from dflash_bench.stats import OUTSIDE, STAGES
+from dflash_bench.systems.own import PLAIN
+from dflash_bench.tables import aligned, cell
 
-__all__ = ["aligned", "render"]
+__all__ = ["render"]
 
 
 def render(report: BenchReport) -> str:
@@ -18,7 +20,7 @@ def render(report: BenchReport) -> str:
 def _sections(report: BenchReport) -> Iterator[list[str]]:
     yield _heading(report)
     yield _speeds(report)
-    if len(report.outcomes) > len(report.ours):
+    if len(report.outcomes) > len(report.own):
         yield _ratios(report)
     if report.drafted:
         yield _drafting(report)
@@ -43,7 +45,7 @@ def _heading(report: BenchReport) -> list[str]:
     stored = ", ".join(part for part in (c.precision, c.quantization) if part)
     return [
         f"{c.bundle} ({stored}) on {c.backend}, {c.threads} threads, {c.cpu}",
-        *([f"beside it: {c.beside}"] if c.beside else []),
+        *([f"baseline: {c.baseline}"] if c.baseline else []),
         f"{len(c.prompt_tokens)} prompts of {shortest} to {longest} tokens, at most {c.max_new_tokens} "
         f"new tokens, {c.repeats} repeats" + (f"; load {' before, '.join(loads)} after" if loads else ""),
     ]
@@ -56,11 +58,11 @@ def _speeds(report: BenchReport) -> list[str]:
         rows.append(
             [
                 name,
-                _number(total.tokens_per_second, ".1f"),
-                _number(total.ms_per_step, ".2f"),
-                _number(total.tokens_per_step, ".2f"),
-                _number(1e3 * total.prefill_seconds, ".0f", " ms"),
-                _number(total.outside_share, ".1%"),
+                cell(total.tokens_per_second, ".1f"),
+                cell(total.ms_per_step, ".2f"),
+                cell(total.tokens_per_step, ".2f"),
+                cell(1e3 * total.prefill_seconds, ".0f", " ms"),
+                cell(total.outside_share, ".1%"),
                 "all" if same.exact else f"{same.equal_tokens} of {same.tokens}",
             ]
         )
@@ -70,23 +72,23 @@ def _speeds(report: BenchReport) -> list[str]:
 def _ratios(report: BenchReport) -> list[str]:
     others = [name for name in report.summaries if name not in report.drafted]
     rows = [["tokens/s of … over", *others]]
-    for name in report.ours:
+    for name in report.own:
         ratios = [None if other == name else report.speed_ratio(name, other) for other in others]
         rows.append([name, *("-" if value is None else str(value) for value in ratios)])
     return [*aligned(rows), "(median and quartiles over the pairs of runs)"]
 
 
 def _drafting(report: BenchReport) -> list[str]:
-    rows = [["", "width", "step cost", "tokens/step", "expected gain", "measured gain"]]
+    rows = [["", "draft tokens", "step cost", "tokens/step", "expected gain", "measured gain"]]
     for name in report.drafted:
         cost, gain = report.step_cost(name), report.speed_ratio(name, PLAIN)
         rows.append(
             [
                 name,
-                str(report.widths[name]),
+                str(report.num_draft_tokens[name]),
                 "-" if cost is None else str(cost),
-                _number(report.summaries[name].tokens_per_step, ".2f"),
-                _number(report.expected_gain(name), ".2f"),
+                cell(report.summaries[name].tokens_per_step, ".2f"),
+                cell(report.expected_gain(name), ".2f"),
                 "-" if gain is None else str(gain),
             ]
         )
@@ -94,44 +96,30 @@ def _drafting(report: BenchReport) -> list[str]:
 
 
 def _stages(report: BenchReport) -> list[str]:
-    splits = {name: report.summaries[name].stage_ms or {} for name in report.ours}
+    splits = {name: report.summaries[name].stage_ms or {} for name in report.own}
     found = {stage for split in splits.values() for stage in split}
     order = [*(s for s in STAGES if s in found), *sorted(found - {*STAGES, OUTSIDE}), OUTSIDE]
     rows = [["ms of a step", *order]]
-    rows += [[name, *(_number(split.get(s), ".2f") for s in order)] for name, split in splits.items()]
+    rows += [[name, *(cell(split.get(s), ".2f") for s in order)] for name, split in splits.items()]
     return aligned(rows)
 
 
 def _floors(report: BenchReport) -> list[str]:
     rows = [["", "weights read", "floor", "measured", "floor/measured", "arithmetic"]]
     for name, floor in report.floors.items():
-        measured = report.summaries[name].ms_per_step
-        speed = None if not measured else 1e-6 * floor.operations / measured
+        measured, floor_ms = report.summaries[name].ms_per_step, floor.milliseconds(report.bytes_per_second)
         rows.append(
             [
                 name,
                 f"{floor.weight_bytes / 1e6:.0f} MB",
-                f"{floor.milliseconds:.1f} ms",
-                _number(measured, ".1f", " ms"),
-                _number(floor.milliseconds / measured if measured else None, ".0%"),
-                _number(speed, ".0f", " GFLOP/s"),
+                f"{floor_ms:.1f} ms",
+                cell(measured, ".1f", " ms"),
+                cell(floor_ms / measured if measured else None, ".0%"),
+                cell(1e-6 * (floor.operations or 0) / measured if measured else None, ".0f", " GFLOP/s"),
             ]
         )
-    bandwidth = next(iter(report.floors.values())).bytes_per_second / 1e9
+    bandwidth = report.bytes_per_second / 1e9
     return [
         *aligned(rows),
         f"(reading memory at {bandwidth:.1f} GB/s; the more rows, the more arithmetic counts)",
-    ]
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
     ]

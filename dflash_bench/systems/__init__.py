@@ -1,1 +1,1 @@
-"""What a benchmark compares: our own decoding, and baselines."""
+"""What a benchmark compares: this project's own decoding, and baselines."""

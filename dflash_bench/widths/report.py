@@ -9,52 +9,68 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from dflash_bench.run.report import PLAIN, Conditions
-from dflash_bench.stats import Agreement, Outcomes, Ratio, Summary, agreement, ratio, summarise
+from dflash_bench.conditions import Conditions
+from dflash_bench.stats import (
+    Agreement,
+    Outcomes,
+    Ratio,
+    Summary,
+    agreement,
+    ratio,
+    seconds_per_step,
+    summarise,
+    tokens_per_second,
+)
+from dflash_bench.systems.own import ADAPTIVE, PLAIN
+from dflash_bench.tables import rounded
 from dflash_rt.speculation.width_correction import StepCosts
 
-__all__ = ["ADAPTIVE", "WidthsReport"]
+__all__ = ["WidthsReport"]
 
-ADAPTIVE = "adaptive"
 _FORMAT, _FORMAT_VERSION = "dflash-bench-widths", 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class WidthsReport:
-    """Outcomes of plain decoding, of each fixed width and of the width that adapts, on the same prompts.
+    """Outcomes of plain decoding, of each fixed number of draft tokens and of the number that adapts.
 
     Attributes:
         conditions: what was run, where.
         kinds: what each prompt is an example of; no two are the same.
         sampled: for each prompt, whether its answer was sampled.
-        outcomes: by contender: ``plain``, ``drafted-W``, and :data:`ADAPTIVE`.
-        widths: rows of a verify pass of those with a fixed width.
-        costs: of a step by width, as they were measured at load.
+        outcomes: by system: ``plain``, ``drafted-N``, and ``adaptive``; all on the same prompts.
+        num_draft_tokens: of those with a fixed number; 0 of ``plain``.
+        costs: of a step by draft tokens, from 0 on, as they were measured at load.
     """
 
     conditions: Conditions
     kinds: tuple[str, ...]
     sampled: tuple[bool, ...]
     outcomes: Mapping[str, Outcomes]
-    widths: Mapping[str, int]
+    num_draft_tokens: Mapping[str, int]
     costs: StepCosts
 
     @cached_property
     def summaries(self) -> dict[str, Summary]:
-        """Totals by contender, over all prompts."""
+        """Totals by system, over all prompts."""
         return {name: summarise(outcomes) for name, outcomes in self.outcomes.items()}
 
     @property
+    def widest(self) -> str:
+        """The system with the largest fixed number of draft tokens."""
+        return max(self.num_draft_tokens, key=self.num_draft_tokens.__getitem__)
+
+    @property
     def best_fixed(self) -> str:
-        """The fixed width (plain decoding is one) that was fastest over all prompts together."""
-        return max(self.widths, key=lambda name: self.summaries[name].tokens_per_second or 0.0)
+        """The fixed number (plain decoding is one) that was fastest over all prompts together."""
+        return max(self.num_draft_tokens, key=lambda name: self.summaries[name].tokens_per_second or 0.0)
 
     @property
     def over_best_fixed(self) -> float | None:
-        """Decode rate of the width that adapts over that of the best fixed one, all prompts together."""
-        ours = self.summaries[ADAPTIVE].tokens_per_second
+        """Decode rate of the number that adapts over that of the best fixed one, all prompts together."""
+        adaptive = self.summaries[ADAPTIVE].tokens_per_second
         best = self.summaries[self.best_fixed].tokens_per_second
-        return ours / best if ours and best else None
+        return adaptive / best if adaptive and best else None
 
     @property
     def over_plain(self) -> dict[str, float]:
@@ -63,19 +79,19 @@ class WidthsReport:
         return {kind: value.median for kind, value in ratios.items() if value is not None}
 
     def by_costs(self, name: str, prompt: int | None = None) -> float | None:
-        """Decode rate over plain decoding's if every step had taken what its width cost at load.
+        """Decode rate over plain decoding's if every step had cost what it did at load.
 
-        It tells what the widths were worth, whatever else the machine did meanwhile. Of one prompt or of all.
+        It tells what the choices were worth, whatever the machine did meanwhile. Of one prompt or of all.
         """
         tokens, plain_steps = 0, 0.0
         for (number, _), outcome in self.outcomes[name].items():
             if prompt in (None, number):
                 tokens += outcome.decoded_tokens
-                plain_steps += sum(self.costs.relative[width - 1] for width in outcome.width_per_step or ())
+                plain_steps += sum(self.costs.relative[count] for count in outcome.drafted_per_step or ())
         return tokens / plain_steps if plain_steps else None
 
     def agreement(self, *, sampled: bool) -> Agreement:
-        """How far greedy answers, or sampled ones, of all contenders are those of plain decoding."""
+        """How far greedy answers, or sampled ones, of all systems are those of plain decoding."""
         every = [
             agreement(
                 {pair: found for pair, found in outcomes.items() if self.sampled[pair[0]] == sampled}, plain
@@ -92,26 +108,26 @@ class WidthsReport:
         )
 
     def step_cost(self, name: str) -> Ratio | None:
-        """Time of a step of a fixed width over that of a plain step, in this run."""
-        return ratio(self.outcomes[name], self.outcomes[PLAIN], lambda o: o.seconds_per_step)
+        """Time of a step with a fixed number over that of a plain step, in this run."""
+        return ratio(self.outcomes[name], self.outcomes[PLAIN], seconds_per_step)
 
     def accepted(self, name: str) -> list[float]:
         """By position, the share of the steps with a draft there that accepted it; up to the last drafted."""
         drafted, accepted = Counter[int](), Counter[int]()
         for outcome in self.outcomes[name].values():
-            pairs = zip(outcome.width_per_step or (), outcome.accepted_per_step or (), strict=True)
-            for width, count in pairs:
-                drafted.update(range(width - 1))
+            pairs = zip(outcome.drafted_per_step or (), outcome.accepted_per_step or (), strict=True)
+            for drafts, count in pairs:
+                drafted.update(range(drafts))
                 accepted.update(range(count))
         return [accepted[position] / drafted[position] for position in sorted(drafted)]
 
     def chosen(self, prompt: int | None = None) -> dict[int, float]:
-        """Share of the adaptive steps that had each width; of one prompt, or of all."""
+        """Share of the adaptive steps by their draft tokens; of one prompt, or of all."""
         counts: Counter[int] = Counter()
         for (number, _), outcome in self.outcomes[ADAPTIVE].items():
             if prompt in (None, number):
-                counts.update(outcome.width_per_step or ())
-        return {width: counts[width] / counts.total() for width in sorted(counts)}
+                counts.update(outcome.drafted_per_step or ())
+        return {count: counts[count] / counts.total() for count in sorted(counts)}
 
     def rate(self, name: str, prompt: int) -> float | None:
         """Tokens per second on one prompt, median over repeats."""
@@ -128,52 +144,42 @@ class WidthsReport:
             "format": _FORMAT,
             "format_version": _FORMAT_VERSION,
             **conditions,
-            "load_cost_ms": [_rounded(1e3 * seconds) for seconds in self.costs.seconds],
-            "contenders": {name: self._contender(name) for name in self.outcomes},
+            "load_cost_ms": [rounded(1e3 * seconds) for seconds in self.costs.seconds],
+            "systems": {name: self._system(name) for name in self.outcomes},
             "prompts": [self._prompt(number) for number in range(len(self.kinds))],
             "greedy_answers": self._agreement_dict(sampled=False),
             "sampled_answers": self._agreement_dict(sampled=True),
             "best_fixed": self.best_fixed,
-            "adaptive_over_best_fixed": _rounded(self.over_best_fixed),
-            "lowest_over_plain": _rounded(min(self.over_plain.values(), default=None)),
+            "adaptive_over_best_fixed": rounded(self.over_best_fixed),
+            "lowest_over_plain": rounded(min(self.over_plain.values(), default=None)),
         }
-
-    def table(self) -> str:
-        """All of it for people, in plain text."""
-        from dflash_bench.widths.table import render
-
-        return render(self)
 
     def _ratio(self, name: str, prompt: int) -> Ratio | None:
         one = {pair: outcome for pair, outcome in self.outcomes[name].items() if pair[0] == prompt}
-        return ratio(one, self.outcomes[PLAIN], lambda o: o.tokens_per_second)
+        return ratio(one, self.outcomes[PLAIN], tokens_per_second)
 
     def _agreement_dict(self, *, sampled: bool) -> dict[str, int]:
         found = self.agreement(sampled=sampled)
         return {"equal": found.equal_answers, "all": found.answers}
 
-    def _contender(self, name: str) -> dict[str, Any]:
+    def _system(self, name: str) -> dict[str, Any]:
         total = self.summaries[name]
-        cost = self.step_cost(name) if name in self.widths else None
+        cost = self.step_cost(name) if name in self.num_draft_tokens else None
         return {
-            "width": self.widths.get(name),
-            "tokens_per_second": _rounded(total.tokens_per_second),
-            "tokens_per_step": _rounded(total.tokens_per_step),
+            "num_draft_tokens": self.num_draft_tokens.get(name),
+            "tokens_per_second": rounded(total.tokens_per_second),
+            "tokens_per_step": rounded(total.tokens_per_step),
             "step_cost": None if cost is None else cost.as_dict(),
-            "over_plain_by_costs": _rounded(self.by_costs(name)),
-            "accepted_by_position": [_rounded(share) for share in self.accepted(name)],
+            "over_plain_by_costs": rounded(self.by_costs(name)),
+            "accepted_by_position": [rounded(share) for share in self.accepted(name)],
         }
 
     def _prompt(self, number: int) -> dict[str, Any]:
         kind = self.kinds[number]
         return {
             "kind": kind,
-            "tokens_per_second": {name: _rounded(self.rate(name, number)) for name in self.outcomes},
-            "over_plain": _rounded(self.over_plain.get(kind)),
-            "over_plain_by_costs": _rounded(self.by_costs(ADAPTIVE, number)),
-            "steps_by_width": {str(width): _rounded(share) for width, share in self.chosen(number).items()},
+            "tokens_per_second": {name: rounded(self.rate(name, number)) for name in self.outcomes},
+            "over_plain": rounded(self.over_plain.get(kind)),
+            "over_plain_by_costs": rounded(self.by_costs(ADAPTIVE, number)),
+            "steps_by_draft_tokens": {str(n): rounded(share) for n, share in self.chosen(number).items()},
         }
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.6g}")

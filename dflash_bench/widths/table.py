@@ -1,17 +1,13 @@
-"""The report of ``dflash-rt bench --widths`` in plain text. A cell of "-" is what couldn't be measured."""
+"""The report of ``dflash-bench widths`` in plain text. A cell of "-" is what couldn't be measured."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from dflash_bench.run.report import PLAIN
-from dflash_bench.run.table import aligned
-from dflash_bench.stats import ratio
-from dflash_bench.widths.report import ADAPTIVE
-
-if TYPE_CHECKING:
-    from dflash_bench.widths.report import WidthsReport
+from dflash_bench.stats import ratio, tokens_per_second
+from dflash_bench.systems.own import ADAPTIVE, PLAIN
+from dflash_bench.tables import aligned, cell
+from dflash_bench.widths.report import WidthsReport
 
 __all__ = ["render", "shares_text"]
 
@@ -27,30 +23,28 @@ def _sections(report: WidthsReport) -> Iterator[list[str]]:
         f"{c.bundle} ({c.precision}) on {c.backend}, {c.threads} threads, {c.cpu}",
         f"{len(report.kinds)} prompts, at most {c.max_new_tokens} new tokens, {c.repeats} repeats",
     ]
-    yield _by_width(report)
+    yield _by_system(report)
     yield _by_position(report)
     yield _by_prompt(report)
     yield _result(report)
 
 
-def _by_width(report: WidthsReport) -> list[str]:
+def _by_system(report: WidthsReport) -> list[str]:
     rows = [["", "cost at load", "cost in the run", "tokens/step", "tokens/s", "over plain"]]
     for name, total in report.summaries.items():
-        width = report.widths.get(name)
-        at_load = "-"
-        if width is not None:
-            at_load = (
-                f"{1e3 * report.costs.seconds[width - 1]:.1f} ms, {report.costs.relative[width - 1]:.2f}"
-            )
-        cost = None if width is None else report.step_cost(name)
-        gain = ratio(report.outcomes[name], report.outcomes[PLAIN], lambda o: o.tokens_per_second)
+        count = report.num_draft_tokens.get(name)
+        at_load, cost = "-", None
+        if count is not None:
+            at_load = f"{1e3 * report.costs.seconds[count]:.1f} ms, {report.costs.relative[count]:.2f}"
+            cost = report.step_cost(name)
+        gain = ratio(report.outcomes[name], report.outcomes[PLAIN], tokens_per_second)
         rows.append(
             [
                 name,
                 at_load,
                 "-" if cost is None else str(cost),
-                _number(total.tokens_per_step, ".2f"),
-                _number(total.tokens_per_second, ".1f"),
+                cell(total.tokens_per_step, ".2f"),
+                cell(total.tokens_per_second, ".1f"),
                 "-" if gain is None else str(gain),
             ]
         )
@@ -61,8 +55,7 @@ def _by_width(report: WidthsReport) -> list[str]:
 
 
 def _by_position(report: WidthsReport) -> list[str]:
-    widest = max(report.widths, key=lambda name: report.widths[name])
-    shares = {name: report.accepted(name) for name in dict.fromkeys((widest, ADAPTIVE))}
+    shares = {name: report.accepted(name) for name in dict.fromkeys((report.widest, ADAPTIVE))}
     positions = max(map(len, shares.values()))
     rows = [["drafts accepted", *(str(position + 1) for position in range(positions))]]
     for name, values in shares.items():
@@ -72,23 +65,25 @@ def _by_position(report: WidthsReport) -> list[str]:
 
 
 def _by_prompt(report: WidthsReport) -> list[str]:
-    rows = [["tokens/s", "plain", "best fixed", "adaptive", "over plain", "by costs", "steps by width"]]
+    rows = [
+        ["tokens/s", "plain", "best fixed", "adaptive", "over plain", "by costs", "steps by draft tokens"]
+    ]
     over_plain = report.over_plain
     for number, kind in enumerate(report.kinds):
-        rates = {name: report.rate(name, number) or 0.0 for name in report.widths}
+        rates = {name: report.rate(name, number) or 0.0 for name in report.num_draft_tokens}
         best = max(rates, key=rates.__getitem__)
         rows.append(
             [
                 kind,
-                _number(rates[PLAIN], ".1f"),
-                f"{rates[best]:.1f} ({report.widths[best]})",
-                _number(report.rate(ADAPTIVE, number), ".1f"),
-                _number(over_plain.get(kind), ".2f"),
-                _number(report.by_costs(ADAPTIVE, number), ".2f"),
+                cell(rates[PLAIN], ".1f"),
+                f"{rates[best]:.1f} ({report.num_draft_tokens[best]})",
+                cell(report.rate(ADAPTIVE, number), ".1f"),
+                cell(over_plain.get(kind), ".2f"),
+                cell(report.by_costs(ADAPTIVE, number), ".2f"),
                 shares_text(report.chosen(number)),
             ]
         )
-    return [*aligned(rows), "(by costs: over plain, had each step taken what its width cost at load)"]
+    return [*aligned(rows), "(by costs: over plain, had each step taken what it cost at load)"]
 
 
 def _result(report: WidthsReport) -> list[str]:
@@ -104,14 +99,14 @@ def _result(report: WidthsReport) -> list[str]:
             lines.append(f"adaptive over plain{what}: at least {values[lowest]:.3f} ({lowest})")
     if report.over_best_fixed is not None:
         lines.append(
-            f"adaptive over the best fixed width ({report.best_fixed}), all prompts: "
+            f"adaptive over the best fixed number ({report.best_fixed}), all prompts: "
             f"{report.over_best_fixed:.3f}"
         )
-    by_costs = {name: report.by_costs(name) or 0.0 for name in report.widths}
+    by_costs = {name: report.by_costs(name) or 0.0 for name in report.num_draft_tokens}
     best = max(by_costs, key=by_costs.__getitem__)
-    ours = report.by_costs(ADAPTIVE)
-    if ours is not None and by_costs[best]:
-        lines.append(f"the same by costs ({best}): {ours / by_costs[best]:.3f}")
+    adaptive = report.by_costs(ADAPTIVE)
+    if adaptive is not None and by_costs[best]:
+        lines.append(f"the same by costs ({best}): {adaptive / by_costs[best]:.3f}")
     greedy, sampled = report.agreement(sampled=False), report.agreement(sampled=True)
     if greedy.answers:
         what = "as in plain decoding" + ("" if greedy.exact else ": a near tie, or a bug")
@@ -123,9 +118,5 @@ def _result(report: WidthsReport) -> list[str]:
 
 def shares_text(shares: Mapping[int, float]) -> str:
     """Such as ``1: 80%, 4: 20%``, the most frequent three."""
-    largest: Sequence[int] = sorted(shares, key=lambda width: -shares[width])[:3]
-    return ", ".join(f"{width}: {shares[width]:.0%}" for width in sorted(largest))
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
+    largest: Sequence[int] = sorted(shares, key=lambda count: -shares[count])[:3]
+    return ", ".join(f"{count}: {shares[count]:.0%}" for count in sorted(largest))

@@ -37,7 +37,6 @@ _EXTRAS = {
     "ml_dtypes": "export",
     "onnx": "export",
     "onnxscript": "export",
-    "psutil": "bench",
     "rich": "export",
     "safetensors": "export",
     "torch": "export",

@@ -10,34 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dflash_rt.backends import BACKEND_NAMES
-from dflash_rt.cli.console import CommandGroup, JsonPair, as_chats, echo_json, read_prompts, read_text
-from dflash_rt.errors import RequestError
+from dflash_rt.cli.console import CommandGroup, JsonPair, as_chats, echo_json, read_text
+from dflash_rt.cli.options import BACKEND, BACKEND_OPTION, BUNDLE, COUNT, THREADS, VERIFY_FILES
 from dflash_rt.version import __version__
 
 if TYPE_CHECKING:
-    from dflash_bench.run.report import BenchReport
-    from dflash_bench.widths.report import WidthsReport
     from dflash_rt.stream import GenerationResult
 
 __all__ = ["main"]
 
-_COUNT = click.IntRange(min=1)
-_BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
-_VERIFY_FILES = click.option(
-    "--verify-files", is_flag=True, help="First compare the SHA-256 of every file of the bundle."
-)
-_THREADS = click.option("--threads", type=_COUNT, metavar="N", help="CPU threads of the backend.")
-_BACKEND = click.option(
-    "--backend", type=click.Choice(BACKEND_NAMES), default="onnxruntime", show_default=True
-)
-_BACKEND_OPTION = click.option(
-    "--backend-option",
-    "backend_options",
-    type=JsonPair(),
-    multiple=True,
-    help="Option of the backend, like cuda_graph=false. May be repeated; docs/guide/gpu.md has them.",
-)
 _SAMPLING_HELP = {
     "temperature": (float, "0 is greedy; 1 is the model's own distribution."),
     "top_p": (float, "Only the most probable tokens that together reach this probability."),
@@ -65,27 +46,6 @@ class _NumDraftTokens(click.ParamType):  # type: ignore[type-arg]  # generic in 
         return int(click.IntRange(min=0).convert(value, param, ctx))
 
 
-class _Contenders(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
-    """Names of what to compare with, separated by commas. Installed packages say which there are."""
-
-    name = "NAME,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        """The names in the order given, each once, or a usage error."""
-        if isinstance(value, tuple):  # click may convert a value that is converted already
-            return value
-        from dflash_bench.systems.base import find_factories
-
-        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
-        try:
-            find_factories(names)
-        except RequestError as error:
-            self.fail(str(error), param, ctx)
-        return names
-
-
 def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add one option for each field of SamplingParams; what isn't given is ``None``."""
     for name, (kind, text) in reversed(_SAMPLING_HELP.items()):
@@ -101,7 +61,7 @@ def main() -> None:
 
 
 @main.command()
-@_BUNDLE
+@BUNDLE
 @click.option("--prompt", metavar="TEXT", help="The prompt. Without it, or a file, stdin is read.")
 @click.option(
     "--prompt-file", type=click.Path(path_type=Path), help="UTF-8 file with the prompt; - is stdin."
@@ -116,7 +76,7 @@ def main() -> None:
     help="Variable for the chat template, like enable_thinking=false. May be repeated.",
 )
 @click.option(
-    "--max-new-tokens", type=_COUNT, metavar="N", help="By default as many as fit the bundle's limit."
+    "--max-new-tokens", type=COUNT, metavar="N", help="By default as many as fit the bundle's limit."
 )
 @click.option("--stop", metavar="TEXT", multiple=True, help="Stop before this text. May be repeated.")
 @_sampling_options
@@ -127,10 +87,10 @@ def main() -> None:
     help="Tokens that a step drafts: one number for all steps, or auto. By default each step's own, up to "
     "the bundle's.",
 )
-@_BACKEND
-@_BACKEND_OPTION
-@_THREADS
-@_VERIFY_FILES
+@BACKEND
+@BACKEND_OPTION
+@THREADS
+@VERIFY_FILES
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text.")
 @click.option("--stats", is_flag=True, help="Say on stderr what it cost and what drafting gained.")
 def generate(
@@ -195,97 +155,6 @@ def generate(
         click.echo()
     if stats:
         click.echo(_stats_text(result), err=True)
-
-
-@main.command()
-@_BUNDLE
-@click.option(
-    "--compare",
-    type=_Contenders(),
-    default=(),
-    help="Also run: hf (Hugging Face generate), reference (the PyTorch loop), genai (onnxruntime-genai), "
-    "genai-int4 (its own int4); all skips what can't run here.",
-)
-@click.option(
-    "--beside",
-    type=click.Path(path_type=Path),
-    metavar="BUNDLE",
-    help="Also run another bundle of the same vocabulary, such as the one that isn't quantised.",
-)
-@click.option(
-    "--recipe", type=click.Path(path_type=Path), help="Recipe of the bundle: names its checkpoints."
-)
-@click.option("--target", metavar="SOURCE", help="Checkpoint for hf, reference and genai.")
-@click.option("--drafter", metavar="SOURCE", help="Checkpoint for reference.")
-@click.option(
-    "--prompts", type=click.Path(path_type=Path), help="Text file with a prompt a line, or .json list."
-)
-@click.option("--limit", type=_COUNT, metavar="N", help="Only the first N prompts of the file.")
-@click.option("--chat", is_flag=True, help="Each prompt of the file is the user's message of a chat.")
-@click.option("--max-new-tokens", type=_COUNT, metavar="N", default=128, show_default=True)
-@click.option(
-    "--repeats", type=_COUNT, metavar="N", default=3, show_default=True, help="Runs over all prompts."
-)
-@click.option(
-    "--draft-width",
-    "draft_widths",
-    type=_COUNT,
-    metavar="N",
-    multiple=True,
-    help="Rows of a verify pass, anchor included. May be repeated. By default the bundle's.",
-)
-@_BACKEND
-@_BACKEND_OPTION
-@_THREADS
-@_VERIFY_FILES
-@click.option("--cache-folder", type=click.Path(path_type=Path), help="Keeps what was converted for genai.")
-@click.option("--plot", type=click.Path(path_type=Path), help="PNG file to write.")
-@click.option(
-    "--widths", is_flag=True, help="Instead: the width that adapts against fixed ones, over a mix of prompts."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON line only, without the table.")
-def bench(
-    prompts: Path | None,
-    limit: int | None,
-    chat: bool,
-    as_json: bool,
-    bundle: Path,
-    widths: bool,
-    verify_files: bool,
-    backend_options: tuple[tuple[str, Any], ...],
-    **options: Any,
-) -> None:
-    """Measure drafted against plain decoding, and both against others. Ends with one line of JSON."""
-    if prompts is None and (limit is not None or chat):
-        raise click.UsageError("--limit and --chat are about a file: give --prompts as well")
-    others = {name: options.pop(name) for name in _ABOUT_OTHERS} if widths else {}
-    if given := [f"--{name.replace('_', '-')}" for name, value in others.items() if value]:
-        raise click.UsageError(f"--widths compares no others: leave out {', '.join(given)}")
-
-    from dflash_bench.run.measure import run_bench
-    from dflash_bench.widths.measure import run_widths
-
-    run: Callable[..., BenchReport | WidthsReport] = run_widths if widths else run_bench
-    texts = None if prompts is None else read_prompts(prompts, limit)
-    if verify_files:
-        from dflash_rt.bundle.folder import Bundle
-
-        for folder in (bundle, options.get("beside")):
-            if folder is not None:
-                Bundle.open(folder, verify_files=True)
-    report = run(
-        bundle,
-        prompts=as_chats(texts) if chat and texts is not None else texts,
-        progress=lambda line: click.echo(line, err=True),
-        backend_options=dict(backend_options),
-        **options,
-    )
-    if not as_json:
-        click.echo(report.table())
-    echo_json(report.to_dict())
-
-
-_ABOUT_OTHERS = ("compare", "beside", "recipe", "target", "drafter", "cache_folder")
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:

@@ -134,7 +134,7 @@ def training_prompts(
 
 
 def own_prompts(path: Path, held_out: Collection[str]) -> list[str]:
-    """Prompts from a file, as ``dflash-rt bench`` reads them. RecipeError for a held-out one."""
+    """Prompts from a file, as ``dflash-bench run`` reads them. RecipeError for a held-out one."""
     prompts = read_prompts(path)
     known = {normalised(prompt) for prompt in held_out}
     if leaks := [prompt for prompt in prompts if normalised(prompt) in known]:

@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from dflash_bench.systems.base import (
-    Outcome,
-)
+from dflash_bench.systems.base import Outcome
 from dflash_rt import Bundle
 from tests.rt.bundle_maker import manifest_document, write_bundle
+
+
+class Other:
+    """Another project's system: takes its answer from a list, and keeps a diary."""
+
+    def __init__(
+        self,
+        name: str,
+        answer: Sequence[int],
+        *,
+        num_draft_tokens: int | None = None,
+        diary: list[Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.num_draft_tokens = num_draft_tokens
+        self.answer = tuple(answer)
+        self.diary = [] if diary is None else diary
+        self.closed = False
+
+    def decode(self, prompt: Sequence[int], max_new_tokens: int) -> Outcome:
+        self.diary.append((self.name, tuple(prompt), max_new_tokens))
+        tokens = self.answer[:max_new_tokens]
+        return Outcome(tokens, prefill_seconds=0.5, decode_seconds=2.0, steps=len(tokens) - 1)
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def answers(*tokens: tuple[int, ...]) -> dict[tuple[int, int], Outcome]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
-import importlib
 import json
 import shutil
 import sys
@@ -16,14 +14,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from dflash_bench.cli import main
 from dflash_bench.run.measure import run_bench
-from dflash_bench.systems.base import ENTRY_POINT_GROUP, BenchSetup, Contender
-from dflash_bench.systems.baselines import make_genai, make_genai_int4, make_hf, make_reference
+from dflash_bench.systems.base import BenchSetup, System
+from dflash_bench.systems.genai import make_genai, make_genai_int4
 from dflash_bench.systems.genai_model import run_builder
+from dflash_bench.systems.huggingface import make_hf
+from dflash_bench.systems.reference_loop import make_reference
+from dflash_bench.systems.registry import FACTORIES as REGISTRY
 from dflash_export import build
 from dflash_export.errors import VerifyError
 from dflash_rt import Bundle
-from dflash_rt.cli.main import main
 from dflash_rt.errors import BackendUnavailableError, OutputError
 from tests.checkpoints import drafter_json, save_drafter, save_target
 
@@ -50,7 +51,7 @@ class Pair:
         values: dict[str, Any] = {
             "bundle": self.bundle,
             "threads": 1,
-            "draft_widths": (2, 4),
+            "num_draft_tokens": (1, 3),
             "target": str(self.target),
             "drafter": str(self.drafter),
             "cache_folder": self.cache,
@@ -63,36 +64,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(tmp_path_factory.mktemp("pair"))
 
 
-def entry_points() -> str:
-    """The group as setup.cfg declares it."""
-    parser = configparser.ConfigParser()
-    parser.read(ROOT / "setup.cfg")
-    return parser["options.entry_points"][ENTRY_POINT_GROUP].strip()
-
-
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entry points of setup.cfg, whether or not this checkout was installed since they were written."""
-    info = tmp_path / "site" / "contenders_of_setup_cfg-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: contenders-of-setup-cfg\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(f"[{ENTRY_POINT_GROUP}]\n{entry_points()}\n")
-    monkeypatch.syspath_prepend(tmp_path / "site")
-
-
-def test_setup_cfg_names_the_factories() -> None:
-    found = {}
-    for line in entry_points().splitlines():
-        name, _, value = line.partition(" = ")
-        module, _, attribute = value.partition(":")
-        found[name] = getattr(importlib.import_module(module), attribute)
-    assert found == FACTORIES | INT4
+def test_the_registry_names_the_factories() -> None:
+    assert REGISTRY == FACTORIES | INT4
 
 
 # --- Decoding ---
 
 
-def test_everyone_gives_the_same_tokens(pair: Pair, installed: None) -> None:
+def test_everyone_gives_the_same_tokens(pair: Pair) -> None:
     threads = torch.get_num_threads()
     report = run_bench(
         pair.bundle,
@@ -100,18 +79,18 @@ def test_everyone_gives_the_same_tokens(pair: Pair, installed: None) -> None:
         compare=("hf", "reference", "genai"),
         max_new_tokens=20,
         repeats=1,
-        draft_widths=(4, 2),
+        num_draft_tokens=(3, 1),
         threads=1,
         target=str(pair.target),
         drafter=str(pair.drafter),
         cache_folder=pair.cache,
     )
     assert list(report.outcomes) == [
-        "plain", "drafted-4", "drafted-2", "hf", "reference-4", "reference-2", "genai"
+        "plain", "drafted-3", "drafted-1", "hf", "reference-3", "reference-1", "genai"
     ]  # fmt: skip
     assert {name for name, same in report.agreements.items() if not same.exact} == set()
     assert report.skipped == {}
-    assert report.widths == {"drafted-4": 4, "drafted-2": 2, "reference-4": 4, "reference-2": 2}
+    assert report.num_draft_tokens == {"drafted-3": 3, "drafted-1": 1, "reference-3": 3, "reference-1": 1}
     for outcomes in report.outcomes.values():
         for outcome in outcomes.values():
             assert outcome.prefill_seconds > 0
@@ -157,16 +136,16 @@ def test_the_reference_drafts_as_wide_as_asked(pair: Pair, monkeypatch: pytest.M
         return real(*arguments, block_size=block_size, **options)
 
     monkeypatch.setattr(torch_reference, "generate_reference", spy)
-    decode(make_reference, pair.setup(draft_widths=(3, 2, 4)))
+    decode(make_reference, pair.setup(num_draft_tokens=(2, 1, 3)))
     assert seen == [3, 2, 4]
 
 
 def decode(factory: Callable[[BenchSetup], Any], setup: BenchSetup) -> tuple[int, ...]:
-    contenders: list[Contender] = list(factory(setup))
-    answers = {contender.decode(PROMPTS[0], 20).token_ids for contender in contenders}
-    for contender in contenders:
-        contender.close()
-        contender.close()
+    systems: list[System] = list(factory(setup))
+    answers = {system.decode(PROMPTS[0], 20).token_ids for system in systems}
+    for system in systems:
+        system.close()
+        system.close()
     (answer,) = answers
     return answer
 
@@ -193,10 +172,10 @@ def test_models_are_loaded_and_converted_once(pair: Pair) -> None:
 def test_genais_int4_is_another_model(pair: Pair, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     setup = pair.setup(cache_folder=cache)
-    (contender,) = make_genai_int4(setup)
-    assert contender.name == "genai-int4"
-    assert len(contender.decode(PROMPTS[0], 5).token_ids) == 5
-    contender.close()
+    (system,) = make_genai_int4(setup)
+    assert system.name == "genai-int4"
+    assert len(system.decode(PROMPTS[0], 5).token_ids) == 5
+    system.close()
     (folder,) = cache.iterdir()
     assert folder.name.startswith("genai-int4-")
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
@@ -215,16 +194,16 @@ def test_a_recipe_names_the_checkpoints(pair: Pair, tmp_path: Path) -> None:
     assert len(decode(make_reference, pair.setup(recipe=recipe))) == 20  # options win over the recipe
 
 
-def test_command(pair: Pair, installed: None, tmp_path: Path) -> None:
+def test_command(pair: Pair, tmp_path: Path) -> None:
     """The command prints a table and, last, one line of JSON; the rest goes to stderr."""
     plot = tmp_path / "plot.png"
     arguments = ["--compare", "hf", "--target", pair.target, "--max-new-tokens", 6, "--repeats", 1]
     arguments += ["--threads", 1, "--plot", plot]
-    result = CliRunner().invoke(main, ["bench", str(pair.bundle.root), *map(str, arguments)])
+    result = CliRunner().invoke(main, ["run", str(pair.bundle.root), *map(str, arguments)])
     assert result.exit_code == 0, result.output
     table, _, line = result.stdout.strip().rpartition("\n")
     found = json.loads(line)
-    assert list(found["contenders"]) == ["plain", "drafted-3", "hf"]
+    assert list(found["systems"]) == ["plain", "drafted-2", "hf"]
     assert found["threads"] == 1
     assert "tokens/s of" in table
     assert "loading hf" in result.stderr

@@ -1,4 +1,4 @@
-"""``bench --widths``: what it computes, prints and draws."""
+"""``dflash-bench widths``: what it computes, prints and draws."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from dflash_bench.conditions import Conditions
 from dflash_bench.prompts import mixed_prompts
-from dflash_bench.run.report import Conditions
 from dflash_bench.systems.base import Outcome
-from dflash_bench.widths.measure import _some_widths, run_widths
+from dflash_bench.systems.own import ADAPTIVE
+from dflash_bench.widths.measure import _some_counts, run_widths
 from dflash_bench.widths.plot import draw_widths
-from dflash_bench.widths.report import ADAPTIVE, WidthsReport
-from dflash_bench.widths.table import shares_text
+from dflash_bench.widths.report import WidthsReport
+from dflash_bench.widths.table import render, shares_text
 from dflash_rt.backends.scripted import ScriptedBackend
 from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import OutputError, PromptError, RequestError
@@ -48,7 +49,7 @@ def outcome(seconds: float, *steps: tuple[int, int], first: int = 0) -> Outcome:
         steps=len(steps),
         accepted_per_step=tuple(accepted for _, accepted in steps),
         stage_seconds={"step": seconds},
-        width_per_step=tuple(width for width, _ in steps),
+        drafted_per_step=tuple(width - 1 for width, _ in steps),
     )
 
 
@@ -57,7 +58,7 @@ def report(**changes: Any) -> WidthsReport:
     plain = [(1, 0)] * 8
     outcomes = {
         "plain": {(0, 0): outcome(8, *plain), (0, 1): outcome(10, *plain), (1, 0): outcome(8, *plain)},
-        "drafted-4": {
+        "drafted-3": {
             (0, 0): outcome(4, (4, 3), (4, 3)),
             (0, 1): outcome(5, (4, 3), (4, 3)),
             (1, 0): outcome(16, *[(4, 0)] * 8),
@@ -73,7 +74,7 @@ def report(**changes: Any) -> WidthsReport:
         "kinds": ("question", "noise"),
         "sampled": (False, True),
         "outcomes": outcomes,
-        "widths": {"plain": 1, "drafted-4": 4},
+        "num_draft_tokens": {"plain": 0, "drafted-3": 3},
         "costs": StepCosts((1.0, 1.5, 1.75, 2.0)),
     }
     return WidthsReport(**{**values, **changes})
@@ -85,8 +86,8 @@ def test_numbers_by_hand() -> None:
         "question": pytest.approx((8 / 4 + 10 / 4) / 2),
         "noise": pytest.approx(8 / 8.5),
     }
-    assert found.chosen() == {1: 7 / 13, 2: 2 / 13, 4: 4 / 13}
-    assert found.chosen(0) == {2: 2 / 5, 4: 3 / 5}
+    assert found.chosen() == {0: 7 / 13, 1: 2 / 13, 3: 4 / 13}
+    assert found.chosen(0) == {1: 2 / 5, 3: 3 / 5}
     assert found.accepted(ADAPTIVE) == [5 / 6, 3 / 4, 3 / 4]  # of the steps that drafted that far
     assert found.accepted("plain") == []
     # 8 tokens for 2 steps at 2.0 plain steps, 8 for 2.0 + 2 * 1.5, 8 for 2.0 + 7.
@@ -103,13 +104,13 @@ def test_greedy_and_sampled_answers_are_told_apart() -> None:
     found = report()
     assert found.agreement(sampled=False).exact
     assert (found.agreement(sampled=True).equal_answers, found.agreement(sampled=True).answers) == (1, 2)
-    assert "greedy: 4 of 4 answers as in plain decoding\n" in found.table()
-    assert "sampled: 1 of 2 answers" in found.table()
-    assert ": a near tie, or a bug" in report(sampled=(True, False)).table()
+    assert "greedy: 4 of 4 answers as in plain decoding\n" in render(found)
+    assert "sampled: 1 of 2 answers" in render(found)
+    assert ": a near tie, or a bug" in render(report(sampled=(True, False)))
 
 
 def test_table() -> None:
-    lines = report().table().splitlines()
+    lines = render(report()).splitlines()
     assert lines[0] == "tiny (fp32) on scripted, 1 threads, some CPU"
     assert lines[3].split() == [
         "cost",
@@ -121,31 +122,31 @@ def test_table() -> None:
         "run",
         *["tokens/step", "tokens/s", "over", "plain"],
     ]
-    assert lines[5].startswith("drafted-4  2000.0 ms, 2.00")
+    assert lines[5].startswith("drafted-3  2000.0 ms, 2.00")
     assert "adaptive         83%  75%  75%" in lines
     question = next(line for line in lines if line.startswith("question"))
-    assert question.endswith("2: 40%, 4: 60%")
+    assert question.endswith("1: 40%, 3: 60%")
     assert "adaptive over plain: at least 0.941 (noise)" in lines
     assert "adaptive over plain by costs: at least 0.889 (noise)" in lines
-    assert "adaptive over the best fixed width (plain), all prompts: 1.280" in lines
+    assert "adaptive over the best fixed number (plain), all prompts: 1.280" in lines
 
 
 def test_json() -> None:
     told = report().to_dict()
     json.dumps(told, allow_nan=False)
     assert told["load_cost_ms"] == [1000, 1500, 1750, 2000]
-    assert told["prompts"][0]["steps_by_width"] == {"2": 0.4, "4": 0.6}
+    assert told["prompts"][0]["steps_by_draft_tokens"] == {"1": 0.4, "3": 0.6}
     assert told["greedy_answers"] == {"equal": 4, "all": 4}
     assert told["best_fixed"] == "plain"
     assert told["lowest_over_plain"] == pytest.approx(8 / 8.5, rel=1e-5)
 
 
 def test_an_answer_without_steps_has_no_rate() -> None:
-    outcomes = {name: {(0, 0): outcome(0.0)} for name in ("plain", "drafted-4", ADAPTIVE)}
+    outcomes = {name: {(0, 0): outcome(0.0)} for name in ("plain", "drafted-3", ADAPTIVE)}
     found = report(outcomes=outcomes, kinds=("short",), sampled=(False,))
     assert found.over_plain == {}
     assert found.over_best_fixed is None
-    assert "short" in found.table()
+    assert "short" in render(found)
     json.dumps(found.to_dict(), allow_nan=False)
 
 
@@ -162,11 +163,11 @@ def test_plot(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block_size", "widths"),
-    [(2, [2]), (5, [2, 3, 4, 5]), (8, [2, 3, 4, 6, 8]), (16, [2, 3, 4, 6, 8, 12, 16])],
+    ("block_size", "counts"),
+    [(2, [1]), (5, [1, 2, 3, 4]), (8, [1, 2, 3, 5, 7]), (16, [1, 2, 3, 5, 7, 11, 15])],
 )
-def test_widths_that_are_measured(block_size: int, widths: list[int]) -> None:
-    assert _some_widths(block_size) == widths
+def test_draft_tokens_that_are_measured(block_size: int, counts: list[int]) -> None:
+    assert _some_counts(block_size) == counts
 
 
 # Whole runs
@@ -184,7 +185,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bundle:
     ) -> ScriptedBackend:
         return ScriptedBackend.with_logits(logits, block_size=4, prefill_chunk=8, max_rows=64)
 
-    monkeypatch.setattr("dflash_bench.run.measure.create_backend", make)
+    monkeypatch.setattr("dflash_bench.systems.own.create_backend", make)
     document = manifest_document()
     document["tokenizer"] = None
     return Bundle.open(write_bundle(tmp_path / "scripted", document))
@@ -194,7 +195,7 @@ def test_a_whole_run_over_the_mix(scripted: Bundle, tmp_path: Path) -> None:
     lines: list[str] = []
     plot = tmp_path / "widths.png"
     found = run_widths(scripted, max_new_tokens=16, repeats=1, threads=1, plot=plot, progress=lines.append)
-    assert list(found.outcomes) == ["plain", "drafted-2", "drafted-3", "drafted-4", ADAPTIVE]
+    assert list(found.outcomes) == ["plain", "drafted-1", "drafted-2", "drafted-3", ADAPTIVE]
     assert len(found.kinds) == len(set(found.kinds)) == 12
     assert sum(found.sampled) == 3
     assert found.costs.widest == 4
@@ -205,11 +206,11 @@ def test_a_whole_run_over_the_mix(scripted: Bundle, tmp_path: Path) -> None:
     assert lines[-1] == f"wrote {plot}"
 
 
-def test_prompts_and_widths_of_ones_own(scripted: Bundle) -> None:
+def test_given_prompts_and_draft_tokens(scripted: Bundle) -> None:
     found = run_widths(
-        scripted, prompts=[[1, 2], [3]], max_new_tokens=8, repeats=2, threads=1, draft_widths=[3]
+        scripted, prompts=[[1, 2], [3]], max_new_tokens=8, repeats=2, threads=1, num_draft_tokens=[2]
     )
-    assert list(found.widths) == ["plain", "drafted-3"]
+    assert list(found.num_draft_tokens) == ["plain", "drafted-2"]
     assert found.kinds == ("prompt 1", "prompt 2")
     assert found.conditions.prompt_tokens == (2, 1)
     assert set(found.outcomes[ADAPTIVE]) == {(0, 0), (0, 1), (1, 0), (1, 1)}
@@ -220,7 +221,7 @@ def test_prompts_and_widths_of_ones_own(scripted: Bundle) -> None:
     [
         ({"repeats": 0}, RequestError, "repeats is wrong"),
         ({"max_new_tokens": 1}, RequestError, "at least 2"),
-        ({"draft_widths": [5]}, RequestError, "2 to 4"),
+        ({"num_draft_tokens": [4]}, RequestError, "1 to 3"),
         ({"threads": 0}, RequestError, "threads is wrong"),
         ({"plot": "widths.jpg"}, RequestError, "ends in .png"),
         ({"prompts": []}, PromptError, "no prompt"),

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dflash_bench.budget import Budget, SkippedError
+from dflash_bench.floor import StepFloor
 from dflash_bench.gpu.backend_spec import BackendSpec
-from dflash_bench.gpu.budget import Budget, Parts, SkippedError
-from dflash_bench.gpu.command import make_plan, mark_cut_off
-from dflash_bench.gpu.contest import run_contest
 from dflash_bench.gpu.device_clock import drafting_ends
-from dflash_bench.gpu.floor import StepBytes
 from dflash_bench.gpu.goals import GOALS, judge_goals
 from dflash_bench.gpu.parity import Run, judge_run
+from dflash_bench.gpu.parts import Parts
+from dflash_bench.gpu.plan import make_plan
 from dflash_bench.gpu.report import DRY_RUN_WARNING, default_name, to_markdown, write_report
-from dflash_bench.gpu.rows import DRAFTED, HF, PLAIN, REFERENCE, Sample, make_row, pair_ratio
+from dflash_bench.gpu.rows import DRAFTED, HF, PLAIN, REFERENCE, Sample, make_row
 from dflash_bench.gpu.shapes import PAIRS, TINY, drafter_tensors, target_tensors
+from dflash_bench.gpu.watch import mark_cut_off
+from dflash_bench.interleave import measure
+from dflash_bench.stats import quartiles
 from dflash_rt.backends.device.plan import Run as GraphRun
 from dflash_rt.errors import BackendError, BackendUnavailableError
 
@@ -72,14 +76,16 @@ def test_drafters_have_the_tensors_of_the_real_ones(name: str, layers: int) -> N
 
 
 def test_floor_is_bytes_over_bandwidth() -> None:
-    assert StepBytes(weights=3_000, caches=1_000).floor_ms(2e6) == pytest.approx(2.0)
+    assert StepFloor(weight_bytes=3_000, cache_bytes=1_000).milliseconds(2e6) == pytest.approx(2.0)
 
 
 def test_ratios_are_of_pairs_and_not_of_medians() -> None:
-    ratio = pair_ratio([2.0, 40.0, 6.0], [1.0, 10.0, 1.0])
-    assert ratio is not None
-    assert (ratio["median"], ratio["pairs"]) == (4.0, 3)
-    assert pair_ratio([], [1.0]) is None
+    drafted, plain = (
+        [Sample(seconds) for seconds in values] for values in ([2.0, 40.0, 6.0], [1.0, 10.0, 1.0])
+    )
+    found = row(**{DRAFTED: drafted, PLAIN: plain})
+    assert (found["cycle_cost"]["median"], found["cycle_cost"]["pairs"]) == (4.0, 3)
+    assert quartiles([]) is row(**{PLAIN: plain})["cycle_cost"] is None
 
 
 def row(**samples: list[Sample]) -> dict[str, Any]:
@@ -90,8 +96,8 @@ def row(**samples: list[Sample]) -> dict[str, Any]:
         context=1024,
         width=16,
         samples=samples,
-        step_bytes=StepBytes(18, 2),
-        plain_bytes=StepBytes(15, 1),
+        floor=StepFloor(18, cache_bytes=2),
+        plain_floor=StepFloor(15, cache_bytes=1),
         bytes_per_second=2000,
         published={"GSM8K": 6.0},
         missing={},
@@ -189,7 +195,25 @@ def test_a_part_that_fails_does_not_stop_the_next() -> None:
     assert seen[-1] == ["failed", "failed", "skipped"]
 
 
-def test_contenders_take_turns_and_stop_after_a_whole_repeat() -> None:
+@dataclass(frozen=True)
+class System:
+    name: str
+    take: Callable[[], Sample]
+
+    def decode(self, prompt: Sequence[int], steps: int) -> Sample:
+        return self.take()
+
+
+def contest(
+    systems: Sequence[System], repeats: int, budget: Budget, **options: Any
+) -> dict[str, list[Sample]]:
+    results = measure(
+        systems, [[1]], max_new_tokens=4, repeats=repeats, budget=budget, pause_seconds=0, **options
+    )
+    return {name: list(done.values()) for name, done in results.items()}
+
+
+def test_systems_take_turns_and_stop_after_a_whole_repeat() -> None:
     clock, order = Clock(), []
 
     def take(name: str) -> Sample:
@@ -197,8 +221,8 @@ def test_contenders_take_turns_and_stop_after_a_whole_repeat() -> None:
         clock.now += 5
         return Sample(len(order))
 
-    contenders = {"a": lambda: take("a"), "b": lambda: take("b")}
-    samples = run_contest(contenders, repeats=9, budget=Budget(35, clock))
+    systems = [System("a", lambda: take("a")), System("b", lambda: take("b"))]
+    samples = contest(systems, 9, Budget(35, clock))
     assert order == ["a", "b", "a", "b", "b", "a"]
     # The first round warms up. A fourth would need 10 s where 5 are left.
     assert {name: [s.step_seconds for s in found] for name, found in samples.items()} == {
@@ -206,20 +230,20 @@ def test_contenders_take_turns_and_stop_after_a_whole_repeat() -> None:
         "b": [4, 5],
     }
     with pytest.raises(SkippedError, match="no time"):
-        run_contest(contenders, repeats=9, budget=Budget(15, clock))
+        contest(systems, 9, Budget(15, clock))
 
 
-def test_pytorch_may_fail_and_we_may_not() -> None:
+def test_optional_systems_may_fail_and_others_may_not() -> None:
     def fails() -> Sample:
         raise RuntimeError("CUDA out of memory")
 
     missing: dict[str, str] = {}
-    contenders = {DRAFTED: lambda: Sample(1.0), HF: fails}
-    samples = run_contest(contenders, repeats=2, budget=Budget(60), optional=(HF,), missing=missing)
+    systems = [System(DRAFTED, lambda: Sample(1.0)), System(HF, fails)]
+    samples = contest(systems, 2, Budget(60), optional=(HF,), missing=missing)
     assert samples == {DRAFTED: [Sample(1.0)] * 2}
     assert missing == {HF: "RuntimeError: CUDA out of memory"}
     with pytest.raises(RuntimeError):
-        run_contest({DRAFTED: fails}, repeats=2, budget=Budget(60), optional=(HF,), missing=missing)
+        contest([System(DRAFTED, fails)], 2, Budget(60), optional=(HF,), missing=missing)
 
 
 # --- Report ---
@@ -299,19 +323,7 @@ def test_a_run_that_was_killed_keeps_what_it_had(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_never_measures_a_real_pair(tmp_path: Path) -> None:
-    options = argparse.Namespace(
-        dry_run=True,
-        minutes=8.0,
-        output=None,
-        scratch=tmp_path,
-        backend=None,
-        pair=["qwen3-8b"],
-        precision=None,
-        context=None,
-        bundle=None,
-        keep=False,
-    )
-    plan = make_plan(options)
+    plan = make_plan(dry_run=True, scratch=tmp_path, pairs=["qwen3-8b"])
     assert plan.pairs == (TINY,)
     assert plan.device == "cpu"
     assert plan.output.name.startswith("dry-run-")

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from dflash_bench.floor import step_floor, weight_bytes
+from dflash_bench.floor import cache_bytes, step_floor, weight_bytes
 from dflash_bench.gpu.bundles import make_bundle
 from dflash_bench.gpu.checkpoint import write_pair
 from dflash_bench.gpu.device_clock import Clocked, measure_draft_share
-from dflash_bench.gpu.floor import cache_bytes, step_bytes
+from dflash_bench.gpu.plan import WARM_STEPS
 from dflash_bench.gpu.shapes import TINY, drafter_tensors, target_tensors
-from dflash_bench.gpu.timing import WARM_STEPS, time_steps
+from dflash_bench.gpu.timing import time_steps
 from dflash_export.engines.devices import present_gpu
 from dflash_rt import Bundle
 from dflash_rt.backends import create_backend
@@ -26,9 +26,8 @@ ROOT = Path(__file__).parents[3]
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "benchmarks" / "gpu_suite.py", *map(str, arguments)]
-    # From another folder: the script has to find what it imports by itself.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)} if "PYTHONPATH" in os.environ else None
+    command = [sys.executable, "-m", "dflash_bench", "gpu", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -123,16 +122,14 @@ def test_without_a_gpu_it_is_wrong_usage(tmp_path: Path) -> None:
 
 def test_bytes_of_a_step(bundle: Bundle) -> None:
     size = {name: weight_bytes(bundle.graph_path(name)) for name in bundle.manifest.graphs}
-    plain, drafted = step_bytes(bundle, 1, 100), step_bytes(bundle, 4, 100)
-    for width, found in ((1, plain), (4, drafted)):
-        floor = step_floor(bundle, width, 1.0)
-        assert floor is not None
-        assert found.weights == floor.weight_bytes
-    assert plain.weights == size["target"] + size["lm_head"]
-    assert drafted.weights == plain.weights + size["inject"] + size["draft"] + size["lm_head"]
+    plain, drafted = step_floor(bundle, 1, 100), step_floor(bundle, 4, 100)
+    assert plain is not None
+    assert drafted is not None
+    assert plain.weight_bytes == size["target"] + size["lm_head"]
+    assert drafted.weight_bytes == plain.weight_bytes + size["inject"] + size["draft"] + size["lm_head"]
     # Keys and values, layers, heads, head size, bytes; rows of the context and of the block.
-    assert plain.caches == 2 * 3 * 2 * 16 * 4 * (100 + 1)
-    assert drafted.caches == 2 * (3 + 2) * 2 * 16 * 4 * (100 + 4)
+    assert plain.cache_bytes == 2 * 3 * 2 * 16 * 4 * (100 + 1)
+    assert drafted.cache_bytes == 2 * (3 + 2) * 2 * 16 * 4 * (100 + 4)
     assert cache_bytes(bundle, 1, 0) == 2 * 3 * 2 * 16 * 4
 
 

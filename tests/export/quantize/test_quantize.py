@@ -289,32 +289,34 @@ def test_fast_plain_is_refused_where_it_changes_nothing(pair: Path, bundle: Bund
         create_backend("onnxruntime", bundle, options={"fast_plain": 1})
 
 
-def test_bench_beside_the_bundle_that_is_not_quantised(pair: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_bench_with_the_bundle_that_is_not_quantised_as_baseline(
+    pair: Path, bundle: Bundle, tmp_path: Path
+) -> None:
     plain = make_plain(pair, tmp_path / "plain")
     report = run_bench(
         bundle,
         prompts=[PROMPT],
-        beside=plain.root,
+        baseline=plain.root,
         max_new_tokens=12,
         repeats=1,
-        draft_widths=(2,),
+        num_draft_tokens=(1,),
         threads=1,
     )
-    assert list(report.outcomes) == ["plain", "drafted-2", "beside-plain", "beside-drafted-2"]
-    assert report.drafted == ("drafted-2",)
+    assert list(report.outcomes) == ["plain", "drafted-1", "baseline-plain", "baseline-drafted-1"]
+    assert report.drafted == ("drafted-1",)
     with Generator(plain, threads=1) as generator:
         answer = generator.generate(PROMPT, max_new_tokens=12).token_ids
     assert {
-        o.token_ids for n in ("beside-plain", "beside-drafted-2") for o in report.outcomes[n].values()
+        o.token_ids for n in ("baseline-plain", "baseline-drafted-1") for o in report.outcomes[n].values()
     } == {answer}
     info = bundle.manifest.quantization
     assert info is not None
     assert f"(fp32, {info.weights} in blocks of 32, head {info.head}) on" in render(report)
-    assert "beside it: plain (fp32)" in render(report)
-    assert report.to_dict()["ratios"]["plain"]["beside-plain"]["pairs"] == 1
+    assert "baseline: plain (fp32)" in render(report)
+    assert report.to_dict()["ratios"]["plain"]["baseline-plain"]["pairs"] == 1
 
 
-def test_bench_beside_another_vocabulary(bundle: Bundle, tmp_path: Path) -> None:
+def test_bench_refuses_a_baseline_with_another_vocabulary(bundle: Bundle, tmp_path: Path) -> None:
     spec = replace(SPEC, vocab=48)
     make_target(tmp_path / "target", spec)
     make_drafter(tmp_path / "drafter", drafter_config(spec))

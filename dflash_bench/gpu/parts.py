@@ -1,4 +1,4 @@
-"""The time that the suite may take, and parts that are run, skipped or failed, each with its reason."""
+"""Parts of the suite that are run, skipped or failed, each with its reason."""
 
 from __future__ import annotations
 
@@ -8,37 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dflash_bench.budget import Budget, SkippedError
 from dflash_rt.errors import DFlashError
 
-__all__ = ["Budget", "Part", "Parts", "SkippedError"]
+__all__ = ["Part", "Parts"]
 
 State = Literal["running", "done", "skipped", "failed"]
-
-
-class SkippedError(Exception):
-    """A part can't be done here and now. Its text is the reason, as the report shows it."""
-
-
-class Budget:
-    """Seconds until the suite has to be done. ``clock`` gives seconds since whenever."""
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._end = clock() + seconds
-        self.seconds = seconds
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left; never negative."""
-        return max(0.0, self._end - self._clock())
-
-    def require(self, seconds: float) -> None:
-        """Raise :class:`SkippedError` if fewer than ``seconds`` are left."""
-        left = self.left
-        if left < seconds:
-            raise SkippedError(
-                f"no time: it may take {seconds:.0f} s, and {left:.0f} s of {self.seconds:.0f} s are left"
-            )
 
 
 @dataclass
@@ -53,9 +28,9 @@ class Part:
 
 @dataclass
 class Parts:
-    """Runs pieces one after another; whatever one of them raises, the next is run.
+    """Runs pieces one after another; if one of them raises, the next is run all the same.
 
-    ``changed`` is called whenever a part begins or ends, so that a report is never behind by more than the
+    ``changed`` is called when a part begins or ends, so that a report is never behind by more than the
     part that is running.
     """
 
