@@ -17,9 +17,6 @@ __all__ = ["ErrorMeter", "ErrorStats", "FeatureError", "FeatureMeter"]
 Array: TypeAlias = npt.NDArray[Any]
 
 _TINY = 1e-30  # logits that are all alike have no spread
-# Absolute errors are counted in bins of an eighth of an octave, so a percentile is exact to 9 %.
-_BINS_PER_OCTAVE = 8
-_LOWEST_OCTAVE, _OCTAVES = -100, 160
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,6 @@ class ErrorStats:
         rows: positions compared.
         values: single logits compared.
         max_abs: largest absolute difference.
-        percentile_999: 99.9 % of the absolute differences are at most this (up to 9 % above the exact value).
         rms: root mean square of all differences.
         typical_row: root mean square of one row, the median of all rows.
         row_99: the same; 99 % of the rows are at most this.
@@ -42,7 +38,6 @@ class ErrorStats:
     rows: int
     values: int
     max_abs: float
-    percentile_999: float
     rms: float
     typical_row: float
     row_99: float
@@ -63,7 +58,6 @@ class ErrorMeter:
         self._values = 0
         self._max = self._largest = self._variance_sum = 0.0
         self._row_squares: list[float] = []
-        self._bins = np.zeros(_OCTAVES * _BINS_PER_OCTAVE, np.int64)
 
     def add(self, found: Array, right: Array) -> None:
         """Compare float32 ``[rows, vocab]`` each. Raises NumericalError for what isn't finite."""
@@ -82,10 +76,6 @@ class ErrorMeter:
         self._max = max(self._max, float(difference.max()))
         self._largest = max(self._largest, float(np.abs(right).max()))
         self._variance_sum += float(right.var(axis=1, dtype=np.float64).sum())
-        with np.errstate(divide="ignore"):
-            octaves = np.log2(difference.ravel()) - _LOWEST_OCTAVE  # log2(0) lands in the first bin
-        index = np.clip(octaves * _BINS_PER_OCTAVE, 0, self._bins.size - 1).astype(np.int64)
-        self._bins += np.bincount(index, minlength=self._bins.size)
 
     def result(self) -> ErrorStats:
         """What was gathered so far; all zeros before the first call."""
@@ -95,7 +85,6 @@ class ErrorMeter:
             rows=len(self._row_squares),
             values=self._values,
             max_abs=self._max,
-            percentile_999=self._percentile(0.999),
             rms=math.sqrt(squares.mean()),
             typical_row=float(typical),
             row_99=float(row_99),
@@ -103,13 +92,6 @@ class ErrorMeter:
             spread=math.sqrt(self._variance_sum / squares.size),
             largest=self._largest,
         )
-
-    def _percentile(self, share: float) -> float:
-        if not self._values:
-            return 0.0
-        reached = int(np.searchsorted(np.cumsum(self._bins), math.ceil(share * self._values)))
-        upper_edge = 2.0 ** ((reached + 1) / _BINS_PER_OCTAVE + _LOWEST_OCTAVE)
-        return 0.0 if reached == 0 else min(upper_edge, self._max)
 
 
 @dataclass(frozen=True)

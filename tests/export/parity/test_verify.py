@@ -184,7 +184,7 @@ def test_every_logit_is_measured_in_every_pass_shape(report: VerifyReport) -> No
     for stats in (*report.logit_errors.values(), *report.shape_errors.values(), report.pytorch_repeated):
         assert (stats.rows, stats.values) == (rows, rows * SPEC.vocab)
     for stats in report.logit_errors.values():
-        assert 0 < stats.rms <= stats.percentile_999 <= stats.max_abs < 1e-4
+        assert 0 < stats.rms <= stats.max_abs < 1e-4
         assert report.limits.allow(stats)
     worst_error = max(stats.max_abs for stats in report.logit_errors.values())
     assert report.limits.near_tie == 2 * max(worst_error, report.pytorch_repeated.max_abs) < 1e-4
