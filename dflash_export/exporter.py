@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from dflash_export.graphs.drafter import trace_drafter
+from dflash_export.drafters.graphs import trace_drafter
 from dflash_export.graphs.fuse_ort import fuse_target
 from dflash_export.graphs.graph import PRECISIONS, TracedGraph
 from dflash_export.graphs.step import step_graphs

@@ -95,7 +95,7 @@ def _target_info(facts: TargetFacts, source: Source) -> TargetInfo:
 def _drafter_info(config: DrafterConfig, source: Source) -> DrafterInfo:
     return DrafterInfo(
         source=_source_info(source),
-        kind=config.kind,
+        kind=config.kind.name,
         num_layers=config.num_layers,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
@@ -107,7 +107,7 @@ def _drafter_info(config: DrafterConfig, source: Source) -> DrafterInfo:
         sliding_window=config.sliding_window,
         vocab_size=config.vocab_size if config.draft_vocab_size is None else config.draft_vocab_size,
         samples_from_anchor=config.samples_from_anchor,
-        selector_top_k=None if config.selector is None else config.selector.top_k,
+        selector_top_k=config.kind.selector_top_k,
     )
 
 

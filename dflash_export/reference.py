@@ -165,11 +165,10 @@ def load_drafter(source: Source) -> Any:
         UnsupportedModelError, CheckpointError: this is no drafter.
     """
     kind = load_drafter_config(source).kind
-    if kind == "speculators":
-        raise _cannot_load("drafter", source, "the speculators format, which PyPI dflash doesn't read")
+    if kind.reference_class is None:
+        raise _cannot_load("drafter", source, f"{kind.format}, which PyPI dflash doesn't read")
     try:
-        module = importlib.import_module("dflash.model")
-        model = module.DFlash2DraftModel if kind == "dflash-v2" else module.DFlashDraftModel
+        model = getattr(importlib.import_module("dflash.model"), kind.reference_class)
         with _quiet_transformers():
             return model.from_pretrained(
                 source.folder, dtype=torch.float32, local_files_only=True, use_safetensors=True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +18,11 @@ import transformers
 from dflash.model import DFlashDraftModel
 from safetensors.torch import save_file
 from torch import nn
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import dflash_export.exporter  # noqa: F401  (what is patched below)
 from dflash_export.drafters.config import DrafterConfig
+from dflash_export.drafters.graphs import trace_drafter
 from dflash_export.drafters.read import parse_drafter_config
-from dflash_export.graphs.drafter import trace_drafter
 from dflash_export.graphs.graph import TracedGraph
 from dflash_export.graphs.target import trace_target
 from dflash_rt import Bundle
@@ -215,22 +213,10 @@ class _Traces:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        with (
-            mock.patch.multiple(
-                "dflash_export.exporter", trace_target=self.target, trace_drafter=self.drafter
-            ),
-            mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(_operators)),
+        with mock.patch.multiple(
+            "dflash_export.exporter", trace_target=self.target, trace_drafter=self.drafter
         ):
             yield
-
-
-_MAKE_OPERATORS = ONNXRegistry.from_torchlib
-
-
-@functools.cache
-def _operators(**options: Any) -> ONNXRegistry:
-    """torch's table of ONNX operators. It makes one anew for each graph: a fifth of the time of a trace."""
-    return _MAKE_OPERATORS(**options)
 
 
 TRACES = _Traces()

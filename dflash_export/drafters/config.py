@@ -1,57 +1,131 @@
-"""A drafter's configuration, the same whatever format it was read from: zlab.py and speculators.py."""
+"""A drafter's configuration, the same whatever format it was read from, and what a kind of drafter is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dflash_export.drafters.kind import DrafterKind
 from dflash_export.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+    from torch import nn
     from transformers import Qwen3Config
 
-__all__ = [
-    "Convolution",
-    "DrafterConfig",
-    "Selector",
-]
+    from dflash_export.graphs.graph import TracedGraph
+    from dflash_export.sources.config_reader import Findings
+    from dflash_export.sources.weights import Weights
+    from dflash_rt.errors import Problem
+
+__all__ = ["REMEDY", "DrafterConfig", "DrafterKind"]
+
+REMEDY = "use a DFlash or DFlash 2 drafter in z-lab's format, or a DFlash drafter in the speculators format"
 
 
 @dataclass(frozen=True)
-class Convolution:
-    """Causal convolutions around each half of a DFlash 2 layer: taps, and channels that share a kernel."""
+class DrafterKind(ABC):
+    """What one kind of drafter has besides a block's layers; an instance holds the settings of one drafter.
 
-    kernel_size: int
-    group_size: int
+    A subclass is a new kind: a file of its own, listed in read.py.
+    """
 
+    name: ClassVar[Literal["dflash-v1", "dflash-v2", "speculators"]]
+    """As the manifest has it."""
+    told_by: ClassVar[str]
+    """What a config.json of this kind holds, for messages."""
+    format: ClassVar[str] = "z-lab's format"
+    reference_class: ClassVar[str | None] = None
+    """Name of its class in PyPI ``dflash``; None if that can't load it."""
+    graph_names: ClassVar[tuple[str, ...]] = ()
+    """Graphs that :meth:`graphs` makes, in order."""
+    embedding: ClassVar[str | None] = None
+    """Tensor of its own embedding; None if it uses the target's."""
+    first_layer_id: ClassVar[int] = 0
+    """Id of the target's first layer in its config.json."""
+    not_floats: ClassVar[frozenset[str]] = frozenset()
+    """Tensors that aren't numbers to compute with."""
+    shape_keys: ClassVar[frozenset[str]] = frozenset()
+    """Values of config.json that shapes of its own tensors follow from."""
 
-@dataclass(frozen=True)
-class Selector:
-    """DFlash 2's candidate selector: width of its codebooks, and candidates for each row."""
+    @classmethod
+    @abstractmethod
+    def matches(cls, raw: Mapping[str, Any]) -> bool:
+        """Whether a config.json describes a drafter of this kind."""
 
-    rank: int
-    top_k: int
+    @classmethod
+    @abstractmethod
+    def parse(cls, raw: Mapping[str, Any], findings: Findings) -> DrafterConfig:
+        """Read a config.json that :meth:`matches`; what is wrong with it is added to ``findings``.
+
+        Raises:
+            CheckpointError, UnsupportedModelError: reading can't go on.
+        """
+
+    @property
+    def selector_top_k(self) -> int | None:
+        """Candidates of each row among which the drafter chooses; None if it takes the best token."""
+        return None
+
+    def tensor_shapes(self, config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the tensors that only this kind has."""
+        return {}
+
+    def problems(
+        self, config: DrafterConfig, target_layers: int, weights: Weights, wrong: Set[str]
+    ) -> list[Problem]:
+        """What only this kind can have wrong, for a target of so many layers.
+
+        ``wrong`` names values of config.json that others stand in for: nothing is said about those.
+        """
+        return []
+
+    def layer_modules(self, config: DrafterConfig) -> dict[str, nn.Module]:
+        """Modules of its own in each layer, by name.
+
+        ``attention_conv`` and ``mlp_conv`` wrap the two halves of the layer: ``prepare(input)`` gives the
+        half's input and something to keep, ``finish(output, kept)`` its output.
+        """
+        return {}
+
+    def modules(self, config: DrafterConfig) -> dict[str, nn.Module]:
+        """Modules of its own beside the layers, by name."""
+        return {}
+
+    def graphs(
+        self, config: DrafterConfig, drafter: nn.Module, dtype: ir.DataType
+    ) -> Iterator[tuple[str, TracedGraph]]:
+        """The graphs of :attr:`graph_names`. ``drafter`` has the modules above. Parameters are named as in
+        the checkpoint, those of ``drafter`` below ``drafter.``.
+        """
+        return iter(())
+
+    def load(
+        self, config: DrafterConfig, weights: Weights, parameter: str, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The data of a parameter of :meth:`graphs`."""
+        return weights.load(parameter, dtype)
 
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """One drafter. Sizes are counts; ``block_size`` counts the anchor row, so ``block_size - 1`` tokens are
-    drafted.
+    """One drafter, of whatever kind; ``kind`` holds what only drafters of its kind have.
 
+    Sizes are counts; ``block_size`` counts the anchor row, so ``block_size - 1`` tokens are drafted.
     ``feature_layers`` are 0-based target layers whose output is tapped (z-lab's ``target_layer_ids``).
     ``sliding_window`` is ``None`` when ``use_sliding_window`` is false, as ``Qwen3Config`` has it: a layer of
     type ``sliding_attention`` is then causal and sees everything before it. ``is_causal`` is the file's own
     setting for all layers, ``None`` where it has none; see :attr:`layer_is_causal`. ``rope_parameters`` are
     in transformers 5's form. The three factors are neutral at 1, 1 and ``None``.
 
-    ``convolution`` and ``selector`` belong to DFlash 2. The last three are for the speculators format:
-    ``draft_vocab_size`` are the rows of the drafter's own head (``None``: it uses the target's);
+    ``draft_vocab_size`` are the rows of the drafter's own head (``None``: it uses the target's).
     ``samples_from_anchor`` says that the anchor's row drafts too, and ``block_size`` is then one more than
-    the rows of a draft pass; ``window_from_anchor`` counts windows from the anchor.
+    the rows of a draft pass. ``window_from_anchor`` counts windows from the anchor.
     """
 
+    kind: DrafterKind
     hidden_size: int
     intermediate_size: int
     num_layers: int
@@ -74,9 +148,6 @@ class DrafterConfig:
     input_embedding_scale: float = 1.0
     output_multiplier: float = 1.0
     final_logit_softcapping: float | None = None
-    kind: DrafterKind = "dflash-v1"
-    convolution: Convolution | None = None
-    selector: Selector | None = None
     draft_vocab_size: int | None = None
     samples_from_anchor: bool = False
     window_from_anchor: bool = False
@@ -117,14 +188,8 @@ class DrafterConfig:
 
     @property
     def own_graphs(self) -> tuple[str, ...]:
-        """Names of the graphs that only some drafters have, in the order in which they are traced."""
-        wanted = {
-            "draft_embed": self.draft_vocab_size is not None,
-            "draft_lm_head": self.draft_vocab_size is not None,
-            "draft_logits": self.has_logit_transform,
-            "select": self.selector is not None,
-        }
-        return tuple(name for name, is_wanted in wanted.items() if is_wanted)
+        """Names of the graphs that only some drafters have, in the order in which they are made."""
+        return (*self.kind.graph_names, *(("draft_logits",) if self.has_logit_transform else ()))
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the checkpoint has to hold, no more and no fewer."""
@@ -153,27 +218,7 @@ class DrafterConfig:
                 shapes[f"{prefix}{name}.weight"] = (rows, columns)
                 if self.attention_bias and name.startswith("self_attn."):
                     shapes[f"{prefix}{name}.bias"] = (rows,)
-        return shapes | self._kind_shapes()
-
-    def _kind_shapes(self) -> dict[str, tuple[int, ...]]:
-        hidden, shapes = self.hidden_size, dict[str, tuple[int, ...]]()
-        if self.convolution is not None:
-            taps, groups = self.convolution.kernel_size, hidden // self.convolution.group_size
-            for layer in range(self.num_layers):
-                for name in ("attention_conv", "mlp_conv"):
-                    shapes[f"layers.{layer}.{name}.base_kernel"] = (2, taps, hidden)
-                    shapes[f"layers.{layer}.{name}.kernel_projection.weight"] = (2 * taps * groups, hidden)
-        if self.selector is not None:
-            rank = self.selector.rank
-            shapes["candidate_selector.hidden_projection.weight"] = (rank, hidden)
-            for name in ("predecessor_codebook", "successor_codebook"):
-                shapes[f"candidate_selector.{name}"] = (self.vocab_size, rank)
-        if self.draft_vocab_size is not None:
-            shapes["embed_tokens.weight"] = (self.vocab_size, hidden)
-            shapes["lm_head.weight"] = (self.draft_vocab_size, hidden)
-            if self.draft_vocab_size != self.vocab_size:
-                shapes |= {"d2t": (self.draft_vocab_size,), "t2d": (self.vocab_size,)}
-        return shapes
+        return shapes | self.kind.tensor_shapes(self)
 
     def to_qwen3_config(self) -> Qwen3Config:
         """The ``Qwen3Config`` for building the modules that are traced.

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dflash_export.drafters.config import DrafterConfig
-from dflash_export.drafters.kind import drafter_kind
-from dflash_export.drafters.speculators import parse_speculators_config
-from dflash_export.drafters.zlab import parse_zlab_config
-from dflash_export.errors import ExportError
+from dflash_export.drafters.config import REMEDY, DrafterConfig, DrafterKind
+from dflash_export.drafters.dflash2 import DFlash2
+from dflash_export.drafters.speculators import Speculators
+from dflash_export.drafters.zlab import DFlash
+from dflash_export.errors import ExportError, UnsupportedModelError
 from dflash_export.sources.config_reader import Findings
 from dflash_export.sources.files import read_json
 from dflash_export.sources.resolve import Source
 
-__all__ = ["load_drafter_config", "parse_drafter_config", "read_drafter_config"]
+__all__ = ["KINDS", "load_drafter_config", "parse_drafter_config", "read_drafter_config"]
+
+KINDS: tuple[type[DrafterKind], ...] = (Speculators, DFlash, DFlash2)
+"""Every kind of drafter; the first that matches a config.json reads it."""
 
 
 def load_drafter_config(source: Source) -> DrafterConfig:
@@ -56,7 +59,12 @@ def parse_drafter_config(raw: Mapping[str, Any]) -> DrafterConfig:
 
 
 def _parse(raw: Mapping[str, Any], findings: Findings) -> DrafterConfig:
-    kind = drafter_kind(raw)
-    if kind == "speculators":
-        return parse_speculators_config(raw, findings)
-    return parse_zlab_config(raw, kind, findings)
+    for kind in KINDS:
+        if kind.matches(raw):
+            return kind.parse(raw, findings)
+    raise UnsupportedModelError(
+        "this is not a DFlash drafter",
+        found=f"architectures {raw.get('architectures') or []}, model_type {raw.get('model_type')!r}",
+        expected=" or ".join(kind.told_by for kind in KINDS),
+        remedy="check that target and drafter weren't swapped, or " + REMEDY,
+    )

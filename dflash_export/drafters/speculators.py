@@ -13,17 +13,28 @@ What a value means follows ``speculators/models/dflash`` (config.py, core.py, at
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
 from typing import Any
 
-from dflash_export.drafters.config import DrafterConfig
-from dflash_export.drafters.zlab import parse_zlab_config
-from dflash_export.errors import CheckpointError, UnsupportedModelError
-from dflash_export.sources.config_reader import ConfigReader, Findings
+import onnx_ir as ir
+import torch
+from torch import nn
 
-__all__ = ["parse_speculators_config"]
+from dflash_export.drafters.config import REMEDY, DrafterConfig, DrafterKind
+from dflash_export.drafters.vocabulary import MAPPING, mapping_problems, target_ids
+from dflash_export.drafters.zlab import parse_layers
+from dflash_export.errors import CheckpointError, UnsupportedModelError
+from dflash_export.graphs.graph import TracedGraph
+from dflash_export.graphs.simple import embed_graph, head_graph
+from dflash_export.sources.config_reader import ConfigReader, Findings
+from dflash_export.sources.weights import Weights
+from dflash_rt.errors import Problem
+
+__all__ = ["Speculators"]
 
 _REMEDY = "use the config.json that was published with the drafter"
+_TOLD_BY = frozenset({"speculators_config", "speculators_model_type", "transformer_layer_config"})
 # What DFlashSpeculatorConfig has, with the values that a file may leave out.
 _DEFAULTS: dict[str, Any] = {
     "block_size": 8,
@@ -48,15 +59,83 @@ _LAYER_KEYS = frozenset({"_attn_implementation", "auto_map", "rope_scaling", "ro
 _TOP_KEYS = frozenset({"auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype"})
 
 
-def parse_speculators_config(raw: Mapping[str, Any], findings: Findings) -> DrafterConfig:
-    """Read the object of a config.json with ``speculators_model_type: dflash``.
+@dataclass(frozen=True)
+class Speculators(DrafterKind):
+    """DFlash with an embedding and a head of its own."""
 
-    Values that are wrong are added to ``findings``.
+    name = "speculators"
+    told_by = "speculators_model_type 'dflash'"
+    format = "the speculators format"
+    graph_names = ("draft_embed", "draft_lm_head")
+    embedding = "embed_tokens.weight"
+    first_layer_id = 1
+    not_floats = frozenset(MAPPING)
+    shape_keys = frozenset({"draft_vocab_size"})
 
-    Raises:
-        CheckpointError: keys that aren't known, or no layers.
-        UnsupportedModelError: the drafter would not be exported faithfully.
-    """
+    @classmethod
+    def matches(cls, raw: Mapping[str, Any]) -> bool:
+        return bool(set(raw) & _TOLD_BY)
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], findings: Findings) -> DrafterConfig:
+        found = raw.get("speculators_model_type")
+        if found != "dflash":
+            raise UnsupportedModelError(
+                "this drafter of the speculators format isn't a DFlash drafter",
+                found=f"speculators_model_type {found!r}",
+                expected="speculators_model_type 'dflash'",
+                remedy=REMEDY,
+            )
+        return _parse(raw, findings)
+
+    def tensor_shapes(self, config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+        hidden, vocab, own = config.hidden_size, config.vocab_size, _own_size(config)
+        shapes: dict[str, tuple[int, ...]] = {
+            "embed_tokens.weight": (vocab, hidden),
+            "lm_head.weight": (own, hidden),
+        }
+        return shapes if own == vocab else {**shapes, "d2t": (own,), "t2d": (vocab,)}
+
+    def problems(
+        self, config: DrafterConfig, target_layers: int, weights: Weights, wrong: Set[str]
+    ) -> list[Problem]:
+        problems = []
+        if "target_layer_ids" not in wrong and target_layers - 1 in config.feature_layers:
+            problems.append(
+                Problem(
+                    "the drafter taps the last layer before the target's final norm",
+                    f"layer id {target_layers}",
+                    f"1 to {target_layers - 1}: the graphs tap the last layer behind the norm",
+                    "use a drafter that taps earlier layers",
+                )
+            )
+        if not wrong & {"draft_vocab_size", "vocab_size"}:
+            problems += mapping_problems(config, weights)
+        return problems
+
+    def graphs(
+        self, config: DrafterConfig, drafter: nn.Module, dtype: ir.DataType
+    ) -> Iterator[tuple[str, TracedGraph]]:
+        """``draft_embed`` and ``draft_lm_head``."""
+        vocab, hidden, own = config.vocab_size, config.hidden_size, _own_size(config)
+        yield "draft_embed", embed_graph(vocab, hidden, dtype, "embed_tokens.weight")
+        yield "draft_lm_head", head_graph(own, hidden, dtype, "lm_head.weight", maps_ids=own != vocab)
+
+    def load(
+        self, config: DrafterConfig, weights: Weights, parameter: str, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """``target_ids`` is computed from the mapping."""
+        if parameter == "target_ids":
+            return target_ids(config, weights)
+        return super().load(config, weights, parameter, dtype)
+
+
+def _own_size(config: DrafterConfig) -> int:
+    assert config.draft_vocab_size is not None
+    return config.draft_vocab_size
+
+
+def _parse(raw: Mapping[str, Any], findings: Findings) -> DrafterConfig:
     from transformers import PreTrainedConfig
 
     known = _OWN_KEYS | _TOP_KEYS | set(PreTrainedConfig().to_dict())
@@ -65,7 +144,7 @@ def parse_speculators_config(raw: Mapping[str, Any], findings: Findings) -> Draf
     layers = _layer_config(read)
     _check_proposals(read)
     samples_from_anchor = read.flag("sample_from_anchor")
-    body = parse_zlab_config(
+    body = parse_layers(
         {
             **layers,
             "num_target_layers": 1,  # not in the file
@@ -75,8 +154,8 @@ def parse_speculators_config(raw: Mapping[str, Any], findings: Findings) -> Draf
             "dflash_config": {"target_layer_ids": list(_feature_layers(read))},
             "is_causal": False if read.flag("sliding_window_non_causal") else None,
         },
-        "speculators",
         findings,
+        lambda _: Speculators(),
     )
     width = read.raw("target_hidden_size")
     if width is not None and width != body.hidden_size and "hidden_size" not in findings.wrong:

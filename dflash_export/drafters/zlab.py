@@ -8,16 +8,16 @@ file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
 from typing import Any
 
-from dflash_export.drafters.config import Convolution, DrafterConfig, Selector
-from dflash_export.drafters.kind import DFLASH2_KEYS, DrafterKind
+from dflash_export.drafters.config import REMEDY, DrafterConfig, DrafterKind
 from dflash_export.errors import CheckpointError, ExportError, UnsupportedModelError
 from dflash_export.sources.config_reader import ConfigReader, Findings
 from dflash_export.targets.rope import normalised_rope, rope_problems
 
-__all__ = ["build_target_layer_ids", "parse_zlab_config"]
+__all__ = ["DFLASH2_KEYS", "DFlash", "build_target_layer_ids", "parse_layers", "refuse_variants"]
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _DFLASH_KEYS = frozenset(
@@ -30,6 +30,16 @@ _DFLASH_KEYS = frozenset(
         "mask_token_id",
         "output_multiplier",
         "target_layer_ids",
+    }
+)
+DFLASH2_KEYS = frozenset({"conv_group_size", "conv_kernel_size", "selector_rank", "selector_top_k"})
+# Keys of formats whose graphs differ from z-lab's. Each would be passed over, and drafts would be wrong.
+_FOREIGN_KEYS = frozenset(
+    {
+        "aux_hidden_state_layer_ids",
+        "eagle_aux_hidden_state_layer_ids",
+        "sample_from_anchor",
+        "sliding_window_non_causal",
     }
 )
 
@@ -45,10 +55,64 @@ def build_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> tup
     return tuple(round(1 + index * span / (num_draft_layers - 1)) for index in range(num_draft_layers))
 
 
-def parse_zlab_config(raw: Mapping[str, Any], kind: DrafterKind, findings: Findings) -> DrafterConfig:
-    """Read z-lab's format once the kind is known, and add to ``findings`` what is wrong with it."""
-    is_dflash2 = kind == "dflash-v2"
-    read = ConfigReader(raw, _DFLASH_KEYS | (DFLASH2_KEYS if is_dflash2 else frozenset()), findings)
+@dataclass(frozen=True)
+class DFlash(DrafterKind):
+    """The first generation: block diffusion alone."""
+
+    name = "dflash-v1"
+    told_by = "architectures ['DFlashDraftModel']"
+    reference_class = "DFlashDraftModel"
+
+    @classmethod
+    def matches(cls, raw: Mapping[str, Any]) -> bool:
+        return raw.get("architectures") == ["DFlashDraftModel"]
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], findings: Findings) -> DrafterConfig:
+        if found := DFLASH2_KEYS & _all_keys(raw):
+            raise UnsupportedModelError(
+                "this drafter is half a DFlash 2 drafter",
+                found=f"architecture DFlashDraftModel with {', '.join(sorted(found))}",
+                expected="architecture DFlash2DraftModel, or none of these keys",
+                remedy="use the config.json that was published with the drafter",
+            )
+        refuse_variants(raw)
+        return parse_layers(raw, findings, lambda _: cls())
+
+
+def _all_keys(raw: Mapping[str, Any]) -> set[str]:
+    dflash = raw.get("dflash_config")
+    return set(raw) | (set(dflash) if isinstance(dflash, Mapping) else set())
+
+
+def refuse_variants(raw: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError for a file that isn't quite z-lab's format."""
+    vocab = raw.get("draft_vocab_size")
+    foreign = sorted(_all_keys(raw) & _FOREIGN_KEYS)
+    if vocab is not None and vocab != raw.get("vocab_size"):
+        foreign.append(f"draft_vocab_size {vocab!r}")
+    if raw.get("quantization_config") is not None:
+        foreign.append("quantization_config")
+    if foreign or raw.get("model_type", "qwen3") != "qwen3":
+        raise UnsupportedModelError(
+            "this drafter differs from z-lab's format",
+            found=", ".join([*foreign, f"model_type {raw.get('model_type', 'qwen3')!r}"]),
+            expected="model_type 'qwen3', the target's whole vocabulary, weights that aren't quantised",
+            remedy=REMEDY,
+        )
+
+
+def parse_layers(
+    raw: Mapping[str, Any],
+    findings: Findings,
+    kind: Callable[[ConfigReader], DrafterKind],
+    more_keys: Set[str] = frozenset(),
+) -> DrafterConfig:
+    """Read what all kinds have, in z-lab's format, and add to ``findings`` what is wrong with it.
+
+    ``kind(read)`` reads the rest, which may stand in ``dflash_config`` under the names ``more_keys``.
+    """
+    read = ConfigReader(raw, _DFLASH_KEYS | more_keys, findings)
     layers, heads = read.count("num_hidden_layers"), read.count("num_attention_heads")
     target_layers = read.count("num_target_layers")
     if (
@@ -86,11 +150,7 @@ def parse_zlab_config(raw: Mapping[str, Any], kind: DrafterKind, findings: Findi
         output_multiplier=read.number("output_multiplier", 1.0),
         # The reference applies the cap only where it is above zero.
         final_logit_softcapping=softcap if softcap is not None and softcap > 0 else None,
-        kind=kind,
-        convolution=(
-            Convolution(read.count("conv_kernel_size"), read.count("conv_group_size")) if is_dflash2 else None
-        ),
-        selector=Selector(read.count("selector_rank"), read.count("selector_top_k")) if is_dflash2 else None,
+        kind=kind(read),
     )
     _check_causality(read, config)
     return config

@@ -32,10 +32,12 @@ class Nodes:
         """Add a constant."""
         return self.op("Constant", value=ir.tensor(np.array(value, dtype)))
 
-    def weight(self, name: str, dtype: ir.DataType, *shape: int) -> ir.Value:
-        """Add a weight, stored as the checkpoint has it."""
+    def weight(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], parameter: str | None = None
+    ) -> ir.Value:
+        """Add a weight, stored as the checkpoint has it; ``parameter`` is its name there if that differs."""
         value = ir.Value(name=name)
-        self._weights[name] = StoredWeight((name,), False, dtype, shape)
+        self._weights[name] = StoredWeight((parameter or name,), False, dtype, shape)
         add_placeholder(self._graph, value, self._weights[name])
         return value
 

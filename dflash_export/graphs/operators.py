@@ -28,6 +28,8 @@ __all__ = [
     "Visibility",
     "attention",
     "emit_operators",
+    "interleave",
+    "positions",
     "rms_norm",
     "rotary",
     "scatter",
@@ -35,6 +37,16 @@ __all__ = [
 
 # transformers looks for a flash kernel behind any name that contains "flash".
 ATTENTION = "onnx_attention"
+
+
+def positions(start: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """int64 ``[batch, rows]``: cache row and rotary position of each row of ``rows [batch, rows, …]``."""
+    return start[:, None] + torch.arange(rows.shape[1])[None]
+
+
+def interleave(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Keys and values of each layer in turn, as a graph returns them."""
+    return [tensor for pair in zip(keys, values, strict=True) for tensor in pair]
 
 
 class Visibility:

@@ -18,34 +18,45 @@ _FLOAT, _INT = ir.DataType.FLOAT, ir.DataType.INT64
 _IDS = GraphTensor("token_ids", _INT, ("batch", "rows"))
 
 
-def embed_graph(vocab_size: int, hidden_size: int, dtype: ir.DataType) -> TracedGraph:
-    """``input_ids [batch, rows]`` to rows of the parameter ``weight [vocab, hidden]``."""
+def embed_graph(
+    vocab_size: int, hidden_size: int, dtype: ir.DataType, parameter: str = "weight"
+) -> TracedGraph:
+    """``input_ids [batch, rows]`` to rows of the weight ``[vocab, hidden]``, which is ``parameter``."""
     graph = Nodes([GraphTensor("input_ids", _INT, ("batch", "rows"))])
     rows = graph.op(
-        "Gather", graph.weight("weight", dtype, vocab_size, hidden_size), graph.inputs["input_ids"]
+        "Gather",
+        graph.weight("weight", dtype, (vocab_size, hidden_size), parameter),
+        graph.inputs["input_ids"],
     )
     return graph.finish("embed", [(GraphTensor("embeddings", dtype, ("batch", "rows", hidden_size)), rows)])
 
 
 def head_graph(
-    vocab_size: int, hidden_size: int, dtype: ir.DataType, *, maps_ids: bool = False
+    vocab_size: int,
+    hidden_size: int,
+    dtype: ir.DataType,
+    parameter: str = "weight",
+    *,
+    maps_ids: bool = False,
 ) -> TracedGraph:
     """``hidden [batch, rows, hidden]`` to float32 ``logits [batch, rows, vocab]`` and the best ``token_ids``.
 
-    Parameters: ``weight [vocab, hidden]``; with ``maps_ids`` also int64 ``target_ids [vocab]``, the id that
-    each token of this head has in the target.
+    The weight ``[vocab, hidden]`` is ``parameter``. With ``maps_ids`` there is a parameter ``target_ids``,
+    too, int64 ``[vocab]``: the id that each token of this head has in the target.
     """
     graph = Nodes([GraphTensor("hidden", dtype, ("batch", "rows", hidden_size))])
     hidden = graph.inputs["hidden"]
     flat = graph.op("Reshape", hidden, graph.axis(-1, hidden_size))
-    product = graph.op("Gemm", flat, graph.weight("weight", dtype, vocab_size, hidden_size), transB=1)
+    product = graph.op(
+        "Gemm", flat, graph.weight("weight", dtype, (vocab_size, hidden_size), parameter), transB=1
+    )
     shape = graph.op("Concat", graph.op("Shape", hidden, start=0, end=2), graph.axis(vocab_size), axis=0)
     logits = graph.op("Reshape", product, shape)
     if dtype != _FLOAT:
         logits = graph.cast(logits)
     token_ids = graph.op("ArgMax", logits, axis=-1, keepdims=0)
     if maps_ids:
-        token_ids = graph.op("Gather", graph.weight("target_ids", _INT, vocab_size), token_ids)
+        token_ids = graph.op("Gather", graph.weight("target_ids", _INT, (vocab_size,)), token_ids)
     return graph.finish("head", [(_logits("logits", vocab_size), logits), (_IDS, token_ids)])
 
 

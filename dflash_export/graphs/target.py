@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dflash_export.graphs.graph import PRECISIONS, GraphTensor, TracedGraph, torch_dtype
-from dflash_export.graphs.modules import Target
-from dflash_export.graphs.operators import ATTENTION
+from dflash_export.graphs.operators import ATTENTION, GraphCache, Visibility, interleave, positions
 from dflash_export.graphs.simple import embed_graph, head_graph
 from dflash_export.graphs.trace import (
     START,
@@ -25,7 +26,37 @@ from dflash_export.targets.config import target_facts
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["trace_target"]
+__all__ = ["Target", "trace_target"]
+
+
+class Target(nn.Module):
+    """The decoder of a causal LM: hidden states after the final norm, tapped features, caches.
+
+    ``feature_layers`` are 0-based layers whose output is tapped; as in the reference, that is
+    ``hidden_states[layer + 1]`` of transformers (which for the last layer is after the norm).
+    """
+
+    def __init__(self, decoder: nn.Module, feature_layers: Sequence[int]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.feature_layers = tuple(feature_layers)
+
+    def forward(
+        self, embeddings: torch.Tensor, start: torch.Tensor, *caches: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Hidden states, features, then keys and values per layer."""
+        places = positions(start, embeddings)
+        cache = GraphCache(start, caches[0::2], caches[1::2])
+        out = self.decoder(
+            inputs_embeds=embeddings,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=True,
+            visibility=Visibility(places, caches[0].shape[2]),
+        )
+        features = torch.cat([out.hidden_states[layer + 1] for layer in self.feature_layers], dim=-1)
+        return out.last_hidden_state, features, *interleave(cache.keys, cache.values)
 
 
 def trace_target(

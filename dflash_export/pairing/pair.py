@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dflash_export.drafters.config import DrafterConfig
-from dflash_export.drafters.vocabulary import MAPPING, mapping_problems
 from dflash_export.errors import PairError
 from dflash_export.pairing.tensors import EMBEDDING, target_tensor_problems, tensor_problems
 from dflash_export.sources.config_reader import Findings
@@ -32,16 +31,12 @@ __all__ = ["check_pair", "require_pair"]
 _SHAPES_FROM = frozenset(
     {
         "attention_bias",
-        "conv_group_size",
-        "conv_kernel_size",
-        "draft_vocab_size",
         "head_dim",
         "hidden_size",
         "intermediate_size",
         "num_attention_heads",
         "num_hidden_layers",
         "num_key_value_heads",
-        "selector_rank",
         "target_layer_ids",
         "vocab_size",
     }
@@ -77,8 +72,8 @@ def check_pair(
     # The block is embedded by the drafter where it has an embedding of its own.
     size = (target.vocab_size, target.hidden_size)
     embedding = _Rows(target_weights, EMBEDDING, size)
-    if drafter.draft_vocab_size is not None:
-        embedding = _Rows(drafter_weights, "embed_tokens.weight", size)
+    if drafter.kind.embedding is not None:
+        embedding = _Rows(drafter_weights, drafter.kind.embedding, size)
     problems = [
         *(error.problem for error in findings.errors),
         *_size_problems(target, drafter, wrong),
@@ -89,9 +84,10 @@ def check_pair(
         *([] if "mask_token_id" in wrong else _mask_problems(target, embedding, drafter, tokenizer_size)),
         *_template_problems(chat_template, chat_template_kwargs or {}),
     ]
-    if not wrong & _SHAPES_FROM:
-        problems += tensor_problems("drafter", drafter.tensor_shapes(), drafter_weights, MAPPING)
-        problems += mapping_problems(drafter, drafter_weights)
+    if not wrong & (_SHAPES_FROM | drafter.kind.shape_keys):
+        shapes = drafter.tensor_shapes()
+        problems += tensor_problems("drafter", shapes, drafter_weights, drafter.kind.not_floats)
+    problems += drafter.kind.problems(drafter, target.num_layers, drafter_weights, wrong)
     return [*problems, *target_tensor_problems(target_config, target_weights)]
 
 
@@ -150,7 +146,7 @@ def _size_problems(target: TargetFacts, drafter: DrafterConfig, wrong: Set[str])
 
 def _tap_problems(target: TargetFacts, drafter: DrafterConfig) -> list[Problem]:
     taps = drafter.feature_layers
-    first = 1 if drafter.kind == "speculators" else 0  # how the file numbers layers
+    first = drafter.kind.first_layer_id
     outside = [tap for tap in taps if not 0 <= tap < target.num_layers]
     problems = []
     if outside:
@@ -160,15 +156,6 @@ def _tap_problems(target: TargetFacts, drafter: DrafterConfig) -> list[Problem]:
                 f"layer ids {[tap + first for tap in outside]}",
                 f"{first} to {target.num_layers - 1 + first}",
                 "use the drafter of this target; ids of the speculators format are one higher than z-lab's",
-            )
-        )
-    if drafter.kind == "speculators" and target.num_layers - 1 in taps:
-        problems.append(
-            Problem(
-                "the drafter taps the last layer before the target's final norm",
-                f"layer id {target.num_layers}",
-                f"{first} to {target.num_layers - 1}: the graphs tap the last layer behind the norm",
-                "use a drafter that taps earlier layers",
             )
         )
     if len(set(taps)) != len(taps):
@@ -205,24 +192,9 @@ def _draft_problems(drafter: DrafterConfig, wrong: Set[str]) -> list[Problem]:
     if heads_known and drafter.num_attention_heads % drafter.num_key_value_heads:
         found = f"{drafter.num_attention_heads} heads, {drafter.num_key_value_heads} key/value heads"
         problems.append(Problem("the drafter's heads don't fit together", found, "a multiple", remedy))
-    if not wrong & {"hidden_size", "vocab_size", "conv_group_size", "selector_top_k"}:
-        problems += _dflash2_problems(drafter)
     if drafter.head_dim % 2 and "head_dim" not in wrong:
         found = f"head_dim {drafter.head_dim}"
         problems.append(Problem("the drafter's head size can't be rotated", found, "an even number", remedy))
-    return problems
-
-
-def _dflash2_problems(drafter: DrafterConfig) -> list[Problem]:
-    remedy, problems = "use the config.json that was published with the drafter", []
-    taps, selector = drafter.convolution, drafter.selector
-    if taps is not None and drafter.hidden_size % taps.group_size:
-        found = f"conv_group_size {taps.group_size}, hidden_size {drafter.hidden_size}"
-        expected = "a divisor of hidden_size"
-        problems.append(Problem("the drafter's convolution groups don't fit", found, expected, remedy))
-    if selector is not None and selector.top_k > drafter.vocab_size:
-        found, expected = f"selector_top_k {selector.top_k}", f"at most the vocabulary, {drafter.vocab_size}"
-        problems.append(Problem("the drafter selects among too many candidates", found, expected, remedy))
     return problems
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dflash_export.drafters.read import KINDS
 from dflash_export.errors import SourceError
 from dflash_export.parity.assemble import assemble
 from dflash_export.parity.drafting import run_reference
@@ -137,9 +138,10 @@ def _find_drafter(
     """The drafter's checkpoint, or why the reference's loop is skipped. One that is named has to be right."""
     info = manifest.drafter.source
     named = None if drafter is None else find_source("drafter", info, drafter)
-    unread = manifest.drafter.kind == "speculators"
+    (kind,) = (kind for kind in KINDS if kind.name == manifest.drafter.kind)
+    unread = kind.reference_class is None
     if unread or (named is None and not wanted):
-        return None, "PyPI dflash doesn't read the speculators format" if unread else "not asked for"
+        return None, f"PyPI dflash doesn't read {kind.format}" if unread else "not asked for"
     if named is not None:
         return named, None
     if reference_version() is None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from dflash_export.drafters.config import DrafterConfig
-from dflash_export.drafters.vocabulary import target_ids
 from dflash_export.graphs.graph import TracedGraph
 from dflash_export.pairing.read import Pair
 from dflash_export.progress import Progress
@@ -70,21 +69,11 @@ def _target_files(
 
 
 def _drafter_files(config: DrafterConfig, drafter: Weights) -> _Files:
-    def body(parameter: str, dtype: torch.dtype) -> torch.Tensor:
-        return drafter.load(parameter.removeprefix("drafter."), dtype)
+    def load(parameter: str, dtype: torch.dtype) -> torch.Tensor:
+        return config.kind.load(config, drafter, parameter.removeprefix("drafter."), dtype)
 
-    def head(parameter: str, dtype: torch.dtype) -> torch.Tensor:
-        if parameter == "target_ids":
-            return target_ids(config, drafter)
-        return drafter.load("lm_head.weight", dtype)
-
-    files: _Files = {"drafter.data": [("inject", body), ("draft", body)]}
-    if config.selector is not None:
-        files["selector.data"] = [("select", body)]
-    if config.draft_vocab_size is not None:
-        files["draft_embedding.data"] = [("draft_embed", _one(drafter, "embed_tokens.weight"))]
-        files["draft_lm_head.data"] = [("draft_lm_head", head)]
-    return files
+    own: _Files = {f"{name}.data": [(name, load)] for name in config.kind.graph_names}
+    return {"drafter.data": [("inject", load), ("draft", load)], **own}
 
 
 def _one(weights: Weights, name: str) -> LoadParameter:

@@ -14,8 +14,9 @@ from dflash.model import DFlash2DraftModel
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 
-from dflash_export.drafters.config import Convolution, Selector
+from dflash_export.drafters.dflash2 import Convolution, DFlash2, Selector
 from dflash_export.drafters.read import parse_drafter_config
+from dflash_export.drafters.speculators import Speculators
 from dflash_export.errors import CheckpointError, UnsupportedModelError, VerifyError
 from dflash_export.pairing.pair import check_pair
 from dflash_export.reference import load_drafter
@@ -60,7 +61,7 @@ def dflash2(**dflash: Any) -> dict[str, Any]:
 
 def test_what_a_speculators_file_says() -> None:
     config = parse_drafter_config(speculators())
-    assert config.kind == "speculators"
+    assert config.kind == Speculators()
     assert config.feature_layers == (1, 0)  # stored as 2, 1
     assert (config.block_size, config.samples_from_anchor) == (4, False)
     assert (config.vocab_size, config.draft_vocab_size) == (12, 7)
@@ -145,9 +146,8 @@ def test_speculators_files_that_are_refused(
 def test_what_a_dflash2_file_says() -> None:
     raw = dflash2()
     config = parse_drafter_config(raw)
-    assert (config.kind, config.own_graphs) == ("dflash-v2", ("select",))
-    assert config.convolution == Convolution(kernel_size=2, group_size=8)
-    assert config.selector == Selector(rank=6, top_k=4)
+    assert config.kind == DFlash2(Convolution(kernel_size=2, group_size=8), Selector(rank=6, top_k=4))
+    assert config.own_graphs == ("select",)
     with torch.device("meta"):
         reference = DFlash2DraftModel(Qwen3Config(**raw))
     state = {

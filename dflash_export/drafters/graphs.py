@@ -7,10 +7,9 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from dflash_export.drafters.config import DrafterConfig
-from dflash_export.drafters.modules import Select
+from dflash_export.drafters.layers import Draft, DrafterLayers, Inject, WindowedDraft, WindowedInject
 from dflash_export.graphs.graph import PRECISIONS, GraphTensor, TracedGraph, torch_dtype
-from dflash_export.graphs.modules import Draft, DrafterLayers, Inject, WindowedDraft, WindowedInject
-from dflash_export.graphs.simple import embed_graph, head_graph, logits_graph
+from dflash_export.graphs.simple import logits_graph
 from dflash_export.graphs.trace import (
     OFFSET,
     START,
@@ -60,36 +59,11 @@ def trace_drafter(
         constants,
     )
     traced("draft")
-    if config.draft_vocab_size is not None:
-        graphs["draft_embed"] = embed_graph(config.vocab_size, hidden, dtype)
-        traced("draft_embed")
-        maps_ids = config.draft_vocab_size != config.vocab_size
-        graphs["draft_lm_head"] = head_graph(config.draft_vocab_size, hidden, dtype, maps_ids=maps_ids)
-        traced("draft_lm_head")
+    for name, graph in config.kind.graphs(config, drafter, dtype):
+        graphs[name] = graph
+        traced(name)
     if config.has_logit_transform:
         change = config.output_multiplier, config.final_logit_softcapping
         graphs["draft_logits"] = logits_graph(vocab_size, *change)
         traced("draft_logits")
-    if config.selector is not None:
-        graphs["select"] = _select(drafter, config, config.selector.top_k, dtype)
-        traced("select")
     return graphs
-
-
-def _select(drafter: DrafterLayers, config: DrafterConfig, top_k: int, dtype: ir.DataType) -> TracedGraph:
-    float32, int64 = ir.DataType.FLOAT, ir.DataType.INT64
-    return trace(
-        Select(drafter.candidate_selector, top_k, config.block_size - 1),
-        [
-            GraphTensor("hidden", dtype, rows(config.hidden_size)),
-            GraphTensor("logits", float32, rows(config.vocab_size)),
-            GraphTensor("anchors", int64, ("batch",)),
-            GraphTensor("temperature", float32, ("batch",)),
-            GraphTensor("uniforms", float32, ("batch", "rows")),
-        ],
-        [
-            GraphTensor("token_ids", int64, ("batch", "rows")),
-            GraphTensor("candidates", int64, rows(top_k)),
-            GraphTensor("probabilities", float32, rows(top_k)),
-        ],
-    )

@@ -1,20 +1,155 @@
-"""The torch modules that only some kinds of drafter have.
+"""DFlash 2: convolutions around each half of a layer, and a selector among the best candidates of each row.
 
-DFlash 2 follows its reference, PyPI dflash 0.1.0, ``dflash/model.py``: ``GroupedDynamicCausalConv`` and
+It follows its reference, PyPI dflash 0.1.0, ``dflash/model.py``: ``GroupedDynamicCausalConv`` and
 ``CandidateSelector``. Parameter names are the checkpoint's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
 import torch
 from torch import nn
 
-__all__ = ["GroupedCausalConv", "Select"]
+from dflash_export.drafters.config import DrafterConfig, DrafterKind
+from dflash_export.drafters.zlab import DFLASH2_KEYS, parse_layers, refuse_variants
+from dflash_export.graphs.graph import GraphTensor, TracedGraph
+from dflash_export.graphs.trace import rows, trace
+from dflash_export.sources.config_reader import Findings
+from dflash_export.sources.weights import Weights
+from dflash_rt.errors import Problem
+
+__all__ = ["Convolution", "DFlash2", "Selector"]
 
 _STEEPEST = 1e38  # 1 / temperature, kept finite in float32, as dflash_rt/sampling/distribution.py keeps it
+_REMEDY = "use the config.json that was published with the drafter"
 
 
-class GroupedCausalConv(nn.Module):
+@dataclass(frozen=True)
+class Convolution:
+    """Causal convolutions around each half of a layer: taps, and channels that share a kernel."""
+
+    kernel_size: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Selector:
+    """The candidate selector: width of its codebooks, and candidates for each row."""
+
+    rank: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class DFlash2(DrafterKind):
+    """The second generation."""
+
+    convolution: Convolution
+    selector: Selector
+
+    name = "dflash-v2"
+    told_by = "architectures ['DFlash2DraftModel']"
+    reference_class = "DFlash2DraftModel"
+    graph_names = ("select",)
+    shape_keys = frozenset({"conv_group_size", "conv_kernel_size", "selector_rank"})
+
+    @classmethod
+    def matches(cls, raw: Mapping[str, Any]) -> bool:
+        return raw.get("architectures") == ["DFlash2DraftModel"]
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], findings: Findings) -> DrafterConfig:
+        refuse_variants(raw)
+        return parse_layers(
+            raw,
+            findings,
+            lambda read: cls(
+                Convolution(read.count("conv_kernel_size"), read.count("conv_group_size")),
+                Selector(read.count("selector_rank"), read.count("selector_top_k")),
+            ),
+            DFLASH2_KEYS,
+        )
+
+    @property
+    def selector_top_k(self) -> int:
+        return self.selector.top_k
+
+    def tensor_shapes(self, config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+        hidden, rank, shapes = config.hidden_size, self.selector.rank, dict[str, tuple[int, ...]]()
+        taps, groups = self.convolution.kernel_size, hidden // self.convolution.group_size
+        for layer in range(config.num_layers):
+            for name in ("attention_conv", "mlp_conv"):
+                shapes[f"layers.{layer}.{name}.base_kernel"] = (2, taps, hidden)
+                shapes[f"layers.{layer}.{name}.kernel_projection.weight"] = (2 * taps * groups, hidden)
+        shapes["candidate_selector.hidden_projection.weight"] = (rank, hidden)
+        for name in ("predecessor_codebook", "successor_codebook"):
+            shapes[f"candidate_selector.{name}"] = (config.vocab_size, rank)
+        return shapes
+
+    def problems(
+        self, config: DrafterConfig, target_layers: int, weights: Weights, wrong: Set[str]
+    ) -> list[Problem]:
+        if wrong & {"hidden_size", "vocab_size", "conv_group_size", "selector_top_k"}:
+            return []
+        problems, size, top_k = [], self.convolution.group_size, self.selector.top_k
+        if config.hidden_size % size:
+            found = f"conv_group_size {size}, hidden_size {config.hidden_size}"
+            expected = "a divisor of hidden_size"
+            problems.append(Problem("the drafter's convolution groups don't fit", found, expected, _REMEDY))
+        if top_k > config.vocab_size:
+            found, expected = f"selector_top_k {top_k}", f"at most the vocabulary, {config.vocab_size}"
+            problems.append(
+                Problem("the drafter selects among too many candidates", found, expected, _REMEDY)
+            )
+        return problems
+
+    def layer_modules(self, config: DrafterConfig) -> dict[str, nn.Module]:
+        sizes = config.hidden_size, self.convolution.kernel_size, self.convolution.group_size
+        return {name: _GroupedCausalConv(*sizes) for name in ("attention_conv", "mlp_conv")}
+
+    def modules(self, config: DrafterConfig) -> dict[str, nn.Module]:
+        return {"candidate_selector": _Selector(config, self.selector.rank)}
+
+    def graphs(
+        self, config: DrafterConfig, drafter: nn.Module, dtype: ir.DataType
+    ) -> Iterator[tuple[str, TracedGraph]]:
+        """``select``."""
+        float32, int64, top_k = ir.DataType.FLOAT, ir.DataType.INT64, self.selector.top_k
+        selector = drafter.candidate_selector
+        assert isinstance(selector, nn.Module)
+        select = trace(
+            _Select(selector, top_k, config.block_size - 1),
+            [
+                GraphTensor("hidden", dtype, rows(config.hidden_size)),
+                GraphTensor("logits", float32, rows(config.vocab_size)),
+                GraphTensor("anchors", int64, ("batch",)),
+                GraphTensor("temperature", float32, ("batch",)),
+                GraphTensor("uniforms", float32, ("batch", "rows")),
+            ],
+            [
+                GraphTensor("token_ids", int64, ("batch", "rows")),
+                GraphTensor("candidates", int64, rows(top_k)),
+                GraphTensor("probabilities", float32, rows(top_k)),
+            ],
+        )
+        yield "select", select
+
+
+class _Selector(nn.Module):
+    """Parameters of the selector under their names in the checkpoint; :class:`_Select` uses them."""
+
+    def __init__(self, config: DrafterConfig, rank: int) -> None:
+        super().__init__()
+        self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
+        self.predecessor_codebook = nn.Parameter(torch.empty(config.vocab_size, rank))
+        self.successor_codebook = nn.Parameter(torch.empty(config.vocab_size, rank))
+
+
+class _GroupedCausalConv(nn.Module):
     """Two causal convolutions over the rows of a block: before a sublayer and after it.
 
     A kernel is a learnt base plus a part that each row computes for each group of channels; both convolutions
@@ -48,7 +183,7 @@ class GroupedCausalConv(nn.Module):
         return output.flatten(2)
 
 
-class Select(nn.Module):
+class _Select(nn.Module):
     """Choose a path through the candidates of each row: DFlash 2's selector, its walk included.
 
     A candidate scores its logit + ``<predecessor[previous] * projected hidden, successor[candidate]>``; the

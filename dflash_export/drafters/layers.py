@@ -1,69 +1,30 @@
-"""The torch modules behind the graphs of a bundle.
+"""The layers of a drafter, as torch modules that are traced.
 
-The target is the transformers module itself. The drafter follows the DFlash reference (PyPI dflash
-0.1.0, ``dflash/model.py``; arXiv 2602.06036, section 4), cut in two so that context rows and block
-rows can be written by separate graphs: :class:`Inject` and :class:`Draft` hold the same layers.
+They follow the DFlash reference (PyPI dflash 0.1.0, ``dflash/model.py``; arXiv 2602.06036, section 4), cut in
+two so that context rows and block rows can be written by separate graphs: :class:`Inject` and :class:`Draft`
+hold the same layers.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
-from dflash_export.drafters.modules import GroupedCausalConv
-from dflash_export.graphs.operators import GraphCache, Visibility, attention, rotary, scatter
-
-if TYPE_CHECKING:
-    from dflash_export.drafters.config import DrafterConfig
+from dflash_export.drafters.config import DrafterConfig
+from dflash_export.graphs.operators import Visibility, attention, interleave, positions, rotary, scatter
 
 __all__ = [
     "Draft",
     "DrafterLayers",
     "Inject",
-    "Target",
     "WindowedDraft",
     "WindowedInject",
 ]
-
-
-def _positions(start: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """int64 ``[batch, rows]``: cache row and rotary position of each row of ``rows [batch, rows, …]``."""
-    return start[:, None] + torch.arange(rows.shape[1])[None]
-
-
-class Target(nn.Module):
-    """The decoder of a causal LM: hidden states after the final norm, tapped features, caches.
-
-    ``feature_layers`` are 0-based layers whose output is tapped; as in the reference, that is
-    ``hidden_states[layer + 1]`` of transformers (which for the last layer is after the norm).
-    """
-
-    def __init__(self, decoder: nn.Module, feature_layers: Sequence[int]) -> None:
-        super().__init__()
-        self.decoder = decoder
-        self.feature_layers = tuple(feature_layers)
-
-    def forward(
-        self, embeddings: torch.Tensor, start: torch.Tensor, *caches: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Hidden states, features, then keys and values per layer."""
-        positions = _positions(start, embeddings)
-        cache = GraphCache(start, caches[0::2], caches[1::2])
-        out = self.decoder(
-            inputs_embeds=embeddings,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=True,
-            visibility=Visibility(positions, caches[0].shape[2]),
-        )
-        features = torch.cat([out.hidden_states[layer + 1] for layer in self.feature_layers], dim=-1)
-        return out.last_hidden_state, features, *_interleave(cache.keys, cache.values)
 
 
 class _Attention(nn.Module):
@@ -103,20 +64,8 @@ class _Layer(nn.Module):
         self.mlp = Qwen3MLP(config.to_qwen3_config())  # type: ignore[no-untyped-call]
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        taps = config.convolution
-        if taps is not None:
-            sizes = config.hidden_size, taps.kernel_size, taps.group_size
-            self.attention_conv, self.mlp_conv = GroupedCausalConv(*sizes), GroupedCausalConv(*sizes)
-
-
-class _Selector(nn.Module):
-    """DFlash 2's selector under its checkpoint's names; :class:`~.drafter_modules.Select` is what it does."""
-
-    def __init__(self, config: DrafterConfig, rank: int) -> None:
-        super().__init__()
-        self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
-        self.predecessor_codebook = nn.Parameter(torch.empty(config.vocab_size, rank))
-        self.successor_codebook = nn.Parameter(torch.empty(config.vocab_size, rank))
+        for name, module in config.kind.layer_modules(config).items():
+            self.add_module(name, module)
 
 
 class DrafterLayers(nn.Module):
@@ -135,15 +84,13 @@ class DrafterLayers(nn.Module):
         with _default_dtype(dtype):
             self.layers = nn.ModuleList([_Layer(config, i) for i in range(config.num_layers)])
             self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            if config.selector is not None:
-                self.candidate_selector = _Selector(config, config.selector.rank)
+            for name, module in config.kind.modules(config).items():
+                self.add_module(name, module)
         self.rotary_emb = Qwen3RotaryEmbedding(config.to_qwen3_config())
 
-    def rotary_table(
-        self, hidden: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary_table(self, hidden: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin ``[batch, rows, head_dim / 2]``."""
-        cos, sin = self.rotary_emb(hidden, positions)
+        cos, sin = self.rotary_emb(hidden, places)
         half = cos.shape[-1] // 2
         return cos[..., :half], sin[..., :half]
 
@@ -159,25 +106,25 @@ class Inject(nn.Module):
         self, features: torch.Tensor, start: torch.Tensor, *caches: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Keys and values per draft layer."""
-        return self.write(features, start, _positions(start, features), caches)
+        return self.write(features, start, positions(start, features), caches)
 
     def write(
         self,
         features: torch.Tensor,
         start: torch.Tensor,
-        positions: torch.Tensor,
+        places: torch.Tensor,
         caches: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        """Rows go to the caches from ``start`` on, and are rotated to ``positions``."""
+        """Rows go to the caches from ``start`` on, and are rotated to ``places``."""
         drafter = self.drafter
         context = drafter.hidden_norm(drafter.fc(features.to(drafter.fc.weight.dtype))).to(caches[0].dtype)
-        cos, sin = drafter.rotary_table(context, positions)
+        cos, sin = drafter.rotary_table(context, places)
         keys, values = list(caches[0::2]), list(caches[1::2])
         for i, layer in enumerate(drafter.layers):
             assert isinstance(layer, _Layer)
             key, value = layer.self_attn.key_value(context, cos, sin)
             keys[i], values[i] = scatter(keys[i], key, start), scatter(values[i], value, start)
-        return tuple(_interleave(keys, values))
+        return tuple(interleave(keys, values))
 
 
 class WindowedInject(Inject):
@@ -187,7 +134,7 @@ class WindowedInject(Inject):
         self, features: torch.Tensor, start: torch.Tensor, offset: torch.Tensor, *caches: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Keys and values per draft layer."""
-        return self.write(features, start, _positions(start + offset, features), caches)
+        return self.write(features, start, positions(start + offset, features), caches)
 
 
 class Draft(nn.Module):
@@ -202,34 +149,34 @@ class Draft(nn.Module):
         self, embeddings: torch.Tensor, start: torch.Tensor, *caches: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Hidden states after the final norm, then keys and values per draft layer."""
-        return self.attend(embeddings, start, _positions(start, embeddings), caches)
+        return self.attend(embeddings, start, positions(start, embeddings), caches)
 
     def attend(
         self,
         embeddings: torch.Tensor,
         start: torch.Tensor,
-        positions: torch.Tensor,
+        places: torch.Tensor,
         caches: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        """The block goes to the caches from ``start`` on, and is rotated to ``positions``."""
+        """The block goes to the caches from ``start`` on, and is rotated to ``places``."""
         drafter = self.drafter
         hidden = embeddings if self.embedding_scale == 1.0 else embeddings * self.embedding_scale
-        visibility = Visibility(_positions(start, embeddings), caches[0].shape[2])
-        cos, sin = drafter.rotary_table(hidden, positions)
+        visibility = Visibility(positions(start, embeddings), caches[0].shape[2])
+        cos, sin = drafter.rotary_table(hidden, places)
         keys, values = list(caches[0::2]), list(caches[1::2])
         for i, layer in enumerate(drafter.layers):
             assert isinstance(layer, _Layer)
             at = layer.self_attn
-            normed, finish = _convolved(layer, "attention_conv", layer.input_layernorm(hidden))
+            normed, finish = _wrapped(layer, "attention_conv", layer.input_layernorm(hidden))
             query = rotary(at.q_norm(at.heads(at.q_proj(normed))).transpose(1, 2), cos, sin)
             key, value = at.key_value(normed, cos, sin)
             keys[i], values[i] = scatter(keys[i], key, start), scatter(values[i], value, start)
             mask = visibility.mask(causal=at.causal, window=at.window, from_first=at.window_from_anchor)
             attended = attention(query, keys[i], values[i], mask, at.scale)
             hidden = hidden + finish(at.o_proj(attended.transpose(1, 2).flatten(2)))
-            normed, finish = _convolved(layer, "mlp_conv", layer.post_attention_layernorm(hidden))
+            normed, finish = _wrapped(layer, "mlp_conv", layer.post_attention_layernorm(hidden))
             hidden = hidden + finish(layer.mlp(normed))
-        return drafter.norm(hidden), *_interleave(keys, values)
+        return drafter.norm(hidden), *interleave(keys, values)
 
 
 class WindowedDraft(Draft):
@@ -239,19 +186,18 @@ class WindowedDraft(Draft):
         self, embeddings: torch.Tensor, start: torch.Tensor, offset: torch.Tensor, *caches: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Hidden states after the final norm, then keys and values per draft layer."""
-        return self.attend(embeddings, start, _positions(start + offset, embeddings), caches)
+        return self.attend(embeddings, start, positions(start + offset, embeddings), caches)
 
 
-def _convolved(
+def _wrapped(
     layer: nn.Module, name: str, states: torch.Tensor
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """A sublayer's input, and what to do to its output: both as they are where there is no convolution."""
-    convolution = getattr(layer, name, None)
-    if convolution is None:
+    """A sublayer's input, and what to do to its output: both as they are unless the kind wraps sublayers."""
+    wrapper: Any = getattr(layer, name, None)
+    if wrapper is None:
         return states, lambda output: output
-    assert isinstance(convolution, GroupedCausalConv)
-    prepared, dynamic = convolution.prepare(states)
-    return prepared, lambda output: convolution.finish(output, dynamic)
+    prepared, kept = wrapper.prepare(states)
+    return prepared, lambda output: wrapper.finish(output, kept)
 
 
 @contextlib.contextmanager
@@ -263,7 +209,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _interleave(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [tensor for pair in zip(keys, values, strict=True) for tensor in pair]
