@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shlex
+import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,7 +338,7 @@ def compile_command(
         words += ["--hardware-compatible"] if build.hardware_compatible else []
     if machine.backend == "tensorrt-rtx" and machine.compute_capability is not None:
         words += ["--sm", str(machine.compute_capability)]
-    return shlex.join(words)
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 # --- On disk ---
