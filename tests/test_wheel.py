@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,18 +87,31 @@ def test_the_index_would_take_both(distributions: Path) -> None:
     run(sys.executable, "-m", "twine", "check", "--strict", *distributions.iterdir(), cwd=distributions)
 
 
-def test_the_runtime_alone_generates(distributions: Path, tmp_path: Path) -> None:
-    """In an empty environment, into which pip takes from the index what the wheel asks for."""
+@pytest.fixture(scope="module")
+def install(distributions: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Installs the wheel with an extra into an environment that was empty at first; the Python of that.
+
+    pip takes from the index what the wheel asks for.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", folder, cwd=folder)
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    (wheel,) = distributions.glob("*.whl")
+    constraints = ROOT / "constraints" / "constraints.txt"
+
+    def with_extra(extra: str = "") -> Path:
+        run(python, "-m", "pip", "install", "--quiet", "-c", constraints, f"{wheel}{extra}", cwd=folder)
+        return python
+
+    return with_extra
+
+
+def test_the_runtime_alone_generates(install: Callable[..., Path], tmp_path: Path) -> None:
     make_target(tmp_path / "target", SPEC)
     byte_tokenizer().save(str(tmp_path / "target" / "tokenizer.json"))
     make_drafter(tmp_path / "drafter", drafter_config(SPEC))
     bundle = build(tmp_path / "target", tmp_path / "drafter", tmp_path / "bundle", max_seq_len=64)
-    run(sys.executable, "-m", "venv", tmp_path / "environment", cwd=tmp_path)
-    python = tmp_path / "environment" / ("Scripts" if os.name == "nt" else "bin") / "python"
-    (wheel,) = distributions.glob("*.whl")
-    constraints = ROOT / "constraints" / "constraints.txt"
-    run(python, "-m", "pip", "install", "--quiet", "-c", constraints, wheel, cwd=tmp_path)
-
+    python = install()
     absent = ["torch", "transformers", "onnx", "safetensors"]
     ids, text, found = json.loads(run(python, "-c", GENERATE, bundle.root, *absent, cwd=tmp_path))
     assert found == absent
@@ -107,3 +121,16 @@ def test_the_runtime_alone_generates(distributions: Path, tmp_path: Path) -> Non
 
     command = ("generate", bundle.root, "--prompt", "one", "--max-new-tokens", "12")
     assert run(python.with_name("dflash-rt"), *command, cwd=tmp_path) == wanted.text + "\n"
+
+
+def test_what_compiles_engines_needs_no_pytorch(install: Callable[..., Path], tmp_path: Path) -> None:
+    python = install("[compile]")
+    script = (
+        "import importlib, pkgutil, sys, dflash_export.engines as engines\n"
+        "for module in pkgutil.iter_modules(engines.__path__, 'dflash_export.engines.'):\n"
+        "    importlib.import_module(module.name)\n"
+        "from dflash_export import compile_engines\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    run(python, "-c", script, cwd=tmp_path)
+    assert "--device" in run(python.with_name("dflash-export"), "compile", "--help", cwd=tmp_path)
