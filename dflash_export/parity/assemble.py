@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -20,6 +19,7 @@ from dflash_export.sources.resolve import Source
 from dflash_rt import Bundle
 from dflash_rt.bundle.manifest import MANIFEST_NAME
 from dflash_rt.files import utc_now
+from dflash_rt.machine import cpu_name
 from dflash_rt.version import __version__
 
 __all__ = ["assemble"]
@@ -92,17 +92,8 @@ def _environment(threads: int | None) -> dict[str, str | int | None]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return versions | {
-        "processor": _processor(),
+        "processor": cpu_name(),
         "processors": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "onnxruntime_threads": threads,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
