@@ -34,22 +34,21 @@ def draw(report: dict[str, Any]) -> str:
         f"{report['cpu']}; greedy, {report['prompts']} prompts of {report['max_new_tokens']} tokens; medians"
     )
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" role="img"'
-        f' viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" font-size="14">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" role="img">',
+        "<style>text { font: 14px sans-serif; fill: #212529 }</style>",
         f"<title>{escape(title)}</title>",
         f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
-        f'<text x="16" y="28" font-size="16" font-weight="bold" fill="#212529">{escape(title)}</text>',
+        f'<text x="16" y="28" font-weight="bold">{escape(title)}</text>',
     ]
     for row, (name, rate) in enumerate(sorted(rates.items(), key=lambda item: -item[1])):
         y = _TOP + row * (_BAR + _GAP)
-        is_own = name == "plain" or name.startswith("drafted")
+        color = _OWN if name.startswith(("plain", "drafted")) else _OTHER
         lines += [
-            f'<text x="{_LEFT - 10}" y="{y + 18}" text-anchor="end" fill="#212529">{escape(_label(name))}</text>',
-            f'<rect x="{_LEFT}" y="{y}" width="{rate * scale:.1f}" height="{_BAR}"'
-            f' fill="{_OWN if is_own else _OTHER}"/>',
-            f'<text x="{_LEFT + rate * scale + 8:.1f}" y="{y + 18}" fill="#212529">{rate:.1f}</text>',
+            f'<text x="{_LEFT - 10}" y="{y + 18}" text-anchor="end">{escape(_label(name))}</text>',
+            f'<rect x="{_LEFT}" y="{y}" width="{rate * scale:.1f}" height="{_BAR}" fill="{color}"/>',
+            f'<text x="{_LEFT + rate * scale + 8:.1f}" y="{y + 18}">{rate:.1f}</text>',
         ]
-    lines.append(f'<text x="16" y="{height - 12}" font-size="12" fill="#495057">{escape(note)}</text>')
+    lines.append(f'<text x="16" y="{height - 12}">{escape(note)}</text>')
     return "\n".join([*lines, "</svg>", ""])
 
 

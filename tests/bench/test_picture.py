@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 def draw(report: dict[str, Any]) -> str:
     spec = importlib.util.spec_from_file_location("picture", ROOT / "benchmarks" / "picture.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return str(module.draw(report))
