@@ -34,7 +34,7 @@ def draw(report: dict[str, Any]) -> str:
         f"{report['cpu']}; greedy, {report['prompts']} prompts of {report['max_new_tokens']} tokens; medians"
     )
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img">',
         "<style>text { font: 14px sans-serif; fill: #212529 }</style>",
         f"<title>{escape(title)}</title>",
         f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
