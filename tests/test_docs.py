@@ -1,4 +1,4 @@
-"""What README.md and docs/guide show works: Python runs on the demo pair, and command lines are right."""
+"""What README.md, guide and reference show works: Python runs on the demo pair, command lines are right."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dflash_rt import Bundle
 from dflash_rt.cli.main import main as rt_main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/guide/*.md")), *sorted(ROOT.glob("docs/reference/*.md"))]
 GROUPS = {"dflash-bench": bench_main, "dflash-export": export_main, "dflash-rt": rt_main}
 
 
