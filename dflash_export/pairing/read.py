@@ -99,12 +99,7 @@ def _limits(
         is_moe = getattr(config, "num_experts", None) is not None
         prefill_chunk = min(_PREFILL_CHUNK_MOE if is_moe else _PREFILL_CHUNK, max_seq_len)
     elif prefill_chunk > max_seq_len:
-        raise RecipeError(
-            "prefill_chunk is out of range",
-            found=prefill_chunk,
-            expected=f"at most max_seq_len, {max_seq_len}",
-            remedy="choose a smaller one, or leave it out",
-        )
+        raise _too_large("prefill_chunk", prefill_chunk, f"at most max_seq_len, {max_seq_len}")
     return Limits(max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
 
 
@@ -113,12 +108,8 @@ def _num_draft_tokens(wanted: int | None, block_size: int, findings: Findings) -
     if wanted is None or "block_size" in findings.wrong:  # the export won't go on then
         return most
     if wanted > most:
-        raise RecipeError(
-            "num_draft_tokens is out of range",
-            found=wanted,
-            expected=f"0 (no drafting) to {most}, one less than the drafter's block_size",
-            remedy="choose a number in that range; a drafter can't draft more than it was trained for",
-        )
+        expected = f"0 (no drafting) to {most}: the drafter was trained for one less than its block_size"
+        raise _too_large("num_draft_tokens", wanted, expected)
     return wanted
 
 
@@ -127,10 +118,11 @@ def _measured_tokens(wanted: int | None, limits: Limits) -> int:
     if wanted is None:
         return max(1, min(_MEASURED_TOKENS, limits.max_seq_len - 1))
     if wanted >= limits.max_seq_len:
-        raise RecipeError(
-            "measure_tokens is out of range",
-            found=wanted,
-            expected=f"less than max_seq_len, {limits.max_seq_len}: the prompt needs room, too",
-            remedy="choose a smaller number",
-        )
+        expected = f"less than max_seq_len, {limits.max_seq_len}: the prompt needs room, too"
+        raise _too_large("measure_tokens", wanted, expected)
     return wanted
+
+
+def _too_large(option: str, found: int, expected: str) -> RecipeError:
+    remedy = "choose a smaller number, or leave the option out"
+    return RecipeError(f"{option} is out of range", found=found, expected=expected, remedy=remedy)

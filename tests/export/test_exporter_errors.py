@@ -131,7 +131,7 @@ def test_all_wrong_options_are_listed(pair: Path) -> None:
 
 
 def test_more_drafts_than_a_block(pair: Path) -> None:
-    refuse(pair, RecipeError, "num_draft_tokens", "found: 4", "to 3, one less", num_draft_tokens=4)
+    refuse(pair, RecipeError, "num_draft_tokens", "found: 4", "0 (no drafting) to 3", num_draft_tokens=4)
 
 
 @pytest.mark.parametrize(("max_seq_len", "limit"), [(64, 64), (None, 1024)])
