@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,6 +16,7 @@ from dflash_export.provenance import provenance
 from dflash_export.sources.resolve import Source
 from dflash_export.sources.tokenizer import TokenizerFiles
 from dflash_export.targets.config import TargetFacts, sampling_defaults
+from dflash_rt.bundle.contract import slot_state, state_tensors
 from dflash_rt.bundle.folder import hash_file
 from dflash_rt.bundle.graph_names import output_name
 from dflash_rt.bundle.manifest import (
@@ -26,6 +28,7 @@ from dflash_rt.bundle.manifest import (
     Manifest,
     QuantizationInfo,
     SourceInfo,
+    StateSpec,
     TargetInfo,
     TensorSpec,
     TokenizerSpec,
@@ -43,6 +46,9 @@ def make_manifest(
     folder: Path,
 ) -> Manifest:
     """The manifest of the files in ``folder``, which are hashed."""
+    target = _target_info(pair.facts, pair.target)
+    drafter = _drafter_info(pair.drafter_config, pair.drafter)
+    state = slot_state(target, drafter)
     return Manifest(
         format="dflash-bundle",
         format_version=FORMAT_VERSION,
@@ -50,9 +56,10 @@ def make_manifest(
         precision=options.precision,
         quantization=quantization,
         limits=pair.limits,
-        target=_target_info(pair.facts, pair.target),
-        drafter=_drafter_info(pair.drafter_config, pair.drafter),
-        graphs=graphs,
+        target=target,
+        drafter=drafter,
+        graphs={name: _aliased(name, graph, state) for name, graph in graphs.items()},
+        state=state,
         tokenizer=_tokenizer_spec(tokenizer),
         generation=GenerationDefaults(
             stop_token_ids=pair.stop_token_ids,
@@ -123,16 +130,15 @@ def _tokenizer_spec(files: TokenizerFiles | None) -> TokenizerSpec | None:
 
 
 def graph_spec(path: str, fused: str | None, graph: TracedGraph) -> GraphSpec:
-    """What a manifest says of a graph in the file ``path``, and of its other form in ``fused``."""
+    """What a manifest says of a graph in the file ``path``, and its other form in ``fused``."""
     inputs = tuple(_tensor_spec(value) for value in graph.model.graph.inputs)
     outputs = tuple(_tensor_spec(value) for value in graph.model.graph.outputs)
-    names = {tensor.name for tensor in outputs}
-    aliases = {
-        output_name(tensor.name): tensor.name
-        for tensor in inputs
-        if "capacity" in tensor.shape and output_name(tensor.name) in names
-    }
-    return GraphSpec(path=path, fused=fused, inputs=inputs, outputs=outputs, aliases=aliases)
+    return GraphSpec(path=path, fused=fused, inputs=inputs, outputs=outputs, aliases={})
+
+
+def _aliased(name: str, graph: GraphSpec, state: tuple[StateSpec, ...]) -> GraphSpec:
+    """With what a slot keeps given back in the same memory."""
+    return replace(graph, aliases={output_name(kept): kept for kept in state_tensors(name, state)})
 
 
 def _tensor_spec(value: ir.Value) -> TensorSpec:

@@ -8,28 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from dflash_rt import Bundle
-from dflash_rt.bundle.manifest import GraphSpec
+from dflash_rt.backends.onnxruntime_session import open_session
+from dflash_rt.backends.state import make_states
+from dflash_rt.bundle.dtypes import NUMPY_TYPES, ONNX_TYPES, as_float32
 from dflash_rt.errors import BackendError
 
 __all__ = ["Pass", "Replay"]
 
 Array = npt.NDArray[Any]
-
-# bfloat16 has no numpy type; its bits travel as uint16 under the number that onnx.TensorProto gives it.
-_STORAGE: Mapping[str, tuple[type[np.generic], int]] = {
-    "float32": (np.float32, 1),
-    "int64": (np.int64, 7),
-    "float16": (np.float16, 10),
-    "bfloat16": (np.uint16, 16),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +51,7 @@ class Replay:
     """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, fused: bool = False) -> None:
+        self._manifest = bundle.manifest
         self._chunk = bundle.manifest.limits.prefill_chunk
         self._specs = {name: bundle.manifest.graphs[name] for name in ("embed", "target", "lm_head")}
         self._none = np.zeros((0, bundle.manifest.target.vocab_size), np.float32)
@@ -67,7 +60,11 @@ class Replay:
             path = bundle.fused_path("target")
             assert path is not None
             paths["target"] = path
-        self._sessions = {name: _load(path, name, threads) for name, path in paths.items()}
+        # Quantised weights as they are, without the rounding of activations that a CPU's speed asks for.
+        config = {"session.disable_quant_qdq": "1"}
+        self._sessions = {
+            name: open_session(name, path, threads=threads, config=config) for name, path in paths.items()
+        }
 
     @classmethod
     def all_forms(cls, bundle: Bundle, *, threads: int | None = None) -> list[Replay]:
@@ -83,7 +80,7 @@ class Replay:
         """
         fed = np.array([[*prompt, *new_tokens[:-1]]], np.int64)
         prompt_rows, rows = len(prompt), fed.shape[1]
-        caches = _caches(self._specs["target"], rows)
+        caches = make_states(self._manifest, 1, most_rows=rows)["target"].allocate(rows)
         starts = [*range(0, prompt_rows, self._chunk), *range(prompt_rows, rows, width)]
         for start, stop in zip(starts, [*starts[1:], rows], strict=True):
             (embeddings,) = self._run("embed", {"input_ids": fed[:, start:stop]}, {})
@@ -95,7 +92,7 @@ class Replay:
             logits = self._run("lm_head", {"hidden": chosen}, {})[0][0] if chosen.shape[1] else self._none
             yield Pass(
                 first_row=start,
-                features=_as_float32(features[0], self._specs["target"], "features"),
+                features=as_float32(features[0]),
                 first_token=start + skipped - (prompt_rows - 1),
                 logits=logits,
             )
@@ -110,17 +107,16 @@ class Replay:
         for tensor in spec.inputs:
             array = caches[tensor.name] if tensor.name in caches else arrays[tensor.name]
             binding.bind_input(
-                tensor.name, "cpu", 0, _STORAGE[tensor.dtype][1], array.shape, array.ctypes.data
+                tensor.name, "cpu", 0, ONNX_TYPES[tensor.dtype], array.shape, array.ctypes.data
             )
         for tensor in spec.outputs:
             if tensor.name in spec.aliases:
                 array = caches[spec.aliases[tensor.name]]
             else:
-                tail = [axis for axis in tensor.shape[2:] if isinstance(axis, int)]
-                array = np.zeros((1, rows, *tail), _STORAGE[tensor.dtype][0])
+                array = np.zeros(tensor.sized(batch=1, rows=rows), NUMPY_TYPES[tensor.dtype])
                 outputs.append(array)
             binding.bind_output(
-                tensor.name, "cpu", 0, _STORAGE[tensor.dtype][1], array.shape, array.ctypes.data
+                tensor.name, "cpu", 0, ONNX_TYPES[tensor.dtype], array.shape, array.ctypes.data
             )
         try:
             session.run_with_iobinding(binding)
@@ -132,38 +128,3 @@ class Replay:
                 remedy="check the bundle with `dflash-export inspect`; if it is whole, report this",
             ) from error
         return outputs
-
-
-def _caches(target: GraphSpec, capacity: int) -> dict[str, Array]:
-    """Zeros ``[1, kv_heads, capacity, head_dim]`` for every cache input of the target."""
-    caches = {}
-    for tensor in target.inputs:
-        if "capacity" in tensor.shape:
-            axes = {"batch": 1, "capacity": capacity}
-            shape = [axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
-            caches[tensor.name] = np.zeros(shape, _STORAGE[tensor.dtype][0])
-    return caches
-
-
-def _as_float32(values: Array, spec: GraphSpec, name: str) -> Array:
-    (dtype,) = (tensor.dtype for tensor in spec.outputs if tensor.name == name)
-    if dtype == "bfloat16":  # the upper half of a float32
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)
-
-
-def _load(path: Path, graph: str, threads: int | None) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Quantised weights as they are, without the rounding of activations that a CPU's speed asks for.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own classes share no public base
-        raise BackendError(
-            f"ONNX Runtime {ort.__version__} can't load graph {graph}",
-            found=error,
-            expected="a graph of opset 24 whose operators have CPU kernels of its precision",
-            remedy="use onnxruntime 1.32 or newer; on a CPU, build the bundle with --precision fp32",
-        ) from error

@@ -21,10 +21,11 @@ hidden size, ``V`` vocabulary, ``Vd`` the drafter's own, ``C`` candidates of a s
     draft_check    logits[b,r,Vd]                               -> finite[b]
 
 A cache is ``key.{i}`` and ``value.{i}`` per layer, ``[b,Hkv,capacity,D]``; its output is ``key.{i}.out`` and
-lies in the same memory. Four exist only for drafters that need them: ``draft_logits`` for one that
-changes the logits after the head, ``draft_embed`` and ``draft_lm_head`` for one with a vocabulary of its own,
-``select`` for one that chooses among candidates. ``token_ids`` are always ids of the target. ``accept`` and
-``draft_check`` have no weights: they are for a step that stays on a device, and a bundle may lack them.
+lies in the same memory. Four exist only for drafters that need them (dflash_rt/drafters says which kind has
+which): ``draft_logits`` for one that changes the logits after the head, ``draft_embed`` and ``draft_lm_head``
+for one with a vocabulary of its own, ``select`` for one that chooses among candidates. ``token_ids`` are
+always ids of the target. ``accept`` and ``draft_check`` have no weights: they are for a step that stays on a
+device, and a bundle may lack them.
 
 A drafter whose layers all slide needs no cache much longer than its window. Its ``inject`` and ``draft`` take
 one input more, ``offset[b]``: the position of row 0 of the caches, added to that of ``start``. A backend that
@@ -34,53 +35,76 @@ drops rows from the beginning of the caches moves the others there and adds the 
 from __future__ import annotations
 
 from dflash_rt.bundle.graph_names import cache_names, output_name
-from dflash_rt.bundle.manifest import Manifest
+from dflash_rt.bundle.manifest import DrafterInfo, Manifest, StateSpec, TargetInfo
+from dflash_rt.drafters import DRAFTERS, Drafter
+from dflash_rt.drafters.base import FLOAT_DTYPES, Link, Shape, Sizes, Tensors
 
 __all__ = [
-    "DRAFTER_GRAPHS",
-    "FLOAT_DTYPES",
-    "LINKS",
+    "drafter_of",
     "expected_tensors",
+    "links",
+    "slot_state",
+    "state_tensors",
 ]
 
-# Kind of drafter -> graphs that its bundles have besides, and those that they may have.
-DRAFTER_GRAPHS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "dflash-v1": ((), ("draft_logits",)),
-    "dflash-v2": (("select",), ("draft_logits",)),
-    "speculators": (("draft_embed", "draft_lm_head"), ()),
-}
-FLOAT_DTYPES = ("float32", "float16", "bfloat16")
-
-# (from graph, output, to graph, input): the buffer is handed over as it is, so the dtypes must agree.
-LINKS = (
+_LINKS: tuple[Link, ...] = (
     ("embed", "embeddings", "target", "embeddings"),
     ("embed", "embeddings", "draft", "embeddings"),
     ("target", "hidden", "lm_head", "hidden"),
     ("draft", "hidden", "lm_head", "hidden"),
     ("target", "features", "inject", "features"),
-    ("lm_head", "logits", "draft_logits", "logits"),
-    ("draft_embed", "embeddings", "draft", "embeddings"),
-    ("draft", "hidden", "draft_lm_head", "hidden"),
-    ("draft", "hidden", "select", "hidden"),
     ("lm_head", "logits", "accept", "logits"),
 )
 
-Shape = tuple["str | int", ...]
-# Name -> (allowed dtypes, shape)
-Tensors = dict[str, tuple[tuple[str, ...], Shape]]
-
 _INT64 = ("int64",)
 _FLOAT32 = ("float32",)
+
+
+def drafter_of(manifest: Manifest) -> Drafter:
+    """How a bundle's drafter drafts."""
+    kind = DRAFTERS[manifest.drafter.kind]
+    return kind(manifest.graphs, samples_from_anchor=manifest.drafter.samples_from_anchor)
+
+
+def slot_state(target: TargetInfo, drafter: DrafterInfo) -> tuple[StateSpec, ...]:
+    """What a slot keeps between calls of the graphs, for models of this geometry."""
+    windowed = drafter.is_windowed
+    return (
+        StateSpec(
+            name="target",
+            kind="kv",
+            graphs=("target",),
+            tensors=cache_names(target.num_layers),
+            window=None,
+        ),
+        StateSpec(
+            name="draft",
+            kind="window" if windowed else "kv",
+            graphs=("inject", "draft"),
+            tensors=cache_names(drafter.num_layers),
+            window=drafter.sliding_window if windowed else None,
+        ),
+    )
+
+
+def state_tensors(graph: str, state: tuple[StateSpec, ...]) -> dict[str, str]:
+    """Inputs of a graph that a slot keeps, and the name of the state that each belongs to."""
+    return {tensor: kept.name for kept in state if graph in kept.graphs for tensor in kept.tensors}
+
+
+def links(manifest: Manifest) -> tuple[Link, ...]:
+    """Buffers that are handed from graph to graph, caches apart."""
+    return (*_LINKS, *DRAFTERS[manifest.drafter.kind].links)
 
 
 def expected_tensors(graph: str, manifest: Manifest) -> tuple[Tensors, Tensors]:
     """Inputs and outputs that the contract wants of one graph, for the sizes that the manifest states."""
     target, drafter = manifest.target, manifest.drafter
     rows: Shape = ("batch", "rows")
-    width = target.hidden_size
-    embeddings: Tensors = {"embeddings": (FLOAT_DTYPES, (*rows, width))}
-    hidden: Tensors = {"hidden": (FLOAT_DTYPES, (*rows, width))}
-    features = {"features": (FLOAT_DTYPES, (*rows, width * len(drafter.feature_layers)))}
+    hidden_size = target.hidden_size
+    embeddings: Tensors = {"embeddings": (FLOAT_DTYPES, (*rows, hidden_size))}
+    hidden: Tensors = {"hidden": (FLOAT_DTYPES, (*rows, hidden_size))}
+    features = {"features": (FLOAT_DTYPES, (*rows, hidden_size * len(drafter.feature_layers)))}
     token_ids = {"token_ids": (_INT64, rows)}
     logits = (_FLOAT32, (*rows, target.vocab_size))
     start = {"start": (_INT64, ("batch",))}
@@ -90,36 +114,19 @@ def expected_tensors(graph: str, manifest: Manifest) -> tuple[Tensors, Tensors]:
         output_name("start"): start["start"],
     }
     finite: Tensors = {"finite": start["start"]}
-    own_logits = (_FLOAT32, (*rows, drafter.vocab_size))
-    per_candidate: Shape = (*rows, drafter.selector_top_k or 1)
     place = {**start, "offset": start["start"]} if drafter.is_windowed else start
     caches = _caches(target.num_layers, target.num_key_value_heads, target.head_dim)
     draft_caches = _caches(drafter.num_layers, drafter.num_key_value_heads, drafter.head_dim)
+    sizes = Sizes(hidden_size, target.vocab_size, drafter.vocab_size, drafter.selector_top_k or 1)
     table: dict[str, tuple[Tensors, Tensors]] = {
         "embed": ({"input_ids": (_INT64, rows)}, embeddings),
         "target": ({**embeddings, **start, **caches}, {**hidden, **features, **_as_outputs(caches)}),
         "lm_head": (hidden, {"logits": logits, **token_ids}),
         "inject": ({**features, **place, **draft_caches}, _as_outputs(draft_caches)),
         "draft": ({**embeddings, **place, **draft_caches}, {**hidden, **_as_outputs(draft_caches)}),
-        "draft_logits": ({"logits": logits}, {output_name("logits"): logits, **token_ids}),
-        "draft_embed": ({"input_ids": (_INT64, rows)}, embeddings),
-        "draft_lm_head": (hidden, {"logits": own_logits, **token_ids}),
-        "select": (
-            {
-                **hidden,
-                "logits": logits,
-                "anchors": (_INT64, ("batch",)),
-                "temperature": (_FLOAT32, ("batch",)),
-                "uniforms": (_FLOAT32, rows),
-            },
-            {
-                **token_ids,
-                "candidates": (_INT64, per_candidate),
-                "probabilities": (_FLOAT32, per_candidate),
-            },
-        ),
         "accept": ({"block": (_INT64, rows), **token_ids, "logits": logits, **start}, {**per_slot, **finite}),
-        "draft_check": ({"logits": own_logits}, finite),
+        "draft_check": ({"logits": (_FLOAT32, (*rows, drafter.vocab_size))}, finite),
+        **DRAFTERS[drafter.kind].tensors(sizes),
     }
     return table[graph]
 

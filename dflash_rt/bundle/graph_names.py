@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dflash_rt.drafters import DRAFTERS
+
 __all__ = [
     "GRAPH_NAMES",
     "REQUIRED_GRAPHS",
@@ -15,7 +17,10 @@ __all__ = [
 REQUIRED_GRAPHS = ("embed", "target", "lm_head", "inject", "draft")
 # What a device does between the models. Bundles that were exported before there was a need lack them.
 STEP_GRAPHS = ("accept", "draft_check")
-GRAPH_NAMES = (*REQUIRED_GRAPHS, "draft_logits", "draft_embed", "draft_lm_head", "select", *STEP_GRAPHS)
+_OF_DRAFTERS = (
+    name for drafter in DRAFTERS.values() for name in (*drafter.optional_graphs, *drafter.required_graphs)
+)
+GRAPH_NAMES = (*REQUIRED_GRAPHS, *dict.fromkeys(_OF_DRAFTERS), *STEP_GRAPHS)
 
 
 def key_name(layer: int) -> str:

@@ -10,15 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from dflash_rt.bundle.graph_names import (
-    GRAPH_NAMES,
-)
+from dflash_rt.bundle.graph_names import GRAPH_NAMES
 from dflash_rt.bundle.schema import (
     Bounds,
     OneOf,
     Pattern,
     Range,
 )
+from dflash_rt.drafters import DRAFTERS
 
 __all__ = [
     "ENGINES_FOLDER",
@@ -38,6 +37,7 @@ __all__ = [
     "QuantizationInfo",
     "SamplingDefaults",
     "SourceInfo",
+    "StateSpec",
     "TargetInfo",
     "TensorSpec",
     "TokenizerSpec",
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 FORMAT = "dflash-bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 REPORTS_FOLDER = "reports"
 ENGINES_FOLDER = "engines"
@@ -53,9 +53,10 @@ ENGINES_FOLDER = "engines"
 
 DType: TypeAlias = Literal["int64", "float32", "float16", "bfloat16", "bool"]
 JsonScalar: TypeAlias = str | int | float | bool | None
-DrafterKind: TypeAlias = Literal["dflash-v1", "dflash-v2", "speculators"]
+DrafterKind: TypeAlias = Annotated[str, OneOf(tuple(DRAFTERS))]
 LayerType: TypeAlias = Literal["full_attention", "sliding_attention"]
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
+StateKind: TypeAlias = Literal["kv", "window"]
 SourceKind: TypeAlias = Literal["hub", "folder", "gguf"]
 
 # The layer limit also bounds the work of checking a hostile manifest.
@@ -169,6 +170,11 @@ class TensorSpec:
     dtype: DType
     shape: tuple[AxisName | Count, ...]
 
+    def sized(self, *, batch: int, rows: int = 0, capacity: int = 0) -> tuple[int, ...]:
+        """The shape with numbers for its symbolic axes."""
+        sizes = {"batch": batch, "rows": rows, "capacity": capacity}
+        return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in self.shape)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphSpec:
@@ -182,6 +188,26 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     aliases: Mapping[str, str]
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether it looks up rows of an embedding, which needs no pool of threads."""
+        return [tensor.name for tensor in self.inputs] == ["input_ids"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateSpec:
+    """What a slot keeps between calls: inputs of ``graphs`` that they give back in the same memory.
+
+    ``kv`` has a row for each position. Of a ``window`` only the last rows are needed: a block sees ``window``
+    of them before itself.
+    """
+
+    name: Text
+    kind: StateKind
+    graphs: tuple[Text, ...]
+    tensors: tuple[Text, ...]
+    window: Count | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,6 +313,7 @@ class Manifest:
     target: TargetInfo
     drafter: DrafterInfo
     graphs: Mapping[GraphName, GraphSpec]
+    state: tuple[StateSpec, ...]
     tokenizer: TokenizerSpec | None
     generation: GenerationDefaults
     provenance: Provenance

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 
-from dflash_rt.bundle.contract import DRAFTER_GRAPHS, LINKS, Tensors, expected_tensors
+from dflash_rt.bundle.contract import expected_tensors, links, slot_state, state_tensors
 from dflash_rt.bundle.graph_names import REQUIRED_GRAPHS, STEP_GRAPHS, output_name
 from dflash_rt.bundle.manifest import (
     ENGINES_FOLDER,
@@ -13,9 +14,12 @@ from dflash_rt.bundle.manifest import (
     REPORTS_FOLDER,
     GraphSpec,
     Manifest,
+    StateSpec,
     TensorSpec,
 )
 from dflash_rt.bundle.schema import Problems, child, shown
+from dflash_rt.drafters import DRAFTERS
+from dflash_rt.drafters.base import Tensors
 
 __all__ = ["check_manifest"]
 
@@ -30,9 +34,11 @@ def check_manifest(manifest: Manifest, problems: Problems) -> None:
     _check_provenance(manifest, problems)
     _check_files(manifest, problems)
     _check_graph_names(manifest, problems)
+    _check_state(manifest, problems)
     before = len(problems)
     for name, graph in manifest.graphs.items():
-        _check_graph(name, graph, manifest, problems)
+        if name in (*REQUIRED_GRAPHS, *_own_graphs(manifest), *STEP_GRAPHS):
+            _check_graph(name, graph, manifest, problems)
     if len(problems) == before:
         _check_links(manifest, problems)
 
@@ -59,7 +65,7 @@ def _check_drafter(manifest: Manifest, problems: Problems) -> None:
 def _check_drafter_kind(manifest: Manifest, problems: Problems) -> None:
     """Fields that only some kinds of drafter have."""
     drafter, vocab_size = manifest.drafter, manifest.target.vocab_size
-    own_vocabulary = drafter.kind == "speculators"
+    own_vocabulary = DRAFTERS[drafter.kind].has_own_vocabulary
     if drafter.vocab_size > vocab_size or (drafter.vocab_size < vocab_size and not own_vocabulary):
         expected = f"{'at most ' if own_vocabulary else ''}target.vocab_size, which is {vocab_size}"
         problems.add("drafter.vocab_size", str(drafter.vocab_size), expected)
@@ -67,8 +73,9 @@ def _check_drafter_kind(manifest: Manifest, problems: Problems) -> None:
         expected = f"false: a drafter of kind {drafter.kind} doesn't"
         problems.add("drafter.samples_from_anchor", "true", expected)
     top_k = drafter.selector_top_k
-    if (top_k is None) is (drafter.kind == "dflash-v2"):
-        expected = "candidates for kind dflash-v2, and null for the others"
+    if (top_k is None) is DRAFTERS[drafter.kind].samples:
+        choosing = ", ".join(kind for kind, each in DRAFTERS.items() if each.samples)
+        expected = f"candidates for kind {choosing}, and null for the others"
         problems.add("drafter.selector_top_k", "null" if top_k is None else str(top_k), expected)
     elif top_k is not None and top_k > drafter.vocab_size:
         expected = f"at most drafter.vocab_size, which is {drafter.vocab_size}"
@@ -76,15 +83,38 @@ def _check_drafter_kind(manifest: Manifest, problems: Problems) -> None:
 
 
 def _check_graph_names(manifest: Manifest, problems: Problems) -> None:
-    more, optional = DRAFTER_GRAPHS[manifest.drafter.kind]
-    required = (*REQUIRED_GRAPHS, *more)
+    kind = DRAFTERS[manifest.drafter.kind]
+    required = (*REQUIRED_GRAPHS, *kind.required_graphs)
     for name in required:
         if name not in manifest.graphs:
             problems.add(f"graphs.{name}", "no such graph", "all of " + ", ".join(required))
     for name in manifest.graphs:
-        if name not in (*required, *optional, *STEP_GRAPHS):
+        if name not in (*REQUIRED_GRAPHS, *_own_graphs(manifest), *STEP_GRAPHS):
             expected = f"none of that name with a drafter of kind {manifest.drafter.kind}"
             problems.add(f"graphs.{name}", "a graph", expected)
+
+
+def _own_graphs(manifest: Manifest) -> tuple[str, ...]:
+    kind = DRAFTERS[manifest.drafter.kind]
+    return (*kind.required_graphs, *kind.optional_graphs)
+
+
+def _check_state(manifest: Manifest, problems: Problems) -> None:
+    """It follows from the models' geometry."""
+    expected = slot_state(manifest.target, manifest.drafter)
+    if len(manifest.state) != len(expected):
+        names = ", ".join(state.name for state in expected)
+        problems.add("state", f"{len(manifest.state)} entries", f"{len(expected)}: {names}")
+        return
+    for i, (found, wanted) in enumerate(zip(manifest.state, expected, strict=True)):
+        for field in fields(StateSpec):
+            value, right = getattr(found, field.name), getattr(wanted, field.name)
+            if value != right:
+                problems.add(f"state[{i}].{field.name}", _listing(value), _listing(right))
+
+
+def _listing(value: object) -> str:
+    return _listed(value) if isinstance(value, tuple) else shown(value)
 
 
 def _check_generation(manifest: Manifest, problems: Problems) -> None:
@@ -171,7 +201,8 @@ def _check_graph(name: str, graph: GraphSpec, manifest: Manifest, problems: Prob
     inputs, outputs = expected_tensors(name, manifest)
     _check_tensors(f"graphs.{name}.inputs", graph.inputs, inputs, problems)
     _check_tensors(f"graphs.{name}.outputs", graph.outputs, outputs, problems)
-    _check_aliases(f"graphs.{name}.aliases", graph, inputs, problems)
+    kept = state_tensors(name, slot_state(manifest.target, manifest.drafter))
+    _check_aliases(f"graphs.{name}.aliases", graph, kept, problems)
 
 
 def _check_tensors(path: str, tensors: Sequence[TensorSpec], expected: Tensors, problems: Problems) -> None:
@@ -194,11 +225,10 @@ def _check_tensors(path: str, tensors: Sequence[TensorSpec], expected: Tensors, 
             problems.add(f"{where}.shape", _shape(tensor.shape), _shape(shape))
 
 
-def _check_aliases(path: str, graph: GraphSpec, expected_inputs: Tensors, problems: Problems) -> None:
+def _check_aliases(path: str, graph: GraphSpec, kept: Iterable[str], problems: Problems) -> None:
     inputs = {tensor.name: tensor for tensor in graph.inputs}
     outputs = {tensor.name: tensor for tensor in graph.outputs}
-    # Caches are what a graph both takes in and gives back: those with a capacity axis.
-    wanted = {output_name(name): name for name, (_, shape) in expected_inputs.items() if "capacity" in shape}
+    wanted = {output_name(name): name for name in kept}
     missing = [name for name in wanted if name not in graph.aliases]
     if missing:
         problems.add(path, f"no {_listed(missing)}", "every cache output to share its input's memory")
@@ -214,11 +244,11 @@ def _check_aliases(path: str, graph: GraphSpec, expected_inputs: Tensors, proble
 
 def _check_links(manifest: Manifest, problems: Problems) -> None:
     """A buffer is handed from graph to graph as it is: the dtypes on both sides must be the same."""
-    links = list(LINKS)
+    pairs = list(links(manifest))
     inject = manifest.graphs.get("inject")
     for tensor in inject.outputs if inject is not None else ():
-        links.append(("inject", tensor.name, "draft", tensor.name.removesuffix(".out")))
-    for source, output, destination, name in links:
+        pairs.append(("inject", tensor.name, "draft", tensor.name.removesuffix(".out")))
+    for source, output, destination, name in pairs:
         if source not in manifest.graphs or destination not in manifest.graphs:
             continue
         given = _dtype(manifest.graphs[source].outputs, output)

@@ -52,7 +52,9 @@ def backend(make: Callable[[], OnnxRuntimeBackend]) -> Iterator[OnnxRuntimeBacke
 
 def caches(backend: OnnxRuntimeBackend) -> dict[tuple[str, str], Array]:
     return {
-        (graph, name): array for graph, arrays in backend._caches.items() for name, array in arrays.items()
+        (owner, name): array
+        for owner, state in backend._states.items()
+        for name, array in state.arrays.items()
     }
 
 
@@ -90,7 +92,7 @@ def test_steady_steps_move_bind_and_allocate_nothing(backend: OnnxRuntimeBackend
     finally:
         tracemalloc.stop()
     assert len(places) == CACHES
-    assert {graph for graph, _, _ in bindings} == set(bundle.manifest.graphs) - set(STEP_GRAPHS)
+    assert {run.graph for run, _ in bindings} == set(bundle.manifest.graphs) - set(STEP_GRAPHS)
     assert addresses(backend) == places
     assert backend._bindings == bindings  # the same objects: they have no equality of their own
     assert peak < smallest / 2
@@ -112,7 +114,7 @@ def test_each_cache_output_is_bound_to_its_input(
         monkeypatch.setattr(ort.IOBinding, method, watched)
     decode_both_ways(backend, bundle)
     places = addresses(backend)
-    current = {id(binding): graph for (graph, _, _), binding in backend._bindings.items()}
+    current = {id(binding): run.graph for (run, _), binding in backend._bindings.items()}
     inputs = {(key, name): address for key, name, address in bound["bind_input"] if key in current}
     outputs = {(key, name): address for key, name, address in bound["bind_output"] if key in current}
     seen_graphs = set()
@@ -208,7 +210,7 @@ def test_what_is_not_finite_ends_the_request_and_nothing_else(
         wanted = answer(generator, SHORT)
         with generator.stream(SHORT, max_new_tokens=24, stop_token_ids=[]) as stream:
             next(stream)
-            backend._caches[graph]["value.0"][0, 0, 0, 0] = np.nan
+            backend._states[graph].arrays["value.0"][0, 0, 0, 0] = np.nan
             with pytest.raises(NumericalError, match="not finite"):
                 list(stream)
         assert answer(generator, SHORT) == wanted
@@ -267,7 +269,7 @@ def test_growth_that_is_interrupted_is_done_again(
         wanted = [answer(fresh, prompt) for prompt in (SHORT, LONG)]
     backend = make()
     with Generator(bundle, backend, num_draft_tokens=BLOCK - 1) as generator:
-        backend._caches["target"] = Interrupts(backend._caches["target"])
+        backend._states["target"].arrays = Interrupts(backend._states["target"].arrays)
         with pytest.raises(KeyboardInterrupt):
             answer(generator, LONG)
         assert [answer(generator, prompt) for prompt in (SHORT, LONG)] == wanted

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
-from dflash_rt.backends.state.window import Window
+from dflash_rt.backends.state.window import WindowState
+from dflash_rt.bundle.manifest import StateSpec, TensorSpec
 from tests.end_to_end.test_reference_loop import LEAST_MARGIN, SLIDING, Reference, window
 from tests.export.drafters.speculators_pairs import SpeculatorsLoop, make_speculators, speculators_config
 from tests.pairs import (
@@ -33,12 +34,12 @@ def _clock_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def draft_rows(backend: OnnxRuntimeBackend) -> int:
-    (rows,) = {array.shape[2] for array in backend._caches["draft"].values()}
+    (rows,) = {array.shape[2] for array in backend._states["draft"].arrays.values()}
     return rows
 
 
 def draft_bytes(backend: OnnxRuntimeBackend) -> int:
-    return sum(array.nbytes for array in backend._caches["draft"].values())
+    return sum(array.nbytes for array in backend._states["draft"].arrays.values())
 
 
 # --- The rows by themselves ---
@@ -48,11 +49,14 @@ def draft_bytes(backend: OnnxRuntimeBackend) -> int:
 @given(data=st.data(), size=st.integers(1, 30), chunk=st.integers(1, 40), block=st.integers(2, 8))
 def test_a_block_finds_its_window(data: st.DataObject, size: int, chunk: int, block: int) -> None:
     """Caches of positions: every draft must see the ``size`` rows before it, put there by injections."""
-    kept = Window(size, max(chunk, block), block, 1)
-    cache = np.full((1, 1, kept.rows, 1), -1)
+    spec = StateSpec(name="draft", kind="window", graphs=("draft",), tensors=("key.0",), window=size)
+    tensor = TensorSpec("key.0", "int64", ("batch", 1, "capacity", 1))
+    kept = WindowState(spec, [tensor], 1, most_rows=max(chunk, block), block_size=block)
+    kept.move(kept.allocate(10**6))
+    cache = kept.arrays["key.0"]
 
     def write(position: int, rows: int, values: Any) -> None:
-        (row,) = kept.place(np.array([position]), rows, [cache]).tolist()
+        (row,) = kept.place(np.array([position]), rows).tolist()
         assert row + kept.offset[0] == position
         cache[0, 0, row : row + rows, 0] = values
         if np.isscalar(values):  # a block: what does it see?
@@ -60,6 +64,8 @@ def test_a_block_finds_its_window(data: st.DataObject, size: int, chunk: int, bl
             assert seen.tolist() == list(range(max(position - size, 0), position))
 
     for _ in range(2):  # the second sequence begins at 0 again
+        kept.restart(np.array([True]))
+        cache[:] = -1
         position = 0
         for _ in range(data.draw(st.integers(1, 12))):
             rows = data.draw(st.integers(1, chunk))
@@ -69,7 +75,6 @@ def test_a_block_finds_its_window(data: st.DataObject, size: int, chunk: int, bl
             write(position, block, -2)
             write(position, block, np.arange(position, position + block))  # the verified block's features
             position += data.draw(st.integers(1, block))
-        cache[:] = -1
 
 
 # --- On graphs ---

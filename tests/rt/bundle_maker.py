@@ -47,6 +47,12 @@ def graph(path: str, inputs: list[Any], outputs: list[Any], layers: int = 0) -> 
     }
 
 
+def state(name: str, graphs: list[str], layers: int, window: int | None = None) -> dict[str, Any]:
+    tensors = [f"{kind}.{i}" for i in range(layers) for kind in ("key", "value")]
+    kind = "kv" if window is None else "window"
+    return {"name": name, "kind": kind, "graphs": graphs, "tensors": tensors, "window": window}
+
+
 def manifest_document() -> dict[str, Any]:
     """A valid manifest as parsed JSON: 3 target layers, 2 drafter layers (one sliding), with a tokenizer."""
     start = tensor("start", "int64", "batch")
@@ -70,7 +76,7 @@ def manifest_document() -> dict[str, Any]:
     ]
     document = {
         "format": "dflash-bundle",
-        "format_version": 2,
+        "format_version": 3,
         "name": "tiny",
         "precision": "fp32",
         "quantization": None,
@@ -103,6 +109,7 @@ def manifest_document() -> dict[str, Any]:
             "selector_top_k": None,
         },
         "graphs": graphs,
+        "state": [state("target", ["target"], 3), state("draft", ["inject", "draft"], 2)],
         "tokenizer": {
             "path": "tokenizer.json",
             "chat_template": "chat_template.jinja",

@@ -15,6 +15,7 @@ tried on ONNX Runtime 1.32:
   multiplies one row by other kernels. 1e-7 is enough to round something behind it another way, which moves
   logits by a quarter of their spread. So a quantised target never gets one row alone.
 - Each session has its own thread pool, whose idle threads would spin while another session works.
+- A draft is a plan of the drafter's kind (dflash_rt/drafters), carried out operation by operation.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,11 +32,15 @@ import onnxruntime as ort
 
 from dflash_rt.arrays import FloatArray, IntArray
 from dflash_rt.backends.base import Backend, Inject, StepOutput
-from dflash_rt.backends.host_arrays import STORAGE, HostBuffer, zeros
-from dflash_rt.backends.state.window import Window
-from dflash_rt.bundle.graph_names import STEP_GRAPHS, output_name
+from dflash_rt.backends.cpu.sessions import load_sessions
+from dflash_rt.backends.host_arrays import HostBuffer, check_finite
+from dflash_rt.backends.state import make_states
+from dflash_rt.bundle.contract import drafter_of, state_tensors
+from dflash_rt.bundle.dtypes import NUMPY_TYPES, ONNX_TYPES
+from dflash_rt.bundle.graph_names import STEP_GRAPHS
 from dflash_rt.bundle.manifest import GraphSpec, TensorSpec
-from dflash_rt.errors import BackendError, NumericalError
+from dflash_rt.drafters.base import CopyRows, GraphRun
+from dflash_rt.errors import BackendError
 from dflash_rt.sampling.proposal import DraftSampling, Proposal
 
 if TYPE_CHECKING:
@@ -43,6 +49,14 @@ if TYPE_CHECKING:
 __all__ = ["OnnxRuntimeBackend"]
 
 _BUCKET = 128  # rows that a cache grows by, at least
+# A step drafts first and verifies then: buffers of the draft that lie in those of the verify pass, where they
+# fit. What changes logits does so in place.
+_SHARED = {
+    "draft_ids": "input_ids",
+    "draft_logits": "logits",
+    "draft_logits.out": "logits",
+    "drafted": "token_ids",
+}
 
 
 class OnnxRuntimeBackend(Backend):
@@ -97,25 +111,24 @@ class OnnxRuntimeBackend(Backend):
         if fused is False:
             self.name += "-unfused"
         self._pads_plain_steps = rounds and not fast_plain
+        self._manifest = manifest
         self._block_size = manifest.drafter.block_size
         self._mask_token_id = manifest.drafter.mask_token_id
-        self._vocab_size = manifest.target.vocab_size
-        # Rows of a draft pass that draft nothing: the anchor's, unless it drafts too.
-        self._silent_rows = 0 if manifest.drafter.samples_from_anchor else 1
         # Rejected rows of the last block may lie behind the last row that a request can commit.
         self._limit = manifest.limits.max_seq_len + self._block_size
+        self._drafter = drafter_of(manifest)
+        self._draft_step = cache(self._drafter.step)
         self._graphs: dict[str, GraphSpec] = {
             name: graph for name, graph in manifest.graphs.items() if name not in STEP_GRAPHS
         }
-        self._sessions = {
-            name: _load(name, _path(bundle, name, fused), threads, integer_activations)
-            for name in self._graphs
-        }
+        self._owners = {name: state_tensors(name, manifest.state) for name in self._graphs}
+        self._sessions = load_sessions(
+            bundle, self._graphs, threads=threads, fused=fused, integer_activations=integer_activations
+        )
         self._batch = 1
         # A prompt isn't longer than max_seq_len, whatever a chunk may be, nor is what waits to be injected.
         chunk = min(manifest.limits.prefill_chunk, manifest.limits.max_seq_len)
         self._kept_rows = max(chunk, self._block_size)
-        self._window_size = manifest.drafter.sliding_window if manifest.drafter.is_windowed else None
         self._allocate()
 
     def share_weights(self) -> OnnxRuntimeBackend:
@@ -130,18 +143,16 @@ class OnnxRuntimeBackend(Backend):
         self._stage_seconds: dict[str, float] = {}
         self._head_shape = (self._batch, 0)  # batch and rows of what lies in the buffer `logits`
         self._buffers = self._make_buffers(self._kept_rows)
-        self._starts = {stage: np.zeros(self._batch, np.int64) for stage in ("inject", "draft", "target")}
-        self._window: Window | None = None
-        if self._window_size is not None:
-            self._window = Window(self._window_size, self._kept_rows, self._block_size, self._batch)
-        # One value for each slot; only `select` reads them.
-        self._slots: dict[str, npt.NDArray[Any]] = {
-            "anchors": np.zeros(self._batch, np.int64),
-            "temperature": np.zeros(self._batch, np.float32),
+        self._states = make_states(self._manifest, self._batch, most_rows=self._kept_rows)
+        # Inputs and outputs that have one value for each slot.
+        self._slots = {
+            (name, tensor.name): np.zeros(self._batch, NUMPY_TYPES[tensor.dtype])
+            for name, graph in self._graphs.items()
+            for tensor in graph.inputs
+            if tensor.shape == ("batch",)
         }
         self._capacity = 0
-        self._caches: dict[str, dict[str, npt.NDArray[Any]]] = {"target": {}, "draft": {}}
-        self._bindings: dict[tuple[str, int, int], ort.IOBinding] = {}
+        self._bindings: dict[tuple[GraphRun, int], ort.IOBinding] = {}
         self.reserve(0)
 
     @property
@@ -157,7 +168,7 @@ class OnnxRuntimeBackend(Backend):
     @property
     def cache_bytes(self) -> int:
         """Bytes of all caches now."""
-        return sum(array.nbytes for caches in self._caches.values() for array in caches.values())
+        return sum(array.nbytes for state in self._states.values() for array in state.arrays.values())
 
     def reserve(self, rows: int) -> None:
         """Make room for ``rows`` committed rows and one block; grows the caches when they are full."""
@@ -178,11 +189,13 @@ class OnnxRuntimeBackend(Backend):
     def prefill(self, token_ids: IntArray, start: IntArray, *, inject: bool) -> IntArray:
         """Feed prompt rows; see the protocol."""
         batch, rows = token_ids.shape
+        for state in self._states.values():
+            state.restart(start == 0)
         self._target(token_ids, start)
         if inject:
-            self._inject(start, batch, rows)
+            self._run_at(GraphRun("inject", rows, "inject"), start)
         hidden = self._buffers["hidden"].view(batch, rows)
-        return self._head(hidden[:, -1:], "target_head")[:, 0]
+        return self._head(hidden[:, -1:])[:, 0]
 
     def step(
         self,
@@ -200,13 +213,15 @@ class OnnxRuntimeBackend(Backend):
         if inject is not None:
             places = self._places(inject.start, inject.rows)
             self._buffers["features"].view(batch, inject.rows)[:] = self._kept[places]
-            self._inject(inject.start, batch, inject.rows)
+            self._run_at(GraphRun("inject", inject.rows, "inject"), inject.start)
+        proposal = None
         if verify_len > 1:
             block[:, 1:] = self._draft(block, start, sampling)
-        proposal = self._proposal(batch, verify_len - 1) if verify_len > 1 and sampling is not None else None
+            if sampling is not None and self._drafter.samples:
+                proposal = self._proposal(batch, verify_len - 1)
         self._target(block, start)
         self._kept[self._places(start, verify_len)] = self._buffers["features"].view(batch, verify_len)
-        verified = self._head(self._buffers["hidden"].view(batch, verify_len), "target_head")
+        verified = self._head(self._buffers["hidden"].view(batch, verify_len))
         return StepOutput(drafted=block[:, 1:], verified=verified, proposal=proposal)
 
     def logits(self) -> FloatArray:
@@ -215,11 +230,8 @@ class OnnxRuntimeBackend(Backend):
 
     def clear(self) -> None:
         """Zero caches and buffers."""
-        for caches in self._caches.values():
-            for array in caches.values():
-                array.fill(0)
-        if self._window is not None:
-            self._window.clear()
+        for state in self._states.values():
+            state.clear()
         # Features of a failed step must not be injected by the next sequence either.
         for buffer in self._buffers.values():
             buffer.clear()
@@ -228,7 +240,7 @@ class OnnxRuntimeBackend(Backend):
         """Free sessions and memory."""
         self._bindings.clear()
         self._sessions.clear()
-        self._caches = {"target": {}, "draft": {}}
+        self._states.clear()
         self._buffers = {}
         self._capacity = 0
 
@@ -242,7 +254,7 @@ class OnnxRuntimeBackend(Backend):
         positions = start[:, None] + np.arange(rows)
         return np.arange(start.shape[0])[:, None], positions % self._kept_rows
 
-    # One method per graph. Each fills its inputs, runs, and leaves its outputs in the buffers.
+    # The passes. Each fills its inputs, runs, and leaves its outputs in the buffers.
 
     def _target(self, token_ids: IntArray, start: IntArray) -> None:
         if token_ids.shape[1] == 1 and self._pads_plain_steps:
@@ -250,102 +262,70 @@ class OnnxRuntimeBackend(Backend):
             # and in the caches where the next pass writes.
             token_ids = np.repeat(token_ids, 2, axis=1)
         batch, rows = token_ids.shape
-        self._embed(token_ids)
-        self._starts["target"][:] = start
-        self._run("target", "target", batch, rows)
-
-    def _inject(self, start: IntArray, batch: int, rows: int) -> None:
-        self._starts["inject"][:] = self._draft_rows(start, rows)
-        self._run("inject", "inject", batch, rows)
-
-    def _draft(self, block: IntArray, start: IntArray, sampling: DraftSampling | None) -> IntArray:
-        batch, rows = block.shape[0], block.shape[1] - 1 + self._silent_rows
-        self._embed(block[:, :rows], "draft_embed" if "draft_embed" in self._graphs else "embed")
-        self._starts["draft"][:] = self._draft_rows(start, rows)
-        self._run("draft", "draft", batch, rows)
-        hidden = self._buffers["draft_hidden"].view(batch, rows)[:, self._silent_rows :]
-        if "draft_lm_head" in self._graphs:
-            return self._own_head(hidden)
-        best = self._head(hidden, "draft_head")
-        return self._select(block[:, 0], sampling) if "select" in self._graphs else best
-
-    def _draft_rows(self, start: IntArray, rows: int) -> IntArray:
-        """Where ``rows`` from position ``start`` on lie in the drafter's caches."""
-        if self._window is None:
-            return start
-        return self._window.place(start, rows, self._caches["draft"].values())
-
-    def _embed(self, token_ids: IntArray, graph: str = "embed") -> None:
-        batch, rows = token_ids.shape
         self._buffers["input_ids"].view(batch, rows)[:] = token_ids
-        self._run(graph, "embed", batch, rows)
+        self._run(GraphRun("embed", rows, "embed"), batch)
+        self._run_at(GraphRun("target", rows, "target"), start)
 
-    def _head(self, hidden: npt.NDArray[Any], stage: str) -> IntArray:
+    def _head(self, hidden: npt.NDArray[Any]) -> IntArray:
         batch, rows = self._head_shape = hidden.shape[:2]
         self._buffers["head_hidden"].view(batch, rows)[:] = hidden
-        self._run("lm_head", stage, batch, rows)
-        if stage == "draft_head" and "draft_logits" in self._graphs:
-            self._run("draft_logits", stage, batch, rows)
-        self._check_finite(self._buffers["logits"].view(batch, rows), stage)
+        self._run(GraphRun("lm_head", rows, "target_head", (("hidden", "head_hidden"),)), batch)
+        check_finite(self._buffers["logits"].view(batch, rows), "target_head")
         token_ids: IntArray = self._buffers["token_ids"].view(batch, rows).copy()
         return token_ids
 
-    def _own_head(self, hidden: npt.NDArray[Any]) -> IntArray:
-        """The head of a drafter that has a vocabulary of its own; the tokens are the target's."""
-        batch, rows = hidden.shape[:2]
-        self._buffers["head_hidden"].view(batch, rows)[:] = hidden
-        self._run("draft_lm_head", "draft_head", batch, rows)
-        self._check_finite(self._buffers["own_logits"].view(batch, rows), "draft_head")
-        token_ids: IntArray = self._buffers["token_ids"].view(batch, rows).copy()
-        return token_ids
+    def _draft(self, block: IntArray, start: IntArray, sampling: DraftSampling | None) -> IntArray:
+        """Carry out the drafter's plan; a view of the drafted tokens."""
+        batch, drafts = block.shape[0], block.shape[1] - 1
+        rows = self._drafter.rows(drafts)
+        self._buffers["draft_ids"].view(batch, rows)[:] = block[:, :rows]
+        if self._drafter.samples:
+            self._buffers["uniforms"].view(batch, drafts)[:] = 0 if sampling is None else sampling.uniforms
+        given = {"anchors": block[:, 0], "temperature": 0 if sampling is None else sampling.temperature}
+        for operation in self._draft_step(drafts):
+            if isinstance(operation, GraphRun):
+                for name, values in given.items():
+                    if (operation.graph, name) in self._slots:
+                        self._slots[operation.graph, name][:] = values
+                self._run_at(operation, start)
+            elif isinstance(operation, CopyRows):
+                source = self._buffers[operation.source].view(batch, operation.source_rows)
+                taken = source[:, operation.begin : operation.begin + operation.rows]
+                self._buffers[operation.target].view(batch, operation.rows)[:] = taken
+            else:
+                check_finite(self._buffers[operation.buffer].view(batch, operation.rows), "draft_head")
+        drafted: IntArray = self._buffers["drafted"].view(batch, drafts)
+        return drafted
 
-    def _select(self, anchors: IntArray, sampling: DraftSampling | None) -> IntArray:
-        """Walk through the best candidates of the rows whose logits were just computed."""
-        batch, rows = self._head_shape
-        self._slots["anchors"][:] = anchors
-        self._slots["temperature"][:] = 0 if sampling is None else sampling.temperature
-        self._buffers["uniforms"].view(batch, rows)[:] = 0 if sampling is None else sampling.uniforms
-        self._run("select", "draft_head", batch, rows)
-        token_ids: IntArray = self._buffers["token_ids"].view(batch, rows).copy()
-        return token_ids
-
-    def _proposal(self, batch: int, rows: int) -> Proposal | None:
-        if "select" not in self._graphs:
-            return None
+    def _proposal(self, batch: int, rows: int) -> Proposal:
         views = (self._buffers[name].view(batch, rows).copy() for name in ("candidates", "probabilities"))
         return Proposal(*views)
 
-    def _check_finite(self, logits: npt.NDArray[Any], stage: str) -> None:
-        # A sum is finite only if every term is; it costs a tenth of looking at each term. A finite
-        # row may still overflow it, so that what looks wrong is looked at again.
-        with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(logits.sum()):
-                return
-        bad = ~np.isfinite(logits)
-        if bad.any():
-            raise NumericalError(
-                "a step gave logits that are not finite",
-                found=f"{int(bad.sum())} of {bad.size} values of {stage} are NaN or infinite",
-                expected="finite logits",
-                remedy="check the bundle with `dflash-export inspect`; in fp16, build with bf16 or fp32",
-            )
+    def _run_at(self, run: GraphRun, start: IntArray) -> None:
+        """Run a graph for positions from ``start [batch]`` on, if it has any."""
+        if (run.graph, "start") in self._slots:
+            for name in dict.fromkeys(self._owners[run.graph].values()):
+                start = self._states[name].place(start, run.rows)
+            self._slots[run.graph, "start"][:] = start
+        self._run(run, start.shape[0])
 
-    def _run(self, graph: str, stage: str, batch: int, rows: int) -> None:
-        binding = self._bindings.get((graph, batch, rows))
+    def _run(self, run: GraphRun, batch: int) -> None:
+        binding = self._bindings.get((run, batch))
         if binding is None:
-            binding = self._bindings[graph, batch, rows] = self._bind(graph, batch, rows)
-        session = self._sessions[graph]
+            binding = self._bindings[run, batch] = self._bind(run, batch)
+        session = self._sessions[run.graph]
         begin = time.perf_counter()
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's own classes share no public base
             raise BackendError(
-                f"ONNX Runtime failed in graph {graph}",
+                f"ONNX Runtime failed in graph {run.graph}",
                 found=str(error),
-                expected=f"a run of {batch} x {rows} rows",
+                expected=f"a run of {batch} x {run.rows} rows",
                 remedy="check the bundle with `dflash-export inspect`; if it is whole, report this",
             ) from error
-        self._stage_seconds[stage] = self._stage_seconds.get(stage, 0.0) + time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self._stage_seconds[run.stage] = self._stage_seconds.get(run.stage, 0.0) + seconds
 
     # Memory and bindings.
 
@@ -369,50 +349,43 @@ class OnnxRuntimeBackend(Backend):
             "logits": make("lm_head", "logits", block),
             "token_ids": make("lm_head", "token_ids", block),
         }
-        if "draft_lm_head" in self._graphs:
-            buffers["own_logits"] = make("draft_lm_head", "logits", block)
-        if "select" in self._graphs:
-            buffers |= {
-                name: make("select", name, block) for name in ("uniforms", "candidates", "probabilities")
-            }
+        for run in self._drafter.step(block - 1):
+            if not isinstance(run, GraphRun):
+                continue
+            spec = self._graphs[run.graph]
+            for tensor in (*spec.inputs, *spec.outputs):
+                name = run.buffer(tensor.name)
+                if name in buffers or "rows" not in tensor.shape:
+                    continue
+                shared = buffers.get(_SHARED.get(name, ""))
+                if shared is None or not shared.fits(tensor):
+                    shared = HostBuffer(tensor, self._batch, run.rows)
+                buffers[name] = shared
         return buffers
 
-    def _bind(self, graph: str, batch: int, rows: int) -> ort.IOBinding:
+    def _bind(self, run: GraphRun, batch: int) -> ort.IOBinding:
         """One binding per graph and shape, kept until the caches move."""
-        spec = self._graphs[graph]
-        binding = self._sessions[graph].io_binding()
-        caches = self._caches["target" if graph == "target" else "draft"]
+        spec, owners = self._graphs[run.graph], self._owners[run.graph]
+        binding = self._sessions[run.graph].io_binding()
+        inputs = {name: array for state in self._states.values() for name, array in state.inputs.items()}
 
-        def memory(tensor: TensorSpec, is_output: bool) -> npt.NDArray[Any]:
-            name = tensor.name
-            if name == "start":
-                return self._starts[graph]
-            if name == "offset":
-                assert self._window is not None
-                return self._window.offset
-            if name in self._slots:
-                return self._slots[name]
-            cache = caches.get(spec.aliases.get(name, name) if is_output else name)
-            if cache is not None and graph in ("target", "inject", "draft"):
-                return cache
-            if name == "hidden" and graph in ("lm_head", "draft_lm_head", "select"):
-                name = "head_hidden"
-            elif name == "logits" and graph == "draft_lm_head":
-                name = "own_logits"
-            elif name == "hidden" and graph == "draft":
-                name = "draft_hidden"
-            elif name == output_name("logits"):
-                name = "logits"  # multiplier and softcap work in place
-            return self._buffers[name].view(batch, rows)
+        def memory(tensor: TensorSpec) -> npt.NDArray[Any]:
+            name = spec.aliases.get(tensor.name, tensor.name)
+            if name in owners:
+                return self._states[owners[name]].arrays[name]
+            if name in inputs:
+                return inputs[name]
+            if (run.graph, name) in self._slots:
+                return self._slots[run.graph, name]
+            return self._buffers[run.buffer(name)].view(batch, run.rows)
 
-        def bind(tensors: tuple[TensorSpec, ...], attach: Callable[..., None], is_output: bool) -> None:
+        def bind(tensors: tuple[TensorSpec, ...], attach: Callable[..., None]) -> None:
             for tensor in tensors:
-                array = memory(tensor, is_output)
-                onnx_type = STORAGE[tensor.dtype][1]
-                attach(tensor.name, "cpu", 0, onnx_type, array.shape, array.ctypes.data)
+                array = memory(tensor)
+                attach(tensor.name, "cpu", 0, ONNX_TYPES[tensor.dtype], array.shape, array.ctypes.data)
 
-        bind(spec.inputs, binding.bind_input, False)
-        bind(spec.outputs, binding.bind_output, True)
+        bind(spec.inputs, binding.bind_input)
+        bind(spec.outputs, binding.bind_output)
         return binding
 
     def _grow(self, capacity: int) -> None:
@@ -420,55 +393,9 @@ class OnnxRuntimeBackend(Backend):
 
         All of them are allocated before any is moved, so that a lack of memory leaves everything as it was.
         """
-        draft_capacity = capacity if self._window is None else min(capacity, self._window.rows)
-        grown = {
-            graph: {
-                tensor.name: _new_cache(tensor, self._batch, rows)
-                for tensor in self._graphs[graph].inputs
-                if "capacity" in tensor.shape
-            }
-            for graph, rows in (("target", capacity), ("draft", draft_capacity))
-        }
+        grown = {name: state.allocate(capacity) for name, state in self._states.items()}
         self._bindings.clear()
         self._capacity = 0  # until every cache is moved: an interruption here makes the next call grow again
-        for graph, caches in grown.items():
-            for name, cache in caches.items():
-                old = self._caches[graph].pop(name, None)  # freed before the next one is copied
-                if old is not None:
-                    rows = min(old.shape[2], cache.shape[2])
-                    cache[:, :, :rows] = old[:, :, :rows]
-                self._caches[graph][name] = cache
+        for name, caches in grown.items():
+            self._states[name].move(caches)
         self._capacity = capacity
-
-
-def _new_cache(tensor: TensorSpec, batch: int, rows: int) -> npt.NDArray[Any]:
-    sizes = {"batch": batch, "capacity": rows}
-    shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
-    return zeros(shape, tensor.dtype, f"a cache of {rows} rows")
-
-
-def _path(bundle: Bundle, graph: str, fused: bool | None) -> str:
-    found = None if fused is False else bundle.fused_path(graph)
-    return str(found or bundle.graph_path(graph))
-
-
-def _load(graph: str, path: str, threads: int | None, integer_activations: bool) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    # A lookup needs no pool of threads.
-    options.intra_op_num_threads = 1 if graph in ("embed", "draft_embed") else (threads or 0)
-    options.inter_op_num_threads = 1
-    # Without this the idle threads of one session spin for milliseconds into the run of the next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if integer_activations:
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")  # int8
-    else:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")  # constants are folded
-    try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own classes share no public base
-        raise BackendError(
-            f"ONNX Runtime {ort.__version__} can't load graph {graph}",
-            found=str(error),
-            expected="a graph of opset 24 whose operators have CPU kernels of its precision",
-            remedy="use onnxruntime 1.32 or newer; on a CPU, build the bundle with --precision fp32",
-        ) from error

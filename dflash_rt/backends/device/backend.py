@@ -101,7 +101,7 @@ class DeviceBackend(Backend):
         )
         self._mask_token_id = manifest.drafter.mask_token_id
         self._vocab_size = manifest.target.vocab_size
-        self._selects = "select" in manifest.graphs
+        self._samples = planner.drafter.samples
         scratch = self._load(options.memory_limit)
         self._memory = memory = Memory(device, planner.layout)
         scratch_address = device.allocate(scratch) if scratch else 0
@@ -109,7 +109,7 @@ class DeviceBackend(Backend):
         self._staging = deque(memory.new_readback() for _ in range(_DEPTH))
         self._logits = memory.new_staging("logits")
         self._proposals = {
-            each: memory.new_staging(each) for each in ("candidates", "probabilities") if self._selects
+            each: memory.new_staging(each) for each in ("candidates", "probabilities") if self._samples
         }
         self._launched: deque[_Launched] = deque()
         self._seconds = 0.0
@@ -219,7 +219,7 @@ class DeviceBackend(Backend):
         self._forget()
         self._launch(verify_len, anchors, start, sampling)
         output = self.collect()
-        if sampling is None or not self._selects or verify_len == 1:
+        if sampling is None or not self._samples or verify_len == 1:
             return output
         return StepOutput(output.drafted, output.verified, self._proposal(verify_len - 1))
 
@@ -244,7 +244,7 @@ class DeviceBackend(Backend):
         sampling: DraftSampling | None,
     ) -> None:
         with self._timed():
-            if self._selects:
+            if self._samples:
                 self._set_sampling(sampling, verify_len)
             if anchors is not None and start is not None:
                 self._memory.write("anchors", anchors)

@@ -11,10 +11,9 @@ import numpy.typing as npt
 from dflash_rt.arrays import IntArray
 from dflash_rt.backends.device.plan import Copy, Layout
 from dflash_rt.backends.device.protocols import Bytes, Device, Event
+from dflash_rt.bundle.dtypes import NUMPY_TYPES
 
 __all__ = ["Memory", "Readback"]
-
-_NUMPY = {"int64": np.int64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Memory:
 
     def as_array(self, name: str, staging: Bytes, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """A view of downloaded bytes; bfloat16 comes as its bits."""
-        dtype = np.dtype(_NUMPY[self.layout.buffers[name].dtype])
+        dtype = np.dtype(NUMPY_TYPES[self.layout.buffers[name].dtype])
         return staging[: int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
 
     def copy(self, copy: Copy) -> None:

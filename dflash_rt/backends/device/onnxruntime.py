@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dflash_rt.backends.device.plan import Run
 from dflash_rt.backends.device.protocols import Device, Work
+from dflash_rt.bundle.dtypes import ONNX_TYPES
 from dflash_rt.bundle.onnx_scan import weight_bytes
 from dflash_rt.errors import BackendError
 
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
     from dflash_rt.bundle.folder import Bundle
 
 __all__ = ["OnnxRuntimeEngines"]
-
-# What onnx.TensorProto calls the types; bfloat16 has no numpy type.
-_ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 
 
 class OnnxRuntimeEngines:
@@ -64,11 +62,11 @@ class OnnxRuntimeEngines:
         place = "cuda" if self._cuda else "cpu"
         for item in run.inputs:
             binding.bind_input(
-                item.tensor, place, 0, _ONNX_TYPES[item.dtype], item.shape, address(item.buffer)
+                item.tensor, place, 0, ONNX_TYPES[item.dtype], item.shape, address(item.buffer)
             )
         for item in run.outputs:
             binding.bind_output(
-                item.tensor, place, 0, _ONNX_TYPES[item.dtype], item.shape, address(item.buffer)
+                item.tensor, place, 0, ONNX_TYPES[item.dtype], item.shape, address(item.buffer)
             )
         options = ort.RunOptions()
         if self._cuda:
@@ -97,36 +95,29 @@ class OnnxRuntimeEngines:
         self._sessions.clear()
 
     def _load(self, graph: str, device: Device) -> Any:
-        import onnxruntime as ort
+        from dflash_rt.backends.onnxruntime_session import open_session
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1 if graph in ("embed", "draft_embed") else (self._threads or 0)
-        options.inter_op_num_threads = 1
-        # Without this the idle threads of one session spin for milliseconds into the run of the next.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        path = self._bundle.fused_path(graph, on_gpu=self._cuda) if self._fused else None
+        lookup = self._bundle.manifest.graphs[graph].is_lookup
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._cuda:
-            # Errors alone: each load warns that shapes are computed on the CPU. They are the same in each run
-            # that a graph was captured for.
-            options.log_severity_level = 3
             cuda = {"device_id": "0", "user_compute_stream": str(device.stream)}
             # Graphs are captured by us, and still it has to think that it does. Otherwise it frees pinned
             # buffers in callbacks on the stream, which a captured graph would call again at each launch, and
             # which end the process when they outlive the session. Its own arena only grows by what is asked.
             cuda |= {"enable_cuda_graph": "1", "arena_extend_strategy": "kSameAsRequested"}
             providers.insert(0, ("CUDAExecutionProvider", cuda))
-        try:
-            path = self._bundle.fused_path(graph, on_gpu=self._cuda) if self._fused else None
-            path = path or self._bundle.graph_path(graph)
-            session = ort.InferenceSession(str(path), options, providers=providers)
-        except Exception as error:  # ONNX Runtime's own classes share no public base
-            raise BackendError(
-                f"ONNX Runtime {ort.__version__} can't load graph {graph}",
-                found=str(error),
-                expected="a graph of opset 24 whose operators have kernels of its precision",
-                remedy=f"use {'onnxruntime-gpu 1.31' if self._cuda else 'onnxruntime 1.32'} or newer; "
-                "on a CPU, build the bundle with --precision fp32",
-            ) from error
+        session = open_session(
+            graph,
+            path or self._bundle.graph_path(graph),
+            threads=1 if lookup else self._threads,
+            config={},
+            providers=providers,
+            # Errors alone: each load warns that shapes are computed on the CPU. They are the same in each run
+            # that a graph was captured for.
+            log_severity=3 if self._cuda else None,
+            package="onnxruntime-gpu 1.31" if self._cuda else "onnxruntime 1.32",
+        )
         # ONNX Runtime falls back to the CPU with a warning only; tensors on the GPU would then be copied.
         if self._cuda and "CUDAExecutionProvider" not in session.get_providers():
             raise BackendError(

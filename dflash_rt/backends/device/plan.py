@@ -20,20 +20,14 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from dflash_rt.bundle.manifest import TensorSpec
+from dflash_rt.bundle.dtypes import item_size
 
-__all__ = ["Binding", "Buffer", "Copy", "Layout", "Operation", "Run", "item_size"]
+__all__ = ["Binding", "Buffer", "Copy", "Layout", "Operation", "Run"]
 
 # What TensorRT asks of addresses; also what cudaMalloc gives.
 ALIGNMENT = 256
-_ITEM_SIZES = {"float32": 4, "int64": 8, "float16": 2, "bfloat16": 2}
 
 BufferKind: TypeAlias = Literal["cache", "state", "constant", "activation", "readback"]
-
-
-def item_size(dtype: str) -> int:
-    """Bytes of one value."""
-    return _ITEM_SIZES[dtype]
 
 
 @dataclass(frozen=True)
@@ -119,9 +113,3 @@ class Layout:
     def bytes_of(self, *kinds: BufferKind) -> int:
         """Bytes of the buffers of these kinds, without the gaps between them."""
         return sum(buffer.nbytes for buffer in self.buffers.values() if buffer.kind in kinds)
-
-
-def sized(spec: TensorSpec, batch: int, rows: int, capacity: int) -> tuple[int, ...]:
-    """The shape of a tensor with numbers for its symbolic axes."""
-    sizes = {"batch": batch, "rows": rows, "capacity": capacity}
-    return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape)

@@ -12,11 +12,12 @@ from dflash_rt.backends.device.plan import (
     Layout,
     Operation,
     Run,
-    item_size,
-    sized,
 )
+from dflash_rt.bundle.contract import drafter_of, state_tensors
+from dflash_rt.bundle.dtypes import item_size
 from dflash_rt.bundle.graph_names import STEP_GRAPHS
 from dflash_rt.bundle.manifest import Manifest, TensorSpec
+from dflash_rt.drafters.base import CopyRows, GraphRun
 from dflash_rt.errors import BackendError
 
 __all__ = ["STATE", "Planner"]
@@ -27,8 +28,6 @@ STATE = ("start", "anchors", "inject_start")
 # Tensor -> the buffer that it lies in, where that isn't the one of its name.
 _OWN_NAMES: Mapping[str, str] = {}
 _NEXT = {"anchors": "next_anchors", "start.out": "next_start"}
-
-_CACHED = {"target": "target", "inject": "draft", "draft": "draft"}  # graph -> whose caches
 
 
 class Planner:
@@ -60,15 +59,9 @@ class Planner:
         self.block_size = manifest.drafter.block_size
         self.most_rows = max(prefill_chunk, self.block_size)
         self.prefill_rows = _prefill_rows(prefill_chunk, self.block_size)
-        # Rows of a draft pass that draft nothing: the anchor's, unless it drafts too.
-        self._silent = 0 if manifest.drafter.samples_from_anchor else 1
-        self._draft_embed = "draft_embed" if "draft_embed" in manifest.graphs else "embed"
-        self._draft_head = "draft_lm_head" if "draft_lm_head" in manifest.graphs else "lm_head"
+        self.drafter = drafter_of(manifest)
+        self._state = manifest.state
         self.layout = Layout.of(self._buffers())
-
-    def draft_rows(self, verify_len: int) -> int:
-        """Rows of the draft pass of a step of ``verify_len`` rows."""
-        return verify_len - 1 + self._silent
 
     # --- Plans ---
 
@@ -119,25 +112,22 @@ class Planner:
         return tuple(plan)
 
     def _draft(self, verify_len: int) -> Iterator[Operation]:
-        """Fill ``drafted`` with ``verify_len - 1`` tokens."""
-        rows, drafts = self.draft_rows(verify_len), verify_len - 1
-        ids, hidden, logits = f"draft_ids.{rows}", "draft_hidden", "draft_logits"
-        yield self._copy_rows("anchors", 1, 0, ids, rows, 0, 1)  # the other columns are masks, always
-        yield self._run(self._draft_embed, rows, {"input_ids": ids})
-        yield self._run("draft", rows, {"hidden": hidden})
-        if self._silent:
-            yield self._copy_rows(hidden, rows, 1, "head_hidden", drafts, 0, drafts)
-            hidden = "head_hidden"
-        names = {"hidden": hidden, "logits": logits, "token_ids": "drafted"}
-        yield self._run(self._draft_head, drafts, names)
-        if "draft_logits" in self._graphs:
-            names = {"logits": logits, "logits.out": "draft_logits.out", "token_ids": "drafted"}
-            yield self._run("draft_logits", drafts, names)
-            logits = "draft_logits.out"
-        yield self._run("draft_check", drafts, {"logits": logits, "finite": "draft_finite"})
-        if "select" in self._graphs:
-            names = {"hidden": hidden, "logits": logits, "token_ids": "drafted"}
-            yield self._run("select", drafts, names)
+        """The drafter's plan. Fills ``drafted`` with ``verify_len - 1`` tokens."""
+        drafts = verify_len - 1
+        ids = f"draft_ids.{self.drafter.rows(drafts)}"
+        # The other columns are masks, always.
+        yield self._copy_rows("anchors", 1, 0, ids, self.drafter.rows(drafts), 0, 1)
+        for step in self.drafter.step(drafts):
+            if isinstance(step, GraphRun):
+                names = dict(step.buffers)
+                yield self._run(
+                    step.graph, step.rows, {k: ids if v == "draft_ids" else v for k, v in names.items()}
+                )
+            elif isinstance(step, CopyRows):
+                rows = step.rows
+                yield self._copy_rows(step.source, step.source_rows, step.begin, step.target, rows, 0, rows)
+            else:
+                yield self._run("draft_check", step.rows, {"logits": step.buffer, "finite": "draft_finite"})
 
     # --- Operations ---
 
@@ -145,12 +135,13 @@ class Planner:
         self, graph: str, rows: int, names: Mapping[str, str] = _OWN_NAMES, *, prefill: bool = False
     ) -> Run:
         """``names``: buffers of the tensors that don't lie in the buffer of their own name."""
-        spec, owner = self._graphs[graph], _CACHED.get(graph)
+        spec, owners = self._graphs[graph], state_tensors(graph, self._state)
 
         def bind(tensor: TensorSpec) -> Binding:
             name = spec.aliases.get(tensor.name, tensor.name)
-            buffer = f"{owner}.{name}" if "capacity" in tensor.shape else names.get(name, name)
-            return Binding(tensor.name, buffer, sized(tensor, self._batch, rows, self.capacity), tensor.dtype)
+            buffer = f"{owners[name]}.{name}" if name in owners else names.get(name, name)
+            shape = tensor.sized(batch=self._batch, rows=rows, capacity=self.capacity)
+            return Binding(tensor.name, buffer, shape, tensor.dtype)
 
         return Run(graph, tuple(map(bind, spec.inputs)), tuple(map(bind, spec.outputs)), prefill)
 
@@ -167,23 +158,13 @@ class Planner:
     # --- Buffers ---
 
     def _buffers(self) -> Iterator[Buffer]:
-        block, drafts = self.block_size, self.block_size - 1
+        block = self.block_size
         for name in ("embeddings", "hidden", "features"):
             yield self._buffer("target", name, self.most_rows)
         yield self._buffer("embed", "input_ids", self.most_rows)
         yield self._buffer("lm_head", "hidden", block, "head_hidden")
         yield self._buffer("lm_head", "logits", block)
-        yield self._buffer("draft", "hidden", block, "draft_hidden")
-        yield self._buffer(self._draft_head, "logits", drafts, "draft_logits")
-        if "draft_logits" in self._graphs:
-            yield self._buffer("draft_logits", "logits.out", drafts, "draft_logits.out")
-        if "select" in self._graphs:
-            for name in ("temperature", "uniforms", "candidates", "probabilities"):
-                yield self._buffer("select", name, drafts)
-        yield self._buffer(self._draft_head, "token_ids", drafts, "drafted")
-        for verify_len in range(2, block + 1):
-            rows = self.draft_rows(verify_len)
-            yield self._buffer(self._draft_embed, "input_ids", rows, f"draft_ids.{rows}", "constant")
+        yield from self._draft_buffers({"embeddings", "head_hidden", *STATE})
         yield Buffer("offset", "int64", (self._batch,), "constant")
         for name in ("next_start", "next_anchors"):
             yield Buffer(name, "int64", (self._batch,))
@@ -198,17 +179,32 @@ class Planner:
             yield Buffer(name, "int64", (self._batch,), "readback")
 
     def _caches(self) -> Iterator[Buffer]:
-        for graph in ("target", "draft"):
-            for tensor in self._graphs[graph].inputs:
-                if "capacity" in tensor.shape:
-                    yield self._buffer(graph, tensor.name, 1, f"{graph}.{tensor.name}", "cache")
+        for state in self._state:
+            for name in state.tensors:
+                yield self._buffer(state.graphs[0], name, 1, f"{state.name}.{name}", "cache")
+
+    def _draft_buffers(self, present: set[str]) -> Iterator[Buffer]:
+        """Those that the drafter's plan names, at their largest; ``present`` are made already."""
+        for run in self.drafter.step(self.block_size - 1):
+            if not isinstance(run, GraphRun):
+                continue
+            spec, owners = self._graphs[run.graph], state_tensors(run.graph, self._state)
+            for tensor in (*spec.inputs, *spec.outputs):
+                name = run.buffer(tensor.name)
+                if name == "draft_ids":
+                    for drafts in range(1, self.block_size):
+                        rows = self.drafter.rows(drafts)
+                        yield self._buffer(run.graph, tensor.name, rows, f"draft_ids.{rows}", "constant")
+                elif spec.aliases.get(name, name) not in owners and name not in (*present, "offset"):
+                    present.add(name)
+                    yield self._buffer(run.graph, tensor.name, run.rows, name)
 
     def _buffer(
         self, graph: str, tensor: str, rows: int, name: str = "", kind: BufferKind = "activation"
     ) -> Buffer:
         spec = self._graphs[graph]
         (found,) = (each for each in (*spec.inputs, *spec.outputs) if each.name == tensor)
-        shape = sized(found, self._batch, rows, self.capacity)
+        shape = found.sized(batch=self._batch, rows=rows, capacity=self.capacity)
         return Buffer(name or tensor, found.dtype, shape, kind)
 
 

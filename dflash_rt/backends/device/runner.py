@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from dflash_rt.arrays import FloatArray
 from dflash_rt.backends.device.memory import Memory, Readback
 from dflash_rt.backends.device.plan import Copy, Operation, Run
 from dflash_rt.backends.device.planner import STATE, Planner
 from dflash_rt.backends.device.protocols import Captured, Device, Engines, Work
+from dflash_rt.bundle.dtypes import as_float32
 from dflash_rt.errors import BackendError
 
 __all__ = ["Runner"]
@@ -91,7 +89,7 @@ class Runner:
         step = self._steps.get(key)
         if step is None:
             operations = self._planner.step(verify_len, inject=inject)
-            step = self._steps[key] = _Step(operations, scratch=_computed(operations))
+            step = self._steps[key] = _Step(operations, scratch=self._computed(operations))
         if not self._graphs or not step.warm:
             step.warm = True
             self._enqueue(step.operations)
@@ -143,7 +141,7 @@ class Runner:
         ]
         rows = {
             "features": verify_len,
-            "draft_hidden": self._planner.draft_rows(verify_len) if verify_len > 1 else 0,
+            "draft_hidden": self._planner.drafter.rows(verify_len - 1) if verify_len > 1 else 0,
         }
         differing += [name for name, count in rows.items() if count and not self._same(name, count)]
         if differing:
@@ -171,7 +169,7 @@ class Runner:
         for name in step.scratch:
             self._memory.zero(name)
         for operation in step.operations:
-            if isinstance(operation, Copy) and _is_constant(operation.target):
+            if isinstance(operation, Copy) and self._is_constant(operation.target):
                 # Of these only the anchor's column is written, the others stay.
                 self._memory.copy(replace(operation, source="offset", source_at=0))
         launch()
@@ -181,35 +179,26 @@ class Runner:
         self._device.wait(self._device.record_event())
         return self._memory.readback(self._readbacks[slot])
 
+    def _computed(self, operations: Iterable[Operation]) -> tuple[str, ...]:
+        """Buffers that a step writes before it reads them: a graph must not take them from an earlier one."""
+        names: dict[str, None] = {}
+        for operation in operations:
+            if isinstance(operation, Run):
+                names |= dict.fromkeys(item.buffer for item in operation.outputs)
+            elif not self._is_constant(operation.target):
+                names[operation.target] = None
+        kept, buffers = {*STATE, "features"}, self._memory.layout.buffers
+        return tuple(name for name in names if name not in kept and buffers[name].kind != "cache")
+
+    def _is_constant(self, name: str) -> bool:
+        return self._memory.layout.buffers[name].kind == "constant"
+
     def _same(self, name: str, rows: int) -> bool:
         """Up to what kernels may round differently from run to run."""
         spec = self._memory.layout.buffers[_SEEN[name]]
         shape = (spec.shape[0], rows, *spec.shape[2:])
         first, second = (
-            _floats(self._memory.as_array(name, staging[_SEEN[name]], shape)) for staging in self._seen
+            as_float32(self._memory.as_array(name, staging[_SEEN[name]], shape)) for staging in self._seen
         )
         error = float(np.abs(first - second).max())
         return error <= _ROUNDING[spec.dtype] * float(np.abs(second).max())  # also False for NaN
-
-
-def _floats(values: npt.NDArray[Any]) -> FloatArray:
-    if values.dtype == np.uint16:  # the bits of bfloat16 are the upper half of a float32's
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
-
-
-def _computed(operations: Iterable[Operation]) -> tuple[str, ...]:
-    """Buffers that a step writes before it reads them: a graph must not take them from an earlier step."""
-    kept = {*STATE, "features"}
-    names: dict[str, None] = {}
-    for operation in operations:
-        if isinstance(operation, Copy):
-            if not _is_constant(operation.target):
-                names[operation.target] = None
-        else:
-            names |= dict.fromkeys(item.buffer for item in operation.outputs)
-    return tuple(name for name in names if name not in kept and ".key." not in name and ".value." not in name)
-
-
-def _is_constant(name: str) -> bool:
-    return name.startswith("draft_ids.")

@@ -14,7 +14,6 @@ import pytest
 
 from dflash_rt import Bundle
 from dflash_rt.backends import create_backend, takes_threads
-from dflash_rt.backends.device import runner
 from dflash_rt.backends.device.budget import Budget
 from dflash_rt.backends.device.cuda import CudaDevice
 from dflash_rt.backends.device.host import HostDevice
@@ -22,6 +21,7 @@ from dflash_rt.backends.device.memory import Memory
 from dflash_rt.backends.device.plan import ALIGNMENT, Buffer, Copy, Layout
 from dflash_rt.backends.device.planner import Planner, _prefill_rows
 from dflash_rt.backends.device.protocols import Device
+from dflash_rt.bundle.dtypes import as_float32
 from dflash_rt.errors import BackendError, BackendUnavailableError, DeviceError, EngineError, RequestError
 from tests.rt.bundle_maker import write_bundle
 from tests.rt.fake_cuda import FakeRuntime
@@ -342,5 +342,5 @@ def test_threads_are_refused_where_they_do_nothing(bundle: Bundle) -> None:
 def test_bfloat16_is_compared_by_value() -> None:
     """It comes as its bits: 1.5, -2 and infinity."""
     bits = np.array([0x3FC0, 0xC000, 0x7F80], np.uint16)
-    assert runner._floats(bits).tolist() == [1.5, -2.0, float("inf")]
-    assert runner._floats(np.array([0.5], np.float16)).tolist() == [0.5]
+    assert as_float32(bits).tolist() == [1.5, -2.0, float("inf")]
+    assert as_float32(np.array([0.5], np.float16)).tolist() == [0.5]

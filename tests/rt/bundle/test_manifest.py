@@ -106,7 +106,7 @@ def test_to_json_is_deterministic_and_read_back_equal() -> None:
 
 def test_to_json_has_exactly_this_layout() -> None:
     text = manifest_json(read(manifest_document()))
-    assert text.startswith('{\n  "format": "dflash-bundle",\n  "format_version": 2,\n  "name": "tiny",\n')
+    assert text.startswith('{\n  "format": "dflash-bundle",\n  "format_version": 3,\n  "name": "tiny",\n')
     assert '\n  "limits": {"max_seq_len": 64, "prefill_chunk": 8},\n' in text
     tensor = '{"name": "key.0", "dtype": "float32", "shape": ["batch", 2, "capacity", 4]}'
     assert f"\n        {tensor},\n" in text
@@ -159,10 +159,10 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
     "null": ("null", ["not the manifest of a DFlash bundle"]),
     "another format": ('{"format": "gguf"}', ["not the manifest of a DFlash bundle", "'gguf'"]),
     "no format": ("{}", ["not the manifest of a DFlash bundle"]),
-    "newer version": ('{"format": "dflash-bundle", "format_version": 3}', ["newer", "upgrade dflash_rt"]),
+    "newer version": ('{"format": "dflash-bundle", "format_version": 4}', ["newer", "upgrade dflash_rt"]),
     "version 1": (
         '{"format": "dflash-bundle", "format_version": 1, "name": "old"}',
-        ["format_version 1, which is older", "expected: format_version 2", "build the bundle again"],
+        ["format_version 1, which is older", "expected: format_version 3", "build the bundle again"],
     ),
     "older version": ('{"format": "dflash-bundle", "format_version": 0}', ["format_version 0", "build"]),
     "no version": ('{"format": "dflash-bundle"}', ["format_version None", "build"]),
