@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -93,3 +94,28 @@ def test_links_lead_somewhere() -> None:
         if "://" not in link and not (page.parent / link).exists()
     ]
     assert lost == []
+
+
+def test_names_in_the_docs_are_there() -> None:
+    """Paths of files, and dotted names of the packages."""
+    lost = []
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", *ROOT.glob("*/README.md")]:
+        text = page.read_text(encoding="utf-8")
+        paths = set(re.findall(r"`((?:dflash_\w+|tests|benchmarks|examples|docs)/[\w./]+)`", text))
+        names = set(re.findall(r"`(dflash_(?:rt|export|bench)(?:\.\w+)+)`", text))
+        lost += [f"{page.name}: {path}" for path in paths if not (ROOT / path).exists()]
+        lost += [f"{page.name}: {name}" for name in names if not is_there(name)]
+    assert lost == []
+
+
+def is_there(name: str) -> bool:
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:length]))
+        except ImportError:
+            continue
+        for attribute in parts[length:]:
+            found = getattr(found, attribute, None)
+        return found is not None
+    return False
