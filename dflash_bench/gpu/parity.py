@@ -13,8 +13,8 @@ from typing import Any
 
 from dflash_bench.gpu.backend_spec import BackendSpec
 from dflash_bench.gpu.bundles import DTYPES, Made
-from dflash_export.parity.error_stats import ErrorMeter
-from dflash_export.parity.limits import classify, compare_steps, first_difference, shortfalls
+from dflash_export.parity.error_stats import ErrorCollector
+from dflash_export.parity.limits import classify, compare_steps, first_difference, logit_gaps
 from dflash_export.reference import (
     generate_greedy,
     generate_reference,
@@ -26,16 +26,16 @@ from dflash_export.reference import (
 from dflash_export.sources.resolve import resolve_drafter, resolve_target
 from dflash_rt import Generator, SamplingParams
 
-__all__ = ["ParityResult", "Run", "judge_run", "run_parity"]
+__all__ = ["ParityResult", "Run", "classify_run", "run_parity"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One decoding of one prompt, and its tokens' shortfalls: PyTorch's best logit in fp32 less theirs."""
+    """One decoding of one prompt, and its tokens' logit gaps: PyTorch's best logit in fp32 less theirs."""
 
     name: str
     token_ids: tuple[int, ...]
-    shortfalls: tuple[float, ...]
+    logit_gaps: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ParityResult:
         near_ties, bugs: the others, sorted by ``bound``.
         answers, equal_answers: prompts, and those with exactly the tokens that PyTorch decoded in the
             bundle's precision.
-        worst: the largest shortfall.
+        worst: the largest logit_gap.
     """
 
     pair: str
@@ -76,9 +76,9 @@ class ParityResult:
         return {**asdict(self), "verdict": self.verdict}
 
 
-def judge_run(run: Run, bound: float) -> tuple[int, int, int]:
+def classify_run(run: Run, bound: float) -> tuple[int, int, int]:
     """How many tokens are equal, near ties and bugs."""
-    verdicts = [classify(value, bound, same=value == 0) for value in run.shortfalls]
+    verdicts = [classify(value, bound, same=value == 0) for value in run.logit_gaps]
     return verdicts.count("equal"), verdicts.count("near tie"), verdicts.count("bug")
 
 
@@ -101,7 +101,7 @@ def run_parity(
     coarse = (
         load_target(resolve_target(made.target), dtype).to(device) if manifest.precision != "fp32" else exact
     )
-    repeated, noise = ErrorMeter("PyTorch in fp32"), ErrorMeter(f"PyTorch in {manifest.precision}")
+    repeated, noise = ErrorCollector("PyTorch in fp32"), ErrorCollector(f"PyTorch in {manifest.precision}")
     names = ("drafted", "plain", "PyTorch")
     runs: dict[str, list[Run]] = {name: [] for name in names}
     steps: list[tuple[int, ...]] = []
@@ -131,7 +131,7 @@ def run_parity(
             tokens["PyTorch"] = greedy.token_ids
             for name in names:
                 forced = teacher_forced(exact, prompt, tokens[name])
-                found = shortfalls(forced.logits, tokens[name])
+                found = logit_gaps(forced.logits, tokens[name])
                 runs[name].append(Run(name, tokens[name], tuple(found.tolist())))
                 if coarse is not exact:
                     noise.add(teacher_forced(coarse, prompt, tokens[name]).logits, forced.logits)
@@ -164,7 +164,7 @@ def _summarise(
     steps: Sequence[Sequence[int]] | None,
     agreed: str | None,
 ) -> ParityResult:
-    judged = [judge_run(run, bound) for run in runs]
+    judged = [classify_run(run, bound) for run in runs]
     same = [
         first_difference(run.token_ids, other.token_ids) is None
         for run, other in zip(runs, pytorch, strict=True)
@@ -181,7 +181,7 @@ def _summarise(
         bugs=sum(counts[2] for counts in judged),
         answers=len(runs),
         equal_answers=sum(same),
-        worst=max(max(run.shortfalls) for run in runs),
+        worst=max(max(run.logit_gaps) for run in runs),
         bound=bound,
         tokens_per_step=sum(len(run.token_ids) - 1 for run in runs) / taken if taken else None,
         steps_as_reference=agreed if steps is not None else None,

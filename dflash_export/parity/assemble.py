@@ -12,9 +12,9 @@ import torch
 
 from dflash_export.parity.drafting import drafting_at
 from dflash_export.parity.limits import make_limits
-from dflash_export.parity.measure import Evidence, Meters
+from dflash_export.parity.measure import ErrorCollectors, Measurements
 from dflash_export.parity.report import ReferenceDrafting, VerifyReport
-from dflash_export.parity.verdicts import find_problems, find_warnings, judge
+from dflash_export.parity.verdicts import classify_prompt, find_problems, find_warnings
 from dflash_export.sources.resolve import Source
 from dflash_rt import Bundle
 from dflash_rt.bundle.manifest import MANIFEST_NAME
@@ -31,20 +31,20 @@ def assemble(
     bundle: Bundle,
     source: Source,
     max_new_tokens: int,
-    evidence: Sequence[Evidence],
-    meters: Meters,
+    measurements: Sequence[Measurements],
+    collectors: ErrorCollectors,
     reference: ReferenceDrafting,
     text_of: Callable[[int], str],
     threads: int | None,
     *,
     mixture: bool,
 ) -> VerifyReport:
-    """Derive the limits, judge every prompt by them, and add what a reader needs to know."""
+    """Derive the limits, classify_prompt every prompt by them, and add what a reader needs to know."""
     manifest = bundle.manifest
-    errors = {width: meter.result() for width, meter in meters.by_width.items()}
-    shapes = {width: meter.result() for width, meter in meters.shapes.items()}
-    repeated = meters.repeated.result()
-    sixteen_bit = None if manifest.precision == "fp32" else meters.sixteen_bit.result()
+    errors = {width: collector.result() for width, collector in collectors.by_width.items()}
+    shapes = {width: collector.result() for width, collector in collectors.shapes.items()}
+    repeated = collectors.repeated.result()
+    sixteen_bit = None if manifest.precision == "fp32" else collectors.sixteen_bit.result()
     limits = make_limits(
         errors=errors.values(),
         shapes=shapes.values(),
@@ -53,8 +53,8 @@ def assemble(
         precision=manifest.precision,
         mixture=mixture,
     )
-    features = meters.features.result()
-    prompts = tuple(judge(index, item, limits, text_of) for index, item in enumerate(evidence))
+    features = collectors.features.result()
+    prompts = tuple(classify_prompt(index, item, limits, text_of) for index, item in enumerate(measurements))
     text = (bundle.root / MANIFEST_NAME).read_bytes()
     return VerifyReport(
         bundle={
@@ -74,7 +74,7 @@ def assemble(
         pytorch_16_bit=sixteen_bit,
         limits=limits,
         features=features,
-        drafting=tuple(drafting_at(evidence, width) for width in errors if width > 1),
+        drafting=tuple(drafting_at(measurements, width) for width in errors if width > 1),
         reference=reference,
         problems=find_problems(prompts, errors, limits),
         warnings=tuple(find_warnings(features, reference, manifest.precision)),

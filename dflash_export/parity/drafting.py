@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dflash_export.parity.limits import compare_steps
-from dflash_export.parity.measure import Evidence, drafted_name
+from dflash_export.parity.measure import Measurements, drafted_name
 from dflash_export.parity.report import Drafting, ReferenceDrafting
 from dflash_export.progress import Progress
 from dflash_export.reference import generate_reference, load_drafter, reference_version
@@ -20,7 +20,7 @@ def run_reference(
     model: Any,
     drafter: Source,
     manifest: Manifest,
-    evidence: Sequence[Evidence],
+    measurements: Sequence[Measurements],
     max_new_tokens: int,
     progress: Progress,
 ) -> ReferenceDrafting:
@@ -28,8 +28,8 @@ def run_reference(
     width = manifest.drafter.block_size
     reference = load_drafter(drafter)
     same = compared = steps = tokens = our_steps = our_tokens = 0
-    with progress.stage("running the reference's loop", total=len(evidence)) as stage:
-        for item in evidence:
+    with progress.stage("running the reference's loop", total=len(measurements)) as stage:
+        for item in measurements:
             ours = item.runs[drafted_name(width)]
             gained = [count + 1 for count in ours.accepted_per_step]
             # It clips blocks near the end, which changes the drafts in them; so its end is further off.
@@ -72,9 +72,9 @@ def _ratio(tokens: int, steps: int) -> float:
     return tokens / steps if steps else 0.0
 
 
-def drafting_at(evidence: Sequence[Evidence], width: int) -> Drafting:
+def drafting_at(measurements: Sequence[Measurements], width: int) -> Drafting:
     """What drafting at one width gained over all prompts."""
-    runs = [item.runs[drafted_name(width)] for item in evidence]
+    runs = [item.runs[drafted_name(width)] for item in measurements]
     counts = [count for run in runs for count in run.accepted_per_step]
     return Drafting(
         width=width,

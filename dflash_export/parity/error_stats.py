@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from dflash_rt.errors import NumericalError
 
-__all__ = ["ErrorMeter", "ErrorStats", "FeatureError", "FeatureMeter"]
+__all__ = ["ErrorCollector", "ErrorStats", "FeatureError", "FeatureErrorCollector"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
-_TINY = 1e-30  # logits that are all alike have no spread
+_TINY = 1e-30  # logits that are all alike have no deviation
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class ErrorStats:
         values: single logits compared.
         max_abs: largest absolute difference.
         rms: root mean square of all differences.
-        typical_row: root mean square of one row, the median of all rows.
+        median_row: root mean square of one row, the median of all rows.
         row_99: the same; 99 % of the rows are at most this.
         worst_row: the same, the largest.
-        spread: standard deviation of the right logits within a row; the unit of the relative errors.
+        std: standard deviation of the right logits within a row; the unit of the relative errors.
         largest: largest magnitude of a right logit.
     """
 
@@ -39,18 +39,18 @@ class ErrorStats:
     values: int
     max_abs: float
     rms: float
-    typical_row: float
+    median_row: float
     row_99: float
     worst_row: float
-    spread: float
+    std: float
     largest: float
 
     def relative(self, error: float) -> float:
-        """One of the errors above in units of ``spread``."""
-        return error / max(self.spread, _TINY)
+        """One of the errors above in units of ``std``."""
+        return error / max(self.std, _TINY)
 
 
-class ErrorMeter:
+class ErrorCollector:
     """Gathers :class:`ErrorStats` over many calls, without keeping logits."""
 
     def __init__(self, name: str) -> None:
@@ -80,16 +80,16 @@ class ErrorMeter:
     def result(self) -> ErrorStats:
         """What was gathered so far; all zeros before the first call."""
         squares = np.array(self._row_squares or [0.0])
-        typical, row_99, worst = np.sqrt(np.quantile(squares, [0.5, 0.99, 1.0], method="inverted_cdf"))
+        median, row_99, worst = np.sqrt(np.quantile(squares, [0.5, 0.99, 1.0], method="inverted_cdf"))
         return ErrorStats(
             rows=len(self._row_squares),
             values=self._values,
             max_abs=self._max,
             rms=math.sqrt(squares.mean()),
-            typical_row=float(typical),
+            median_row=float(median),
             row_99=float(row_99),
             worst_row=float(worst),
-            spread=math.sqrt(self._variance_sum / squares.size),
+            std=math.sqrt(self._variance_sum / squares.size),
             largest=self._largest,
         )
 
@@ -103,7 +103,7 @@ class FeatureError:
     worst: float
 
 
-class FeatureMeter:
+class FeatureErrorCollector:
     """Gathers :class:`FeatureError` for each tap."""
 
     def __init__(self, layers: Sequence[int]) -> None:

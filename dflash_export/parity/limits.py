@@ -23,8 +23,8 @@ __all__ = [
     "compare_steps",
     "equal_prefix",
     "first_difference",
+    "logit_gaps",
     "make_limits",
-    "shortfalls",
 ]
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -32,15 +32,15 @@ Verdict: TypeAlias = Literal["equal", "near tie", "bug"]
 
 # How much larger than PyTorch's own noise our error may be. Right graphs came out at 0.8 to 1.2 times; a
 # worst row is one sample of a long tail.
-_TYPICAL_FACTOR = 4.0
+_MEDIAN_FACTOR = 4.0
 _WORST_FACTOR = 10.0
 # Below these nothing is called wrong: PyTorch's noise may be zero on a short run. In units of the roundoff of
-# fp32; right graphs came out at 10 to 50 (typical row) and 30 to 220 (worst row).
+# fp32; right graphs came out at 10 to 50 (median row) and 30 to 220 (worst row).
 _FP32_ROUNDOFF = 2.0**-24
-_TYPICAL_FLOOR = 100 * _FP32_ROUNDOFF
+_MEDIAN_FLOOR = 100 * _FP32_ROUNDOFF
 _WORST_FLOOR = 1000 * _FP32_ROUNDOFF
 # Above these PyTorch in fp32 is no yardstick; it came out a thousand times below them.
-_TYPICAL_REPEATED = 1e-3
+_MEDIAN_REPEATED = 1e-3
 _WORST_REPEATED = 1e-2
 # Spacing of floats of a precision in units of fp32's: logits are computed in it and then widened.
 _SPACING = {"fp32": 1.0, "fp16": 2.0**13, "bf16": 2.0**16}
@@ -53,7 +53,7 @@ class Limits:
     Attributes:
         near_tie: a token whose logit in PyTorch is at most this far below PyTorch's best.
         own_tie: the same for the bundle's own logits, one row at a time.
-        typical_row: largest allowed error of the typical row, in units of the logits' spread.
+        median_row: largest allowed error of the median row, in units of the logits' standard deviation.
         worst_row: the same of the worst row.
         mixture: the target has experts. At a router's near tie another expert answers, and a few rows jump,
             in PyTorch as in ours; so "worst" means 99 % of the rows.
@@ -61,14 +61,14 @@ class Limits:
 
     near_tie: float
     own_tie: float
-    typical_row: float
+    median_row: float
     worst_row: float
     mixture: bool = False
 
     def allow(self, stats: ErrorStats) -> bool:
         """Whether logits are as right as those of PyTorch."""
-        typical, worst = _row_errors(stats, self.mixture)
-        return typical <= self.typical_row and worst <= self.worst_row
+        median, worst = _row_errors(stats, self.mixture)
+        return median <= self.median_row and worst <= self.worst_row
 
 
 def make_limits(
@@ -100,11 +100,11 @@ def make_limits(
     """
     _require_consistent(repeated, mixture)
     errors, shapes = tuple(errors), tuple(shapes)
-    typical, worst = _row_errors(noise, mixture)
+    median, worst = _row_errors(noise, mixture)
     limits = Limits(
         near_tie=2 * max([repeated.max_abs, *(stats.max_abs for stats in errors)]),
         own_tie=2 * max([0.0, *(stats.max_abs for stats in shapes)]),
-        typical_row=max(_TYPICAL_FACTOR * typical, _TYPICAL_FLOOR),
+        median_row=max(_MEDIAN_FACTOR * median, _MEDIAN_FLOOR),
         worst_row=max(_WORST_FACTOR * worst, _WORST_FLOOR),
         mixture=mixture,
     )
@@ -117,33 +117,34 @@ def make_limits(
 
 
 def _row_errors(stats: ErrorStats, mixture: bool) -> tuple[float, float]:
-    """Errors of the typical and of the worst row, in units of the spread."""
+    """Errors of the median and of the worst row, in units of the standard deviation."""
     worst = stats.row_99 if mixture else stats.worst_row
-    return stats.relative(stats.typical_row), stats.relative(worst)
+    return stats.relative(stats.median_row), stats.relative(worst)
 
 
 def _require_consistent(repeated: ErrorStats, mixture: bool) -> None:
-    typical, worst = _row_errors(repeated, mixture)
-    if typical > _TYPICAL_REPEATED or worst > _WORST_REPEATED:
+    median, worst = _row_errors(repeated, mixture)
+    if median > _MEDIAN_REPEATED or worst > _WORST_REPEATED:
         raise VerifyError(
             "PyTorch's generate and PyTorch's one pass over the same tokens disagree",
-            found=f"logits off by {typical:.1e} of their spread in a typical row, {worst:.1e} in the worst",
-            expected=f"rounding: at most {_TYPICAL_REPEATED:.0e} and {_WORST_REPEATED:.0e}",
+            found=f"logits off by {median:.1e} of their standard deviation in a median row, {worst:.1e} in"
+            " the worst",
+            expected=f"rounding: at most {_MEDIAN_REPEATED:.0e} and {_WORST_REPEATED:.0e}",
             remedy="use the versions of torch and transformers that the bundle was built with",
         )
 
 
-def classify(shortfall: float, bound: float, *, same: bool = False) -> Verdict:
+def classify(logit_gap: float, bound: float, *, same: bool = False) -> Verdict:
     """Sort one token: ``same`` as the expected one, excused by a near tie, or a bug.
 
-    ``shortfall`` is how far its logit is below the best one. What isn't a number is a bug.
+    ``logit_gap`` is how far its logit is below the best one. What isn't a number is a bug.
     """
     if same:
         return "equal"
-    return "near tie" if shortfall <= bound else "bug"
+    return "near tie" if logit_gap <= bound else "bug"
 
 
-def shortfalls(logits: Array, token_ids: Sequence[int]) -> npt.NDArray[np.float64]:
+def logit_gaps(logits: Array, token_ids: Sequence[int]) -> npt.NDArray[np.float64]:
     """How far each token's logit is below the best of its row: ``logits [tokens, vocab]`` to ``[tokens]``."""
     chosen = logits[np.arange(len(token_ids)), np.asarray(token_ids, np.int64)]
     below: npt.NDArray[np.float64] = (logits.max(axis=1) - chosen).astype(np.float64)

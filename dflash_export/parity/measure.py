@@ -1,4 +1,4 @@
-"""Everything that a parity run measures, prompt by prompt; nothing is judged here."""
+"""Everything that a parity run measures, prompt by prompt; no verdicts yet."""
 
 from __future__ import annotations
 
@@ -10,14 +10,23 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dflash_export.parity.error_stats import ErrorMeter, FeatureMeter
-from dflash_export.parity.limits import first_difference, shortfalls
+from dflash_export.parity.error_stats import ErrorCollector, FeatureErrorCollector
+from dflash_export.parity.limits import first_difference, logit_gaps
 from dflash_export.parity.prompts import PromptInput
 from dflash_export.parity.replay import Replay
 from dflash_export.reference import TeacherForced, generate_greedy, teacher_forced
 from dflash_rt import GenerationResult
 
-__all__ = ["PLAIN", "PYTORCH", "Evidence", "Measured", "Meters", "Run", "drafted_name", "measure"]
+__all__ = [
+    "PLAIN",
+    "PYTORCH",
+    "Divergence",
+    "ErrorCollectors",
+    "Measurements",
+    "Run",
+    "drafted_name",
+    "measure",
+]
 
 Floats = npt.NDArray[np.float64]
 TokenIds = tuple[int, ...]
@@ -51,49 +60,51 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Where two runs part, seen by PyTorch in fp32 with the tokens before it.
+class Divergence:
+    """Where two runs diverge, seen by PyTorch in fp32 with the tokens before it.
 
     ``token_ids`` has None for a run that had ended. ``top_two`` is PyTorch's best and second best token with
-    their logits; ``shortfalls`` says how far each run's token is below the best.
+    their logits; ``logit_gaps`` says how far each run's token is below the best.
     """
 
     runs: tuple[str, str]
     index: int
     token_ids: tuple[int | None, int | None]
     top_two: tuple[tuple[int, float], tuple[int, float]]
-    shortfalls: tuple[float, float]
+    logit_gaps: tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class Measurements:
     """One prompt.
 
     Attributes:
         runs: by name; drafted runs from the widest to the narrowest, plain, PyTorch.
-        shortfalls: for each run, per token, how far PyTorch's logit of it is below PyTorch's best.
-        own_shortfalls: for each of our runs the same with the bundle's own logits, one row at a time.
+        logit_gaps: for each run, per token, how far PyTorch's logit of it is below PyTorch's best.
+        own_logit_gaps: for each of our runs the same with the bundle's own logits, one row at a time.
         margins: PyTorch's best minus second best logit at each token of the plain run.
-        parted: first differences of the pairs of runs that differ.
+        diverged: first differences of the pairs of runs that differ.
     """
 
     prompt: PromptInput
     runs: Mapping[str, Run]
-    shortfalls: Mapping[str, Floats]
-    own_shortfalls: Mapping[str, Floats]
+    logit_gaps: Mapping[str, Floats]
+    own_logit_gaps: Mapping[str, Floats]
     margins: Floats
-    parted: tuple[Measured, ...]
+    diverged: tuple[Divergence, ...]
 
 
-class Meters:
-    """Error meters of a whole parity run."""
+class ErrorCollectors:
+    """Errors of a whole parity run."""
 
     def __init__(self, widths: Sequence[int], feature_layers: Sequence[int]) -> None:
-        self.by_width = {width: ErrorMeter(f"the bundle, {width} rows a pass") for width in widths}
-        self.shapes = {width: ErrorMeter(f"the bundle, {width} rows a pass") for width in widths if width > 1}
-        self.repeated = ErrorMeter("PyTorch in fp32")
-        self.sixteen_bit = ErrorMeter("PyTorch in 16 bits")
-        self.features = FeatureMeter(feature_layers)
+        self.by_width = {width: ErrorCollector(f"the bundle, {width} rows a pass") for width in widths}
+        self.shapes = {
+            width: ErrorCollector(f"the bundle, {width} rows a pass") for width in widths if width > 1
+        }
+        self.repeated = ErrorCollector("PyTorch in fp32")
+        self.sixteen_bit = ErrorCollector("PyTorch in 16 bits")
+        self.features = FeatureErrorCollector(feature_layers)
 
 
 def measure(
@@ -106,8 +117,8 @@ def measure(
     feature_layers: Sequence[int],
     stop_token_ids: Sequence[int],
     max_new_tokens: int,
-    meters: Meters,
-) -> Evidence:
+    collectors: ErrorCollectors,
+) -> Measurements:
     """Run PyTorch and the replays for one prompt. Holds the logits of one sequence at a time, twice."""
     greedy = generate_greedy(
         model,
@@ -128,44 +139,48 @@ def measure(
     for token_ids, same in sequences.items():
         names = [run.name for run in same]
         forced = teacher_forced(model, prompt.token_ids, token_ids, feature_layers)
-        found |= dict.fromkeys(names, shortfalls(forced.logits, token_ids))
+        found |= dict.fromkeys(names, logit_gaps(forced.logits, token_ids))
         rows |= {(token_ids, i): forced.logits[i].copy() for i in _wanted_rows(pairs, token_ids)}
         if PYTORCH in names:
-            meters.repeated.add(greedy.logits, forced.logits[: greedy.logits.shape[0]])
+            collectors.repeated.add(greedy.logits, forced.logits[: greedy.logits.shape[0]])
         if PLAIN in names:
             margins = _margins(forced.logits)
             if sixteen_bit_model is not None:
                 lower = teacher_forced(sixteen_bit_model, prompt.token_ids, token_ids)
-                meters.sixteen_bit.add(lower.logits, forced.logits)
+                collectors.sixteen_bit.add(lower.logits, forced.logits)
         if names != [PYTORCH]:
             # All forms of the target count for the errors; tokens come from the first.
-            own_shortfalls, *_ = [_replay(each, prompt, token_ids, forced, meters) for each in replays]
-            own |= dict.fromkeys((name for name in names if name != PYTORCH), own_shortfalls)
-    parted = tuple(_parted(first, second, index, rows) for first, second, index in pairs)
-    return Evidence(prompt, runs, found, own, margins, parted)
+            own_logit_gaps, *_ = [_replay(each, prompt, token_ids, forced, collectors) for each in replays]
+            own |= dict.fromkeys((name for name in names if name != PYTORCH), own_logit_gaps)
+    diverged = tuple(_divergence(first, second, index, rows) for first, second, index in pairs)
+    return Measurements(prompt, runs, found, own, margins, diverged)
 
 
 def _replay(
-    replay: Replay, prompt: PromptInput, token_ids: TokenIds, forced: TeacherForced, meters: Meters
+    replay: Replay,
+    prompt: PromptInput,
+    token_ids: TokenIds,
+    forced: TeacherForced,
+    collectors: ErrorCollectors,
 ) -> Floats:
-    """The bundle's graphs over one sequence in every pass shape; returns the shortfalls one row at a time."""
+    """The bundle's graphs over one sequence in every pass shape; returns the logit gaps one row at a time."""
     one_row = np.zeros_like(forced.logits)
-    for width in sorted(meters.by_width):
+    for width in sorted(collectors.by_width):
         for item in replay.passes(prompt.token_ids, token_ids, width):
             at = slice(item.first_token, item.first_token + item.logits.shape[0])
-            meters.by_width[width].add(item.logits, forced.logits[at])
+            collectors.by_width[width].add(item.logits, forced.logits[at])
             if width == 1:
                 one_row[at] = item.logits
             else:
-                meters.shapes[width].add(item.logits, one_row[at])
-            if width == max(meters.by_width):
+                collectors.shapes[width].add(item.logits, one_row[at])
+            if width == max(collectors.by_width):
                 right = forced.features[item.first_row : item.first_row + item.features.shape[0]]
-                meters.features.add(item.features.reshape(right.shape), right)
-    return shortfalls(one_row, token_ids)
+                collectors.features.add(item.features.reshape(right.shape), right)
+    return logit_gaps(one_row, token_ids)
 
 
 def _differing_pairs(runs: Mapping[str, Run]) -> list[tuple[Run, Run, int]]:
-    """Pairs of runs with other tokens and where they part. Two drafted widths are compared through plain."""
+    """Pairs of runs that diverge, and where. Two drafted widths are compared through plain."""
     pairs = []
     for first, second in combinations(runs.values(), 2):
         index = first_difference(first.token_ids, second.token_ids)
@@ -175,7 +190,7 @@ def _differing_pairs(runs: Mapping[str, Run]) -> list[tuple[Run, Run, int]]:
 
 
 def _wanted_rows(pairs: Sequence[tuple[Run, Run, int]], token_ids: TokenIds) -> list[int]:
-    """Where this sequence parts from another while it goes on itself."""
+    """Where this sequence diverges from another while it goes on itself."""
     return [
         index
         for first, second, index in pairs
@@ -183,21 +198,21 @@ def _wanted_rows(pairs: Sequence[tuple[Run, Run, int]], token_ids: TokenIds) -> 
     ]
 
 
-def _parted(
+def _divergence(
     first: Run, second: Run, index: int, rows: Mapping[tuple[TokenIds, int], npt.NDArray[Any]]
-) -> Measured:
+) -> Divergence:
     # Both have the same tokens before `index`; the one that goes on has logits there.
     longer = first if index < len(first.token_ids) else second
     logits = rows[longer.token_ids, index]
     best, second_best = np.argsort(-logits, kind="stable")[:2].tolist()
     tokens = [run.token_ids[index] if index < len(run.token_ids) else None for run in (first, second)]
     below = [0.0 if token is None else float(logits[best] - logits[token]) for token in tokens]
-    return Measured(
+    return Divergence(
         runs=(first.name, second.name),
         index=index,
         token_ids=(tokens[0], tokens[1]),
         top_two=((best, float(logits[best])), (second_best, float(logits[second_best]))),
-        shortfalls=(below[0], below[1]),
+        logit_gaps=(below[0], below[1]),
     )
 
 

@@ -44,7 +44,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two runs part for the first time. Later tokens have other tokens before them and say nothing.
+    """Where two runs diverge for the first time. Later tokens have other tokens before them and say nothing.
 
     Attributes:
         between: the two runs.
@@ -53,7 +53,7 @@ class Difference:
         tokens: what each run has there; None where it had ended.
         top_two: PyTorch's best and second best.
         margin: PyTorch's best minus second best logit.
-        shortfall: PyTorch's best logit minus that of the worse of the two tokens; what the verdict is about.
+        logit_gap: PyTorch's best logit minus that of the worse of the two tokens; what the verdict is about.
     """
 
     between: tuple[str, str]
@@ -62,7 +62,7 @@ class Difference:
     tokens: tuple[Token | None, Token | None]
     top_two: tuple[Token, Token]
     margin: float
-    shortfall: float
+    logit_gap: float
     verdict: Verdict
 
 
@@ -74,8 +74,8 @@ class RunReport:
         equal_to_pytorch: leading tokens that are those of PyTorch's run.
         near_ties: tokens that aren't the best of PyTorch's or of our own logits, within the bounds.
         faults: indices of tokens beyond a bound.
-        worst_shortfall: largest distance of a token's logit below PyTorch's best.
-        worst_own_shortfall: the same in the bundle's own logits, one row at a time; None for PyTorch's run.
+        worst_logit_gap: largest distance of a token's logit below PyTorch's best.
+        worst_own_logit_gap: the same in the bundle's own logits, one row at a time; None for PyTorch's run.
     """
 
     name: str
@@ -86,8 +86,8 @@ class RunReport:
     equal_to_pytorch: int
     near_ties: int
     faults: tuple[int, ...]
-    worst_shortfall: float
-    worst_own_shortfall: float | None
+    worst_logit_gap: float
+    worst_own_logit_gap: float | None
     verdict: Verdict
 
 

@@ -16,7 +16,7 @@ from dflash_export.drafters.read import KINDS
 from dflash_export.errors import SourceError
 from dflash_export.parity.assemble import assemble
 from dflash_export.parity.drafting import run_reference
-from dflash_export.parity.measure import Evidence, Meters, Run, drafted_name, measure
+from dflash_export.parity.measure import ErrorCollectors, Measurements, Run, drafted_name, measure
 from dflash_export.parity.prompts import PromptInput, default_prompts, encode_prompts
 from dflash_export.parity.replay import Replay
 from dflash_export.parity.report import ReferenceDrafting, VerifyReport
@@ -90,12 +90,12 @@ def verify(
         model = _load_target(source, opened)
         dtype = _DTYPES.get(manifest.precision)
         sixteen_bit = None if dtype is None else _load_target(source, opened, dtype)
-    meters = Meters(widths, manifest.drafter.feature_layers)
+    collectors = ErrorCollectors(widths, manifest.drafter.feature_layers)
     replays = Replay.all_forms(opened, threads=threads)
-    evidence: list[Evidence] = []
+    measurements: list[Measurements] = []
     with progress.stage("comparing with PyTorch", total=len(asked)) as stage:
         for prompt, runs in zip(asked, ours, strict=True):
-            evidence.append(
+            measurements.append(
                 measure(
                     prompt,
                     runs,
@@ -105,7 +105,7 @@ def verify(
                     feature_layers=manifest.drafter.feature_layers,
                     stop_token_ids=manifest.generation.stop_token_ids,
                     max_new_tokens=max_new_tokens,
-                    meters=meters,
+                    collectors=collectors,
                 )
             )
             stage.advance()
@@ -113,11 +113,11 @@ def verify(
     if drafter_source is None:
         found = ReferenceDrafting(skipped)
     else:
-        found = run_reference(model, drafter_source, manifest, evidence, max_new_tokens, progress)
+        found = run_reference(model, drafter_source, manifest, measurements, max_new_tokens, progress)
 
     mixture = getattr(model.config, "num_experts", None) is not None
     report = assemble(
-        opened, source, max_new_tokens, evidence, meters, found, text_of, threads, mixture=mixture
+        opened, source, max_new_tokens, measurements, collectors, found, text_of, threads, mixture=mixture
     )
     if write_report:
         text = json.dumps(report.to_dict(), ensure_ascii=False, allow_nan=False, indent=1)

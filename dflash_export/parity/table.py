@@ -56,7 +56,7 @@ def _prompts(report: VerifyReport) -> str:
 
 
 def _differences(report: VerifyReport) -> str:
-    # Runs that part from another one in the same way share an entry.
+    # Runs that diverge from another one in the same way share an entry.
     alike: dict[tuple[object, ...], list[Difference]] = {}
     for prompt in report.prompts:
         for item in prompt.differences:
@@ -75,7 +75,7 @@ def _difference(prompt: object, items: Sequence[Difference]) -> list[str]:
     first = items[0]
     names = " and ".join(item.between[0] for item in items)
     best, second = (f"{_token(token)} {token.logit:.6g}" for token in first.top_two)
-    numbers = f"margin {first.margin:.2g}, short by {first.shortfall:.2g}"
+    numbers = f"margin {first.margin:.2g}, short by {first.logit_gap:.2g}"
     sides = f"{names} {_side(first.tokens[0])}, {first.between[1]} {_side(first.tokens[1])}"
     return [
         f"  prompt {prompt}, new token {first.token} (position {first.position}): {sides}",
@@ -93,19 +93,19 @@ def _token(token: Token) -> str:
 
 def _errors(report: VerifyReport) -> str:
     limits = report.limits
-    rows = [["", "logits", "max", "rms", "typical row", "99 % of rows", "worst row"]]
+    rows = [["", "logits", "max", "rms", "median row", "99 % of rows", "worst row"]]
     for width, stats in report.logit_errors.items():
         rows.append([f"{width} row{'s' if width > 1 else ''} a pass", *_stats(stats)])
     worst = f"{limits.worst_row:.1e}"
     tail = [worst, ""] if limits.mixture else ["", worst]
-    allowed = ["allowed", "", "", "", f"{limits.typical_row:.1e}", *tail]
+    allowed = ["allowed", "", "", "", f"{limits.median_row:.1e}", *tail]
     rows += [allowed, ["PyTorch token by token", *_stats(report.pytorch_repeated)]]
     if report.pytorch_16_bit is not None:
         rows.append([f"PyTorch in {report.bundle['precision']}", *_stats(report.pytorch_16_bit)])
     taps = ", ".join(f"layer {item.layer} {item.rms:.1e}" for item in report.features)
     return "\n".join(
         [
-            "logits against one pass of PyTorch in fp32 (rows: root mean square in units of the spread)",
+            "logits against one pass of PyTorch in fp32 (rows: root mean square / standard deviation)",
             _aligned(rows, indent="  ", right=set(range(1, 7))),
             f"  features, relative to each row's norm: {taps}",
         ]
@@ -114,7 +114,7 @@ def _errors(report: VerifyReport) -> str:
 
 def _stats(stats: ErrorStats) -> list[str]:
     count = f"{stats.values / 1e6:.1f} M" if stats.values >= 100_000 else str(stats.values)
-    rows = (stats.relative(error) for error in (stats.typical_row, stats.row_99, stats.worst_row))
+    rows = (stats.relative(error) for error in (stats.median_row, stats.row_99, stats.worst_row))
     numbers = (stats.max_abs, stats.rms, *rows)
     return [count, *(f"{number:.1e}" for number in numbers)]
 
@@ -125,8 +125,8 @@ def _tokens(report: VerifyReport) -> str:
     near = sum(run.near_ties for run in runs)
     faults = sum(len(run.faults) for run in runs)
     close = sum(prompt.close_calls for prompt in report.prompts)
-    short = max(run.worst_shortfall for run in runs)
-    own = max(run.worst_own_shortfall or 0.0 for run in runs)
+    short = max(run.worst_logit_gap for run in runs)
+    own = max(run.worst_own_logit_gap or 0.0 for run in runs)
     limits = report.limits
     best = total - near - faults
     return (

@@ -1,4 +1,4 @@
-"""From evidence to verdicts: each token, each difference, each prompt, and the run as a whole."""
+"""From measurements to verdicts: each token, each difference, each prompt, and the run as a whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from dflash_export.parity.error_stats import ErrorStats, FeatureError
 from dflash_export.parity.limits import Limits, classify, equal_prefix
-from dflash_export.parity.measure import PYTORCH, Evidence, Measured, Run
+from dflash_export.parity.measure import PYTORCH, Divergence, Measurements, Run
 from dflash_export.parity.report import (
     Difference,
     PromptReport,
@@ -18,7 +18,7 @@ from dflash_export.parity.report import (
     worst,
 )
 
-__all__ = ["find_problems", "find_warnings", "judge"]
+__all__ = ["classify_prompt", "find_problems", "find_warnings"]
 
 _MAX_PROBLEMS = 20
 # Features this far off (share of a row's norm) cost acceptance. Right graphs come out at 1e-6 (fp32) and
@@ -29,28 +29,32 @@ _STEP_AGREEMENT = 0.95
 _GAIN = 0.9
 
 
-def judge(index: int, evidence: Evidence, limits: Limits, text_of: Callable[[int], str]) -> PromptReport:
+def classify_prompt(
+    index: int, measurements: Measurements, limits: Limits, text_of: Callable[[int], str]
+) -> PromptReport:
     """The verdict on one prompt. ``text_of`` shows a token."""
-    pytorch = evidence.runs[PYTORCH].token_ids
-    runs = tuple(_judge_run(evidence, run, pytorch, limits) for run in evidence.runs.values())
+    pytorch = measurements.runs[PYTORCH].token_ids
+    runs = tuple(_classify_run(measurements, run, pytorch, limits) for run in measurements.runs.values())
     ours = [run.verdict for run in runs if run.name != PYTORCH]
-    prompt_rows = len(evidence.prompt.token_ids)
-    differences = tuple(_judge_difference(item, prompt_rows, limits, text_of) for item in evidence.parted)
+    prompt_rows = len(measurements.prompt.token_ids)
+    differences = tuple(
+        _classify_difference(item, prompt_rows, limits, text_of) for item in measurements.diverged
+    )
     return PromptReport(
         index=index,
-        text=evidence.prompt.text,
-        prompt_token_ids=evidence.prompt.token_ids,
+        text=measurements.prompt.text,
+        prompt_token_ids=measurements.prompt.token_ids,
         runs=runs,
         differences=differences,
-        smallest_margin=float(evidence.margins.min()),
-        close_calls=int((evidence.margins <= limits.near_tie).sum()),
+        smallest_margin=float(measurements.margins.min()),
+        close_calls=int((measurements.margins <= limits.near_tie).sum()),
         verdict=worst([*ours, *(item.verdict for item in differences)]),
     )
 
 
-def _judge_run(evidence: Evidence, run: Run, pytorch: Sequence[int], limits: Limits) -> RunReport:
-    below = evidence.shortfalls[run.name]
-    own = evidence.own_shortfalls.get(run.name)
+def _classify_run(measurements: Measurements, run: Run, pytorch: Sequence[int], limits: Limits) -> RunReport:
+    below = measurements.logit_gaps[run.name]
+    own = measurements.own_logit_gaps.get(run.name)
     verdicts = [classify(value, limits.near_tie, same=value == 0) for value in below]
     if own is not None:
         own_verdicts = [classify(value, limits.own_tie, same=value == 0) for value in own]
@@ -64,16 +68,16 @@ def _judge_run(evidence: Evidence, run: Run, pytorch: Sequence[int], limits: Lim
         equal_to_pytorch=equal_prefix(run.token_ids, pytorch),
         near_ties=verdicts.count("near tie"),
         faults=tuple(i for i, verdict in enumerate(verdicts) if verdict == "bug"),
-        worst_shortfall=float(np.max(below, initial=0.0)),
-        worst_own_shortfall=None if own is None else float(np.max(own, initial=0.0)),
+        worst_logit_gap=float(np.max(below, initial=0.0)),
+        worst_own_logit_gap=None if own is None else float(np.max(own, initial=0.0)),
         verdict=worst(verdicts),
     )
 
 
-def _judge_difference(
-    item: Measured, prompt_rows: int, limits: Limits, text_of: Callable[[int], str]
+def _classify_difference(
+    item: Divergence, prompt_rows: int, limits: Limits, text_of: Callable[[int], str]
 ) -> Difference:
-    shortfall = max(item.shortfalls)
+    logit_gap = max(item.logit_gaps)
     # With the same tokens before it, a run can't have ended while another goes on.
     ended = None in item.token_ids
     tokens = [None if token is None else Token(token, text_of(token)) for token in item.token_ids]
@@ -85,8 +89,8 @@ def _judge_difference(
         tokens=(tokens[0], tokens[1]),
         top_two=(top_two[0], top_two[1]),
         margin=item.top_two[0][1] - item.top_two[1][1],
-        shortfall=shortfall,
-        verdict="bug" if ended else classify(shortfall, limits.near_tie),
+        logit_gap=logit_gap,
+        verdict="bug" if ended else classify(logit_gap, limits.near_tie),
     )
 
 
@@ -105,8 +109,8 @@ def _wrong_logits(errors: Mapping[int, ErrorStats], limits: Limits) -> Iterator[
         if not limits.allow(stats):
             yield (
                 f"logits of {width}-row passes are further from PyTorch's than rounding explains:"
-                f" {stats.relative(stats.typical_row):.1e} of the spread in a typical row (allowed"
-                f" {limits.typical_row:.1e}), {stats.relative(stats.worst_row):.1e} in the worst (allowed"
+                f" {stats.relative(stats.median_row):.1e} of the standard deviation in a median row (allowed"
+                f" {limits.median_row:.1e}), {stats.relative(stats.worst_row):.1e} in the worst (allowed"
                 f" {limits.worst_row:.1e}{' in 99 % of the rows' if limits.mixture else ''})"
             )
 
@@ -122,7 +126,7 @@ def _wrong_tokens(prompts: Sequence[PromptReport]) -> Iterator[str]:
         for item in prompt.differences:
             if item.verdict == "bug":
                 yield (
-                    f"prompt {prompt.index}: {' and '.join(item.between)} part at new token {item.token},"
+                    f"prompt {prompt.index}: {' and '.join(item.between)} diverge at new token {item.token},"
                     " which is no near tie"
                 )
 

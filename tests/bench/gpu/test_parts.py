@@ -16,7 +16,7 @@ from dflash_bench.floor import StepFloor
 from dflash_bench.gpu.backend_spec import BackendSpec
 from dflash_bench.gpu.device_clock import drafting_ends
 from dflash_bench.gpu.goals import GOALS, judge_goals
-from dflash_bench.gpu.parity import Run, judge_run
+from dflash_bench.gpu.parity import Run, classify_run
 from dflash_bench.gpu.parts import Parts
 from dflash_bench.gpu.plan import make_plan
 from dflash_bench.gpu.report import DRY_RUN_WARNING, default_name, to_markdown, write_report
@@ -150,8 +150,8 @@ def test_what_is_not_a_number_misses() -> None:
 
 def test_tokens_are_sorted_by_the_bound() -> None:
     run = Run("plain", (1, 2, 3, 4), (0.0, 0.5, 1.0, 1.1))
-    assert judge_run(run, 1.0) == (1, 2, 1)
-    assert judge_run(Run("plain", (1,), (float("nan"),)), 1.0) == (0, 0, 1)
+    assert classify_run(run, 1.0) == (1, 2, 1)
+    assert classify_run(Run("plain", (1,), (float("nan"),)), 1.0) == (0, 0, 1)
 
 
 def test_drafting_ends_where_the_target_embeds_its_block() -> None:

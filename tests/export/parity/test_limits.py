@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dflash_export.errors import VerifyError
-from dflash_export.parity.error_stats import ErrorMeter, ErrorStats, FeatureMeter
+from dflash_export.parity.error_stats import ErrorCollector, ErrorStats, FeatureErrorCollector
 from dflash_export.parity.limits import (
     Limits,
     StepAgreement,
@@ -20,8 +20,8 @@ from dflash_export.parity.limits import (
     compare_steps,
     equal_prefix,
     first_difference,
+    logit_gaps,
     make_limits,
-    shortfalls,
 )
 from dflash_rt.errors import NumericalError
 
@@ -30,17 +30,17 @@ distance = st.floats(0, 1e6)
 wide = settings(max_examples=200, deadline=None)
 
 
-def stats(error: float = 0.0, *, spread: float = 1.0, largest: float = 8.0) -> ErrorStats:
+def stats(error: float = 0.0, *, std: float = 1.0, largest: float = 8.0) -> ErrorStats:
     """Errors that are all alike."""
     return ErrorStats(
         rows=1,
         values=10,
         max_abs=error,
         rms=error,
-        typical_row=error,
+        median_row=error,
         row_99=error,
         worst_row=error,
-        spread=spread,
+        std=std,
         largest=largest,
     )
 
@@ -56,11 +56,11 @@ def limits(*errors: float, noise: float = 1e-6, precision: str = "fp32") -> Limi
 
 @given(distance, distance)
 @wide
-def test_a_token_is_a_near_tie_up_to_the_bound_and_no_further(shortfall: float, bound: float) -> None:
-    assert classify(shortfall, bound) == ("near tie" if shortfall <= bound else "bug")
+def test_a_token_is_a_near_tie_up_to_the_bound_and_no_further(logit_gap: float, bound: float) -> None:
+    assert classify(logit_gap, bound) == ("near tie" if logit_gap <= bound else "bug")
     assert classify(bound, bound) == "near tie"
     assert classify(math.nextafter(bound, math.inf), bound) == "bug"
-    assert classify(shortfall, bound, same=True) == "equal"
+    assert classify(logit_gap, bound, same=True) == "equal"
 
 
 def test_what_is_no_number_is_a_bug() -> None:
@@ -75,7 +75,7 @@ def test_no_error_within_the_bound_is_called_a_bug(seed: int, error: float, voca
     generator = np.random.default_rng(seed)
     right = generator.standard_normal((20, vocab))
     found = right + generator.uniform(-error, error, right.shape)
-    below = shortfalls(right, found.argmax(axis=1).tolist())
+    below = logit_gaps(right, found.argmax(axis=1).tolist())
     assert {classify(value, 2 * np.abs(found - right).max()) for value in below} == {"near tie"}
 
 
@@ -85,7 +85,7 @@ def test_a_token_beyond_the_error_is_called_a_bug(seed: int) -> None:
     """Complete: whoever picks the worst token is caught, unless all are near ties."""
     generator = np.random.default_rng(seed)
     right = generator.standard_normal((20, 5)).astype(np.float32)
-    below = shortfalls(right, right.argmin(axis=1).tolist())
+    below = logit_gaps(right, right.argmin(axis=1).tolist())
     assert below == pytest.approx(right.max(axis=1) - right.min(axis=1))
     assert all(classify(value, 0.99 * value) == "bug" for value in below)
 
@@ -109,10 +109,10 @@ def test_broken_logits_do_not_excuse_themselves(error: float) -> None:
 @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-5, 9e-4])
 def test_error_may_be_some_times_pytorchs_noise(noise: float) -> None:
     found = limits(noise, noise=noise)
-    assert found.typical_row == max(4 * noise, 100 * 2**-24)
+    assert found.median_row == max(4 * noise, 100 * 2**-24)
     assert found.worst_row == max(10 * noise, 1000 * 2**-24)
     assert found.allow(stats(noise))
-    assert not found.allow(stats(1.01 * found.typical_row))
+    assert not found.allow(stats(1.01 * found.median_row))
 
 
 def test_one_bad_row_is_enough() -> None:
@@ -155,31 +155,31 @@ def test_own_ties_are_never_below_the_spacing_of_floats(precision: str, bits: in
 )
 @wide
 def test_meter_agrees_with_numpy(found: np.ndarray, right: np.ndarray, cut: int) -> None:
-    meter = ErrorMeter("test")
-    meter.add(found[:cut], right[:cut])
-    meter.add(found[cut:], right[cut:])
-    got = meter.result()
+    collector = ErrorCollector("test")
+    collector.add(found[:cut], right[:cut])
+    collector.add(found[cut:], right[cut:])
+    got = collector.result()
     difference = np.abs(found.astype(np.float64) - right)
     assert (got.rows, got.values) == (6, 42)
     assert got.max_abs == pytest.approx(difference.max(), rel=1e-6)
     assert got.rms == pytest.approx(np.sqrt((difference**2).mean()), rel=1e-5)
     rows = np.sort(np.sqrt((difference**2).mean(axis=1)))
-    assert (got.typical_row, got.row_99, got.worst_row) == pytest.approx(rows[[2, 5, 5]].tolist(), rel=1e-5)
-    assert got.spread == pytest.approx(np.sqrt(right.astype(np.float64).var(axis=1).mean()), rel=1e-5)
+    assert (got.median_row, got.row_99, got.worst_row) == pytest.approx(rows[[2, 5, 5]].tolist(), rel=1e-5)
+    assert got.std == pytest.approx(np.sqrt(right.astype(np.float64).var(axis=1).mean()), rel=1e-5)
     assert got.largest == np.abs(right).max()
 
 
 def test_meter_refuses_what_is_not_finite() -> None:
-    meter = ErrorMeter("the bundle, 4 rows a pass")
+    collector = ErrorCollector("the bundle, 4 rows a pass")
     with pytest.raises(NumericalError, match="the bundle, 4 rows a pass are not finite"):
-        meter.add(np.array([[0.0, np.nan]]), np.zeros((1, 2)))
+        collector.add(np.array([[0.0, np.nan]]), np.zeros((1, 2)))
 
 
 def test_meter_without_rows() -> None:
-    meter = ErrorMeter("test")
-    meter.add(np.zeros((0, 5)), np.zeros((0, 5)))
-    assert meter.result() == ErrorStats(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    assert meter.result().relative(0.0) == 0.0
+    collector = ErrorCollector("test")
+    collector.add(np.zeros((0, 5)), np.zeros((0, 5)))
+    assert collector.result() == ErrorStats(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    assert collector.result().relative(0.0) == 0.0
 
 
 def test_features_are_compared_row_by_row() -> None:
@@ -187,9 +187,9 @@ def test_features_are_compared_row_by_row() -> None:
     right[0] *= 1e4  # a first row like that of real models
     found = right.copy()
     found[1, 1] *= 1.5
-    meter = FeatureMeter([3, 5])
-    meter.add(found, right)
-    first, second = meter.result()
+    collector = FeatureErrorCollector([3, 5])
+    collector.add(found, right)
+    first, second = collector.result()
     assert (first.layer, first.rms, first.worst) == (3, 0.0, 0.0)
     assert (second.layer, second.worst) == (5, pytest.approx(0.5))
     assert second.rms == pytest.approx(0.5 / math.sqrt(2))

@@ -170,7 +170,7 @@ def test_right_bundle(report: VerifyReport) -> None:
         assert (plain.width, plain.accepted_per_step) == (1, (0,) * (len(plain.token_ids) - 1))
         for run in prompt.runs:
             assert run.equal_to_pytorch == len(run.token_ids)
-            assert (run.worst_shortfall, run.near_ties, run.faults) == (0.0, 0, ())
+            assert (run.worst_logit_gap, run.near_ties, run.faults) == (0.0, 0, ())
 
 
 def test_some_answers_are_stopped_and_some_are_not(report: VerifyReport) -> None:
@@ -223,7 +223,7 @@ def test_report_is_written_into_the_bundle(pair: Pair, report: VerifyReport) -> 
     assert written["bundle"]["manifest_sha256"] == hashlib.sha256(manifest).hexdigest()
     assert str(pair.bundle.root.parent) not in json.dumps(written), "a bundle may be published"
     assert written["environment"]["torch"] == torch.__version__
-    assert written["logit_errors"]["4"]["typical_row"] == report.logit_errors[4].typical_row
+    assert written["logit_errors"]["4"]["median_row"] == report.logit_errors[4].median_row
     assert [path.name for path in (pair.bundle.root / "reports").iterdir()] == ["verify.json"]
     Bundle.open(pair.bundle.root, verify_files=True)
 
@@ -268,7 +268,7 @@ def test_16_bit_bundle(tmp_path: Path, pair: Pair) -> None:
     # The yardstick stays fp32, and the allowance is what fp16 costs PyTorch itself.
     assert found.pytorch_repeated.max_abs < 1e-4 < found.pytorch_16_bit.max_abs
     sixteen_bit = found.pytorch_16_bit
-    assert found.limits.typical_row == 4 * sixteen_bit.relative(sixteen_bit.typical_row)
+    assert found.limits.median_row == 4 * sixteen_bit.relative(sixteen_bit.median_row)
     assert "PyTorch in fp16" in render(found)
 
 
@@ -345,12 +345,12 @@ def test_wrong_choice_with_right_logits_is_a_bug(tmp_path: Path, pair: Pair) -> 
         # Every token is accounted for, not only the first one that differs.
         assert runs["plain"].faults == tuple(range(len(runs["plain"].token_ids)))
         assert runs["PyTorch"].faults == ()
-        assert runs["plain"].worst_own_shortfall == pytest.approx(runs["plain"].worst_shortfall, abs=1e-4)
+        assert runs["plain"].worst_own_logit_gap == pytest.approx(runs["plain"].worst_logit_gap, abs=1e-4)
     first = found.prompts[0].differences[0]
     assert (first.between[1], first.token, first.position, first.verdict) == ("PyTorch", 0, 1, "bug")
     assert first.top_two[0].id == first.tokens[1].id
     assert first.margin == first.top_two[0].logit - first.top_two[1].logit
-    assert first.shortfall > found.limits.near_tie
+    assert first.logit_gap > found.limits.near_tie
     assert "bug: prompt 0, plain" in render(found)
     assert "verdict: BUG" in render(found)
 
@@ -419,7 +419,7 @@ def test_near_ties_are_told_from_bugs(tmp_path: Path) -> None:
     assert differences
     for item in differences:
         assert {token.id for token in item.tokens} == {token.id for token in item.top_two} == {8, 9}
-        assert 0 <= item.shortfall <= found.limits.near_tie < 1e-4
+        assert 0 <= item.logit_gap <= found.limits.near_tie < 1e-4
         assert item.verdict == "near tie"
     assert sum(run.near_ties for prompt in found.prompts for run in prompt.runs) > 0
     assert sum(prompt.close_calls for prompt in found.prompts) > 0
