@@ -11,9 +11,10 @@ import click
 
 from dflash_bench.gpu.backend_spec import FUSED, NO_GRAPH, BackendSpec
 from dflash_bench.gpu.shapes import PAIRS, PRECISIONS
-from dflash_rt.cli.console import CommandGroup, as_chats, echo_json, read_prompts
+from dflash_rt.cli.console import CommandGroup, echo, echo_json
 from dflash_rt.cli.options import BACKEND, BACKEND_OPTION, BUNDLE, COUNT, THREADS, VERIFY_FILES
 from dflash_rt.errors import BackendUnavailableError, RequestError
+from dflash_rt.text.prompt_files import as_chats, read_prompts
 from dflash_rt.version import __version__
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def run(as_json: bool, **options: Any) -> None:
 
     report = run_bench(**arguments)
     if not as_json:
-        click.echo(render(report))
+        echo(render(report))
     echo_json(report.to_dict())
 
 
@@ -141,7 +142,7 @@ def widths(as_json: bool, **options: Any) -> None:
 
     report = run_widths(**arguments)
     if not as_json:
-        click.echo(render(report))
+        echo(render(report))
     echo_json(report.to_dict())
 
 
@@ -194,7 +195,7 @@ def gpu(dry_run: bool, **options: Any) -> None:
     if dry_run:
         click.echo(DRY_RUN_WARNING, err=True)
     if plan.output.exists():
-        click.echo(plan.output.with_suffix(".md").read_text(encoding="utf-8"))
+        echo(plan.output.with_suffix(".md").read_text(encoding="utf-8"))
         click.echo(plan.output, err=True)
     sys.exit(0 if done else 1)
 

@@ -10,7 +10,8 @@ import click
 from dflash_export.click_options import build_options
 from dflash_export.engines.options import choose_precision, chosen_options, echo_notes, engine_options
 from dflash_export.options import REQUIRED
-from dflash_rt.cli.console import CommandGroup, as_chats, echo_json, fail, read_prompts
+from dflash_rt.cli.console import CommandGroup, echo, echo_json, fail
+from dflash_rt.text.prompt_files import as_chats, read_prompts
 from dflash_rt.version import __version__
 
 __all__ = ["main"]
@@ -68,7 +69,7 @@ def build(recipe: Path | None, backend: str | None, **options: Any) -> None:
         from dflash_export.inspection.bundle import describe_quantization
 
         click.echo("\n".join(describe_quantization(bundle.manifest.quantization)), err=True)
-    click.echo(bundle.root)
+    echo(bundle.root)
 
 
 @main.command("compile")
@@ -91,7 +92,7 @@ def compile_bundle(bundle: Path, max_seq_len: int | None, backend: str, **option
     )
     click.echo(f"built {len(result.built)}, reused {len(result.reused)}", err=True)
     echo_notes(result.notes)
-    click.echo(result.folder)
+    echo(result.folder)
 
 
 @main.command()
@@ -108,7 +109,7 @@ def inspect(bundle: Path, as_json: bool, verify_files: bool) -> None:
     if as_json:
         echo_json(report.to_dict())
     else:
-        click.echo(report.table())
+        echo(report.table())
     if report.changed:
         fail(
             f"files of {bundle} are not those that were recorded: {', '.join(report.changed)}\n"
@@ -166,7 +167,7 @@ def verify(
     if as_json:
         echo_json(report.to_dict())
     else:
-        click.echo(render(report))
+        echo(render(report))
     if not report.ok:
         fail("this bundle doesn't compute what PyTorch computes; the lines that begin with 'bug:' say where")
 

@@ -20,9 +20,8 @@ from dflash_bench.cli import main as bench_main
 from dflash_export.cli import main as export_main
 from dflash_rt import Bundle
 from dflash_rt.bundle.engine_sets import EngineFile
-from dflash_rt.cli.console import CommandGroup, read_prompts
+from dflash_rt.cli.console import CommandGroup
 from dflash_rt.cli.main import main as rt_main
-from dflash_rt.errors import PromptError
 from tests.rt.bundle.test_engine_sets import TRT, engine_set, store
 from tests.rt.bundle_maker import manifest_document, write_bundle
 
@@ -531,41 +530,3 @@ def test_files_are_compared_on_request(tmp_path: Path, line: str) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert "data/weights.bin: found sha256" in result.stderr
     assert "found sha256" not in invoke(program, *arguments).stderr  # it fails at another place
-
-
-# --- Prompt files ---
-
-
-def test_prompt_files(tmp_path: Path) -> None:
-    text, listed = tmp_path / "prompts.txt", tmp_path / "prompts.json"
-    text.write_text("one\n\n  two\nthree\n")
-    listed.write_text('["one", {"prompt": "  two", "kind": "made up"}, {"prompt": "three"}]')
-    assert read_prompts(text) == read_prompts(listed) == ["one", "  two", "three"]
-    assert read_prompts(text, 2) == ["one", "  two"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "part"),
-    [
-        ("a.txt", b"", "holds no prompt"),
-        ("a.txt", b"\n \n", "holds no prompt"),
-        ("a.txt", b"\xff", "can't be read"),
-        ("a.json", b"[", "not JSON"),
-        ("a.json", b"[" * 100_000, "not JSON"),
-        ("a.json", b"[]", "holds no prompt"),
-        ("a.json", b'{"prompt": "x"}', "not a list of prompts"),
-        ("a.json", b'["x", 1]', "item 1"),
-        ("a.json", b'[{"prompt": "x", "answer": "y"}]', "item 0"),
-        ("a.json", b'[{"kind": "x"}]', "item 0"),
-    ],
-)
-def test_bad_prompt_files(tmp_path: Path, name: str, content: bytes, part: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(PromptError, match=part):
-        read_prompts(path)
-
-
-def test_prompts_of_the_demo_drafter() -> None:
-    folder = ROOT / "examples" / "smollm2-135m-instruct-dflash"
-    assert len(read_prompts(folder / "heldout_prompts.json")) == 32

@@ -8,13 +8,8 @@ from typing import Any
 
 from dflash_export.progress import SILENT, Progress
 from dflash_rt import Bundle
-from dflash_rt.bundle.engine_sets import (
-    EngineSet,
-    built_for,
-    bundle_differences,
-    engine_folders,
-    read_engines,
-)
+from dflash_rt.bundle.engine_match import built_for, bundle_differences
+from dflash_rt.bundle.engine_sets import EngineSet, engine_folders, read_engines
 from dflash_rt.bundle.folder import hash_file
 from dflash_rt.errors import EngineError
 

@@ -18,7 +18,7 @@ from dflash_export.quantize.plan import QuantizePlan
 from dflash_export.quantize.text import CALIBRATION_PROMPTS, CalibrationText, encode_prompts, write_text
 from dflash_export.reference import load_target
 from dflash_rt.bundle.manifest import QuantizationInfo
-from dflash_rt.cli.console import read_prompts
+from dflash_rt.text.prompt_files import read_prompts
 from dflash_rt.text.prompts import PromptEncoder
 
 __all__ = ["Quantized", "check_calibration", "quantize_target"]

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,18 +34,13 @@ __all__ = [
     "ENGINES_NAME",
     "AxisRange",
     "BuildKey",
-    "Difference",
     "EngineFile",
     "EngineLimits",
     "EngineSet",
     "EngineSpec",
-    "Machine",
     "ProfileSpec",
-    "built_for",
-    "bundle_differences",
-    "compile_command",
-    "differences",
-    "find_engines",
+    "engine_folders",
+    "folder_name",
     "read_engines",
 ]
 
@@ -62,7 +55,6 @@ ProfileName: TypeAlias = Literal["prefill", "block"]
 SmVersion: TypeAlias = Annotated[int, Bounds(10, 9999)]
 EngineFileName: TypeAlias = Annotated[str, Pattern(r"[a-z_]{1,64}\.engine", "a name like target.engine")]
 
-_AMPERE = 80  # the oldest GPU of engines that are built hardware compatible
 _REMEDY = "build the engines again with `dflash-export compile`; engines.json isn't meant to be edited"
 
 
@@ -216,134 +208,6 @@ def _check(engines: EngineSet, problems: Problems) -> None:
                     problems.add(where, f"{sizes.min}, {sizes.opt}, {sizes.max}", "min <= opt <= max")
 
 
-# --- Does a set fit? ---
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Where engines are to run. ``compute_capability``: 89 is 8.9. ``None``: no GPU was found."""
-
-    backend: str
-    backend_version: str
-    gpu: str | None
-    compute_capability: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One reason why an engine set can't be used: the part, what it was built with, what is present."""
-
-    part: str
-    built: str
-    present: str
-
-    def __str__(self) -> str:
-        return f"{self.part}: built for {self.built}, present is {self.present}"
-
-
-def differences(
-    engines: EngineSet,
-    bundle: Bundle,
-    machine: Machine,
-    *,
-    max_seq_len: int | None = None,
-    batch: int = 1,
-) -> tuple[Difference, ...]:
-    """Every reason why ``engines`` can't serve ``bundle`` on ``machine``; empty if they fit.
-
-    ``max_seq_len`` and ``batch`` are what the caller needs. Nothing is loaded and no device is asked.
-    """
-    found = [*bundle_differences(engines, bundle), *_machine_differences(engines.build, machine)]
-    if max_seq_len is not None and engines.limits.max_seq_len < max_seq_len:
-        found.append(Difference("max_seq_len", str(engines.limits.max_seq_len), str(max_seq_len)))
-    if engines.limits.max_batch < batch:
-        found.append(Difference("batch", f"at most {engines.limits.max_batch}", str(batch)))
-    return tuple(found)
-
-
-def bundle_differences(engines: EngineSet, bundle: Bundle) -> Iterator[Difference]:
-    """Every way in which ``engines`` were built from another bundle than this one, on any machine."""
-    manifest = bundle.manifest
-    if engines.build.precision != manifest.precision:
-        yield Difference("precision", engines.build.precision, manifest.precision)
-    missing = [graph for graph in manifest.graphs if graph not in engines.engines]
-    if missing:
-        yield Difference("graphs", ", ".join(engines.engines), f"also {', '.join(missing)}")
-    sources = {path: sha for spec in engines.engines.values() for path, sha in spec.sources.items()}
-    for path, sha in sorted(sources.items()):
-        record = manifest.files.get(path)
-        if record is None or record.sha256 != sha:
-            present = "no such file" if record is None else f"sha256 {record.sha256[:12]}…"
-            yield Difference(f"the bundle's {path}", f"sha256 {sha[:12]}…", present)
-
-
-def _machine_differences(build: BuildKey, machine: Machine) -> Iterator[Difference]:
-    if build.backend != machine.backend:
-        yield Difference("backend", build.backend, machine.backend)
-        return
-    if not _version_fits(build, machine.backend_version):
-        built = build.backend_version + (" or newer of its major version" if build.version_compatible else "")
-        yield Difference(f"{build.backend} version", built, machine.backend_version)
-    if machine.gpu is None or machine.compute_capability is None:
-        yield Difference("GPU", built_for(build), "none")
-    elif not _gpu_fits(build, machine.gpu, machine.compute_capability):
-        yield Difference("GPU", built_for(build), f"{machine.gpu} (sm{machine.compute_capability})")
-
-
-def _version_fits(build: BuildKey, version: str) -> bool:
-    if not build.version_compatible:
-        return build.backend_version == version
-    built, present = _numbers(build.backend_version), _numbers(version)
-    return built[:1] == present[:1] and built <= present
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
-
-
-def _gpu_fits(build: BuildKey, gpu: str, compute_capability: int) -> bool:
-    if build.hardware_compatible:
-        return compute_capability >= _AMPERE
-    return compute_capability in build.compute_capabilities and build.gpu in (None, gpu)
-
-
-def built_for(build: BuildKey) -> str:
-    """The GPUs that engines were built for, in words."""
-    if build.hardware_compatible:
-        return f"any GPU of sm{_AMPERE} or newer"
-    capabilities = ", ".join(f"sm{number}" for number in build.compute_capabilities)
-    return capabilities if build.gpu is None else f"{build.gpu} ({capabilities})"
-
-
-def compile_command(
-    root: Path,
-    machine: Machine,
-    engines: EngineSet | None = None,
-    *,
-    max_seq_len: int | None = None,
-    batch: int = 1,
-) -> str:
-    """The command that builds engines which fit, with the options of ``engines`` where it has them."""
-    words = ["dflash-export", "compile", str(root), "--backend", machine.backend]
-    length = max(filter(None, (max_seq_len, engines.limits.max_seq_len if engines else None)), default=None)
-    if length is not None:
-        words += ["--max-seq-len", str(length)]
-    batch = max(batch, engines.limits.max_batch if engines else 1)
-    if batch > 1:
-        words += ["--max-batch", str(batch)]
-    if engines is not None and engines.build.backend == machine.backend:
-        build = engines.build
-        words += ["--workspace", str(build.workspace)] if build.workspace is not None else []
-        words += ["--version-compatible"] if build.version_compatible else []
-        words += ["--hardware-compatible"] if build.hardware_compatible else []
-    if machine.backend == "tensorrt-rtx" and machine.compute_capability is not None:
-        words += ["--sm", str(machine.compute_capability)]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
-
-
-# --- On disk ---
-
-
 def read_engines(folder: Path) -> EngineSet:
     """The set in ``folder``; its files are there with their sizes.
 
@@ -394,58 +258,3 @@ def engine_folders(bundle: Bundle) -> tuple[Path, ...]:
             remedy="check its permissions",
         ) from error
     return tuple(parent / name for name in entries if not name.startswith(".") and (parent / name).is_dir())
-
-
-def find_engines(
-    bundle: Bundle, machine: Machine, *, max_seq_len: int | None = None, batch: int = 1
-) -> tuple[Path, EngineSet]:
-    """The engine set to load and its folder, of those that fit: the one with the smallest caches, where the
-    caller says how long a sequence may be, and otherwise the one with the largest.
-
-    Raises:
-        EngineError: there is none, or none fits; says for the closest which parts differ, what is present
-            and the command that builds one. Sets that can't be read are named as well.
-    """
-    fitting: list[tuple[tuple[int, str], Path, EngineSet]] = []
-    near: list[tuple[int, str, Path, EngineSet, tuple[Difference, ...]]] = []
-    broken: list[str] = []
-    for folder in engine_folders(bundle):
-        try:
-            engines = read_engines(folder)
-        except EngineError as error:
-            broken.append(f"{folder.name}: {error.problem.what}")
-            continue
-        reasons = differences(engines, bundle, machine, max_seq_len=max_seq_len, batch=batch)
-        if reasons:
-            # Another backend's engines are never close.
-            distance = len(reasons) + 100 * (engines.build.backend != machine.backend)
-            near.append((distance, folder.name, folder, engines, reasons))
-        else:
-            size = engines.limits.capacity if max_seq_len is not None else -engines.limits.capacity
-            fitting.append(((size, folder.name), folder, engines))
-    if fitting:
-        _, folder, engines = min(fitting, key=lambda item: item[0])
-        return folder, engines
-    raise _no_engines(bundle, machine, near, broken, max_seq_len, batch)
-
-
-def _no_engines(
-    bundle: Bundle,
-    machine: Machine,
-    near: list[tuple[int, str, Path, EngineSet, tuple[Difference, ...]]],
-    broken: list[str],
-    max_seq_len: int | None,
-    batch: int,
-) -> EngineError:
-    present = f"{machine.backend} {machine.backend_version} on {machine.gpu or 'no GPU'}"
-    closest = min(near, key=lambda item: item[:2]) if near else None
-    if closest is None:
-        what, found = f"the bundle {bundle.root} has no engines for {machine.backend}", "no engine set"
-    else:
-        what = f"no engines of the bundle {bundle.root} fit; the closest are in {closest[2].name}"
-        found = "; ".join(str(reason) for reason in closest[4])
-    if broken:
-        found += "; can't be read: " + ", ".join(broken)
-    engines = None if closest is None else closest[3]
-    command = compile_command(bundle.root, machine, engines, max_seq_len=max_seq_len, batch=batch)
-    return EngineError(what, found=found, expected=f"engines for {present}", remedy=f"run: {command}")

@@ -1,4 +1,4 @@
-"""What the two command lines share: errors without tracebacks, prompt files, JSON output.
+"""What all command lines share: errors without tracebacks, output, JSON.
 
 Exit codes: 0 success, 1 an error of the project, 2 wrong usage, 130 interrupted. Results are on stdout, the
 rest on stderr.
@@ -13,17 +13,15 @@ import logging
 import math
 import os
 import sys
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from dflash_rt.errors import DFlashError, PromptError
+from dflash_rt.errors import DFlashError
 
-__all__ = ["CommandGroup", "JsonPair", "as_chats", "echo_json", "fail", "read_prompts", "read_text"]
+__all__ = ["CommandGroup", "JsonPair", "echo", "echo_json", "fail"]
 
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
@@ -45,19 +43,25 @@ _EXTRAS = {
 }
 
 
-class CommandGroup(click.Group):
-    """The one place that turns the project's errors into a short message and an exit code."""
+class _Command(click.Command):
+    """A command whose ``--help`` and ``--version`` say so when stdout can't be written."""
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
         """Read the command line; ``--help`` and ``--version`` print right here."""
         _print_utf8()
-        with _stdout_failures_told():
+        with _report_stdout_failure():
             return super().make_context(*args, **options)
+
+
+class CommandGroup(_Command, click.Group):
+    """The one place that turns the project's errors into a short message and an exit code."""
+
+    command_class = _Command
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command."""
         try:
-            with _stdout_failures_told(), _notes():
+            with _device_log_on_stderr():
                 return super().invoke(ctx)
         except DFlashError as error:
             raise click.ClickException(str(error)) from error
@@ -85,27 +89,21 @@ def _print_utf8() -> None:
 
 
 @contextmanager
-def _stdout_failures_told() -> Iterator[None]:
-    """Turn what a full disk behind stdout raises into a message. A closed pipe is click's: it is quiet."""
+def _report_stdout_failure() -> Iterator[None]:
+    """Turn an error of writing to stdout, as on a full disk, into a message.
+
+    Click itself ends a command quietly when the pipe behind stdout was closed.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno == errno.EPIPE or not _comes_from_stdout(error):
+        if error.errno == errno.EPIPE or error.filename is not None:
             raise
-        # What stdout still holds can't be written when the process ends either, and Python would say so.
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        # Python flushes stdout again when the process ends, and would report the same error.
+        with open(os.devnull, "wb") as devnull:
+            os.dup2(devnull.fileno(), sys.stdout.fileno())
         message = f"standard output can't be written: {error.strerror or error}"
         raise click.ClickException(message) from error
-
-
-def _comes_from_stdout(error: OSError) -> bool:
-    """Whether it was raised by the one function that both commands print with, and not for stderr.
-
-    The error itself doesn't name the file, and an unbuffered stdout forgets that it failed.
-    """
-    frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    return frame.f_code is click.echo.__code__ and not frame.f_locals["err"]
 
 
 class JsonPair(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
@@ -131,17 +129,17 @@ class JsonPair(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
         return key, parsed
 
 
-class _Notes(logging.Handler):
-    """Writes to stderr as it is now."""
+class _StderrHandler(logging.Handler):
+    """Writes to whatever ``sys.stderr`` is at the time of a record."""
 
     def emit(self, record: logging.LogRecord) -> None:
         click.echo(record.getMessage(), err=True)
 
 
 @contextmanager
-def _notes() -> Iterator[None]:
-    """Show what a device's memory is wanted for while a command runs; as a library the runtime is silent."""
-    logger, handler = logging.getLogger("dflash_rt.backends.device"), _Notes()
+def _device_log_on_stderr() -> Iterator[None]:
+    """Show the device backends' log, such as the use of memory; as a library the runtime is silent."""
+    logger, handler = logging.getLogger("dflash_rt.backends.device"), _StderrHandler()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -157,76 +155,12 @@ def fail(message: str) -> NoReturn:
     raise click.ClickException(message)
 
 
+def echo(text: object = "", *, nl: bool = True) -> None:
+    """Print a result on stdout; an error message and exit code 1 where that can't be done."""
+    with _report_stdout_failure():
+        click.echo(text, nl=nl)
+
+
 def echo_json(value: Mapping[str, Any]) -> None:
     """One line of JSON on stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
-
-
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a file, or of stdin for ``-``, without one newline at its end.
-
-    Raises:
-        PromptError: it can't be read, or isn't UTF-8.
-    """
-    try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        text = data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        name = "standard input" if str(path) == "-" else str(path)
-        raise PromptError(
-            f"{name} can't be read",
-            found=error,
-            expected="UTF-8 text",
-            remedy="check the path and the encoding",
-        ) from error
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-def read_prompts(path: Path, limit: int | None = None) -> list[str]:
-    """Prompts from a file, the first ``limit`` of them (``None``: all).
-
-    A ``.json`` file holds a list of strings, or of objects with ``prompt`` and optionally ``kind`` (a label).
-    Any other file holds one prompt a line; blank lines don't count.
-
-    Raises:
-        PromptError: the file can't be read, is malformed, or holds no prompt.
-    """
-    text = read_text(path)
-    if path.suffix == ".json":
-        prompts = _prompts_from_json(path, text)
-    else:
-        prompts = [line for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise PromptError(f"{path} holds no prompt", expected="at least one", remedy="add one")
-    return prompts[:limit]
-
-
-def as_chats(prompts: Sequence[str]) -> list[list[dict[str, str]]]:
-    """Each prompt as the only user message of a chat."""
-    return [[{"role": "user", "content": prompt}] for prompt in prompts]
-
-
-def _prompts_from_json(path: Path, text: str) -> list[str]:
-    expected = 'a JSON list of strings, or of objects like {"prompt": "..."}'
-    remedy = "correct the file, or use a text file with one prompt a line"
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"{path} is not JSON", found=error, expected=expected, remedy=remedy) from error
-    if not isinstance(items, list):
-        raise PromptError(
-            f"{path} is not a list of prompts", found=type(items).__name__, expected=expected, remedy=remedy
-        )
-    prompts = []
-    for index, item in enumerate(items):
-        labelled = isinstance(item, dict) and item.keys() <= {"prompt", "kind"}
-        prompt = item.get("prompt") if labelled else item
-        if not isinstance(prompt, str):
-            raise PromptError(
-                f"item {index} of {path} is not a prompt",
-                found=json.dumps(item, ensure_ascii=False)[:200],
-                expected=expected,
-                remedy=remedy,
-            )
-        prompts.append(prompt)
-    return prompts
+    echo(json.dumps(value, ensure_ascii=False, allow_nan=False))

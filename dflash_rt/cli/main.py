@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dflash_rt.cli.console import CommandGroup, JsonPair, as_chats, echo_json, read_text
+from dflash_rt.cli.console import CommandGroup, JsonPair, echo, echo_json
 from dflash_rt.cli.options import BACKEND, BACKEND_OPTION, BUNDLE, COUNT, THREADS, VERIFY_FILES
+from dflash_rt.text.prompt_files import as_chats, read_text
 from dflash_rt.version import __version__
 
 if TYPE_CHECKING:
@@ -147,12 +148,12 @@ def generate(
     ):
         for chunk in stream:
             if not as_json:
-                click.echo(chunk.text, nl=False)
+                echo(chunk.text, nl=False)
     result = stream.result
     if as_json:
         echo_json(_as_json(result))
     elif not result.text.endswith("\n"):
-        click.echo()
+        echo()
     if stats:
         click.echo(_stats_text(result), err=True)
 

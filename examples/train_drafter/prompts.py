@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dflash_export.errors import RecipeError
-from dflash_rt.cli.console import read_prompts, read_text
+from dflash_rt.text.prompt_files import read_prompts, read_text
 
 __all__ = [
     "HELD_OUT",

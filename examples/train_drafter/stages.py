@@ -12,7 +12,7 @@ import click
 import torch
 
 from dflash_export.errors import RecipeError
-from dflash_rt.cli.console import read_prompts
+from dflash_rt.text.prompt_files import read_prompts
 from examples.train_drafter.budget import Budget
 from examples.train_drafter.card import read_record, write_card
 from examples.train_drafter.dataset import read_sequences

@@ -16,7 +16,7 @@ from dflash_export.reference import load_target
 from dflash_export.sources.resolve import Source, resolve_target
 from dflash_export.sources.tokenizer import export_tokenizer
 from dflash_export.targets.config import load_target_config, stop_token_ids
-from dflash_rt.cli.console import as_chats
+from dflash_rt.text.prompt_files import as_chats
 from dflash_rt.text.prompts import PromptEncoder
 from dflash_rt.text.tokenizer import Tokenizer
 

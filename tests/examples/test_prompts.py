@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dflash_export.errors import RecipeError
-from dflash_rt.cli.console import read_prompts
+from dflash_rt.text.prompt_files import read_prompts
 from examples.train_drafter.prompts import HELD_OUT, normalised, own_prompts, read_words, training_prompts
 
 FOLDER = HELD_OUT.parents[1] / "train_drafter"

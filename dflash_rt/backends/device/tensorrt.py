@@ -12,7 +12,8 @@ from dflash_rt.backends.device.cuda import CudaDevice
 from dflash_rt.backends.device.kernel_cache import KernelCache
 from dflash_rt.backends.device.plan import Binding, Run
 from dflash_rt.backends.device.protocols import Device, Work
-from dflash_rt.bundle.engine_sets import EngineSet, Machine, compile_command, find_engines
+from dflash_rt.bundle.engine_match import Machine, compile_command, find_engines
+from dflash_rt.bundle.engine_sets import EngineSet
 from dflash_rt.errors import BackendError, BackendUnavailableError
 
 if TYPE_CHECKING:

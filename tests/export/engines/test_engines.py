@@ -19,7 +19,8 @@ from dflash_export.engines.reuse import link_engine
 from dflash_export.engines.vendor import load_vendor
 from dflash_export.errors import EngineBuildError
 from dflash_rt import Bundle
-from dflash_rt.bundle.engine_sets import EngineFile, EngineSet, Machine, find_engines, read_engines
+from dflash_rt.bundle.engine_match import Machine, find_engines
+from dflash_rt.bundle.engine_sets import EngineFile, EngineSet, read_engines
 from dflash_rt.bundle.folder import hash_file
 from dflash_rt.errors import IntegrityError, OutputError
 from tests.export.engines.built import check_handed, watch_builds

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dflash_rt import Bundle
+from dflash_rt.bundle.engine_match import Machine, compile_command, differences, find_engines
 from dflash_rt.bundle.engine_sets import (
     ENGINES_NAME,
     AxisRange,
@@ -19,11 +20,7 @@ from dflash_rt.bundle.engine_sets import (
     EngineLimits,
     EngineSet,
     EngineSpec,
-    Machine,
     ProfileSpec,
-    compile_command,
-    differences,
-    find_engines,
     read_engines,
 )
 from dflash_rt.errors import EngineError
