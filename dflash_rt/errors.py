@@ -1,14 +1,14 @@
-"""The exceptions of ``dflash_rt``; those of an export, in ``dflash_export.errors``, join them.
+"""The exceptions of ``dflash_rt``. ``dflash_export.errors`` has those of an export, with the same base.
 
 ::
 
     DFlashError
     ├── BundleError                 a bundle folder can't be used
     │   ├── ManifestError           manifest.json is missing, malformed or hostile
-    │   └── IntegrityError          a file is missing, truncated or not the one that was recorded
+    │   └── IntegrityError          a file is missing, truncated or changed
     ├── BackendError                a backend can't be loaded or failed while running
-    │   ├── BackendUnavailableError the vendor library or device isn't there
-    │   ├── DeviceError             a call of the device's own library failed
+    │   ├── BackendUnavailableError the vendor library or the device is missing
+    │   ├── DeviceError             a call of the device's library failed
     │   ├── EngineError             no built engine fits this machine, or its record can't be read
     │   └── NumericalError          a step gave logits that are not finite
     ├── RequestError                a request is refused before any work (also a ValueError)
@@ -92,7 +92,7 @@ class ManifestError(BundleError):
 
 
 class IntegrityError(BundleError):
-    """A file of the bundle is missing, truncated, or not the one that was recorded."""
+    """A file of the bundle is missing, truncated, or differs from its record in the manifest."""
 
 
 class BackendError(DFlashError):
@@ -100,11 +100,11 @@ class BackendError(DFlashError):
 
 
 class BackendUnavailableError(BackendError):
-    """The vendor library or the device that a backend needs isn't there."""
+    """The vendor library or the device that a backend needs is missing."""
 
 
 class DeviceError(BackendError):
-    """A call of the library that drives a device failed; what was running there is lost."""
+    """A call of the library that drives a device failed; the running request is lost."""
 
 
 class EngineError(BackendError):
@@ -140,4 +140,4 @@ class GeneratorStateError(DFlashError, RuntimeError):
 
 
 class OutputError(DFlashError):
-    """A file or folder that is to be written exists already, or can't be written."""
+    """An output file or folder exists already, or can't be written."""

@@ -27,7 +27,7 @@ from dflash_rt.text.stop_strings import TextAssembler
 
 __all__ = ["Generator"]
 
-_MOVED = 1.05  # a cost that differs by more from what is kept is written back
+_MOVED = 1.05  # stored costs are written again when one has changed by more than this factor
 
 
 class Generator:
@@ -72,7 +72,7 @@ class Generator:
         opened = _open(bundle, verify_files)
         limits = ModelLimits.from_manifest(opened.manifest, num_draft_tokens=num_draft_tokens)
         prompts = PromptEncoder.from_bundle(opened)
-        # Last, since it is what has to be closed when something fails after it.
+        # Made last: it must be closed if a later line fails.
         runner = _backend(opened, backend, threads, backend_options)
         try:
             # Caches of full size may be smaller than the bundle allows.
@@ -82,8 +82,8 @@ class Generator:
             runner.warm_up(sorted({1 + drafts for drafts in (*fewer, limits.num_draft_tokens)}))
             costs = key = None
             if limits.adaptive:
-                # Nothing is known of how a ready backend object was made, and a GPU isn't part of the key:
-                # such costs aren't kept.
+                # The key describes neither a backend object that the caller made nor a GPU, so their costs
+                # aren't stored.
                 key = cost_key(opened, runner.name, threads) if backend == "onnxruntime" else None
                 costs = _step_costs(opened, key, runner, limits)
             self._set_parts(limits, runner, prompts, costs, None if key is None else (opened, key))
@@ -130,8 +130,8 @@ class Generator:
         self._backend = backend
         self._prompts = prompts
         self._costs = costs
-        self._kept = kept  # where corrected costs go
-        # Apart, since choosing from logits takes time for each row of a step.
+        self._kept = kept  # where corrected costs are written
+        # Corrected apart, since choosing from logits adds time for each row of a step.
         self._greedy_costs = None if costs is None else RunningCosts(costs)
         self._sampled_costs = None if costs is None else RunningCosts(costs)
         self._history = AcceptanceHistory(limits.num_draft_tokens + 1)
@@ -207,15 +207,15 @@ class Generator:
                 target's generation config. ``SamplingParams()`` is greedy decoding.
             stop: strings that end the text just before them. One string may be given alone.
             stop_token_ids: ids that end the text; ``None`` for the bundle's, ``[]`` for none.
-            speculative: ``False`` for plain decoding, one token at a time, on the same graphs. Neither the
-                tokens of a seed nor those of greedy decoding depend on it.
+            speculative: ``False`` for plain decoding, one token at a time, on the same graphs. Greedy tokens
+                and the tokens of a seed are the same either way.
             chat_template_kwargs: variables of the chat template, over the bundle's defaults.
 
         Raises (now, before any work; never at the first chunk):
-            PromptError: the prompt is empty, no prompt at all, has ids outside the vocabulary, or is text
-                while the bundle has no tokenizer.
+            PromptError: the prompt is empty, has a wrong type or ids outside the vocabulary, or is text while
+                the bundle has no tokenizer.
             ChatTemplateError: there is no chat template, or it fails.
-            ContextLengthError: prompt and output together exceed the bundle's limit.
+            ContextLengthError: prompt and output together exceed ``max_seq_len``.
             SamplingError: ``sampling`` isn't a SamplingParams.
             RequestError: another argument is wrong (base class of all above).
             GeneratorStateError: the generator is closed.
@@ -248,8 +248,8 @@ class Generator:
     def close(self) -> None:
         """Free the backend. Safe to call twice; later requests raise GeneratorStateError.
 
-        A request that another thread is running is waited for; this thread's own open stream is closed. Step
-        costs that are kept in the bundle, and that requests have shown to be others, are written there again.
+        Waits for another thread's running request, and closes this thread's own open stream. Step costs that
+        the bundle stores are written again if requests have corrected one by more than 5%.
         """
         self._lock.close(self._close)
 
@@ -290,7 +290,7 @@ def _open(bundle: str | os.PathLike[str] | Bundle, verify_files: bool) -> Bundle
 
 
 def _step_costs(bundle: Bundle, key: CostKey | None, backend: Backend, limits: ModelLimits) -> StepCosts:
-    """Costs kept in ``bundle``, or measured and kept there; only measured without a key."""
+    """Costs that ``bundle`` stores, or else measured and stored there; without a key measured only."""
     if key is None:
         return measure_step_costs(backend, limits)
     costs = load_step_costs(bundle, key, limits.num_draft_tokens + 1)

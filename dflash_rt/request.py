@@ -1,4 +1,4 @@
-"""Requests: everything a caller can get wrong is found here, before any work is done."""
+"""A request, and the checks that refuse a wrong one before any work is done."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ size less one; ``None``: each step's own, up to the bundle's ``num_draft_tokens`
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLimits:
-    """What the loop and the checks need to know of a model: sizes, limits and defaults.
+    """Sizes, limits and defaults of a model.
 
     Attributes:
         vocab_size: token ids are below this.
@@ -35,8 +35,8 @@ class ModelLimits:
         block_size: rows of a draft block at most, the anchor included.
         num_draft_tokens: tokens that a step drafts, at most; 0 is no drafting.
         adaptive: whether each step drafts as many as promise most; otherwise all draft ``num_draft_tokens``.
-        samples_drafts: the drafter samples its proposals at a temperature above 0. Then a seed's text depends
-            on their number, so that such a request never adapts it, which would depend on the clock.
+        samples_drafts: the drafter samples its proposals at a temperature above 0. A seed's text then depends
+            on how many are drafted, so such a request doesn't adapt that number to measured times.
         stop_token_ids: ids that end a text unless a request says otherwise.
         sampling: how tokens are chosen unless a request says otherwise.
     """
@@ -116,7 +116,7 @@ class Request:
         stop_token_ids: Collection[int] | None,
         speculative: bool,
     ) -> Request:
-        """Check a request whose prompt is token ids by now.
+        """Check a request whose prompt was encoded already.
 
         Raises:
             PromptError: the prompt is empty, or has ids outside the vocabulary.

@@ -1,4 +1,4 @@
-"""Whose turn it is: one request at a time uses a generator's backend."""
+"""One request at a time uses a generator's backend."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class _Closable(Protocol):
 class RequestLock:
     """A lock held by a request, not by a thread: a stream may end in another thread than it began in.
 
-    Requests of other threads wait; the order in which they get their turn isn't promised. A second request
-    of the thread that is running one would wait for itself, so it is refused instead.
+    Requests of other threads wait, in no promised order. A second request of the same thread would wait for
+    itself, so it is refused.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._closed = False
         self._ended = False
-        # Whoever advanced the running request last. Never read without its thread being compared first.
+        # The thread that advanced the running request last. Only compared with the current thread.
         self._thread: threading.Thread | None = None
-        # Weak, so that a stream that is left without a close() is collected, which gives its turn back.
+        # Weak: a stream dropped without close() must be collected, which releases the lock.
         self._request: weakref.ref[_Closable] | None = None
 
     @property
@@ -48,13 +48,13 @@ class RequestLock:
             )
 
     def take(self, request: _Closable) -> None:
-        """Wait for the turn of ``request``; whoever calls this calls :meth:`release` later, from any thread.
+        """Wait until ``request`` may run. Call :meth:`release` later, from any thread.
 
         Raises:
             GeneratorStateError: the generator is closed, or this thread has another request under way.
         """
         self.require_open()
-        if self._mine():
+        if self._held_by_this_thread():
             raise GeneratorStateError(
                 "this thread has an open stream on this generator",
                 found="another request before the end of the stream",
@@ -68,27 +68,27 @@ class RequestLock:
             self.require_open()
 
     def advance(self) -> None:
-        """The running request is now driven by this thread."""
+        """Record that the current thread drives the running request."""
         self._thread = threading.current_thread()
 
     def release(self) -> None:
-        """Give the turn back."""
+        """Let the next request run."""
         self._thread = self._request = None
         self._lock.release()
 
     def close(self, end: Callable[[], None]) -> None:
         """Refuse new requests, wait for the running one, and call ``end`` once.
 
-        An open stream of this thread is closed; one of another thread is waited for.
+        Closes an open stream of this thread; waits for the end of another thread's.
 
         Raises:
             GeneratorStateError: called from inside a step of this thread's own request.
         """
-        if self._mine():
+        if self._held_by_this_thread():
             request = self._request() if self._request is not None else None
             if request is not None:
                 request.close()
-            if self._mine():
+            if self._held_by_this_thread():
                 raise GeneratorStateError(
                     "the generator was closed from inside one of its own steps",
                     found="close() called by a function that the backend called",
@@ -101,5 +101,5 @@ class RequestLock:
                 self._ended = True
                 end()
 
-    def _mine(self) -> bool:
+    def _held_by_this_thread(self) -> bool:
         return self._thread is threading.current_thread()

@@ -1,4 +1,4 @@
-"""What a request cost and what drafting gained."""
+"""Counters and times of a request."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["GenerationStats"]
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """Counters and times of one request. What can be computed from other fields is a property.
+    """Counters and times of one request. Values that follow from others are properties.
 
-    The first new token comes from the prefill; every later one from a step. Times are in seconds and count
-    only while the request is being worked on: neither waiting for another request, nor tokenizing the
-    prompt, nor the time a caller spends between two chunks.
+    The first new token comes from the prefill; every later one from a step. Times are in seconds of work on
+    the request. They leave out waiting for other requests, tokenizing the prompt, and the caller's own work
+    between two chunks.
 
     Attributes:
         prompt_tokens: tokens of the prompt.
         new_tokens: tokens returned, a stop token included.
         num_draft_tokens: tokens that a step drafts, at most; 0 for plain decoding.
-        accepted_per_step: for each step, how many drafts the target confirmed. It is not cut in the last
-            step, where a stop or the length limit may drop confirmed tokens: this measures the drafter.
+        accepted_per_step: for each step, how many drafts the target confirmed. The last step's counts in
+            full even if a stop or the length limit drops some of them, since this measures the drafter.
         drafted_per_step: for each step, how many tokens were drafted; 0 for a plain step.
         prefill_seconds: until the first token was there.
         decode_seconds: in all steps together.

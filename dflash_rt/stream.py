@@ -24,7 +24,7 @@ from dflash_rt.text.stop_strings import TextAssembler
 __all__ = ["Chunk", "FinishReason", "GenerationResult", "TokenStream"]
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
-"""A stop token or stop string; ``max_new_tokens``; or the caller left."""
+"""A stop token or stop string; ``max_new_tokens`` or the context limit; the caller closed the stream."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Chunk:
     Attributes:
         text: new text; empty while a character or a possible stop string is incomplete.
         token_ids: new tokens, at least one.
-        drafted: how many of them, from the first on, were proposed by the drafter.
+        drafted: how many of ``token_ids``, counted from the first, the drafter proposed.
         finish_reason: set on the last chunk only.
         logprobs: one for each of ``token_ids``, if the request asked for them.
     """
@@ -48,14 +48,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """All that a request gave: its chunks' texts and token ids joined, and what it cost.
+    """The text and token ids of all chunks, and statistics. A cancelled request has those yielded so far.
 
-    ``token_ids`` ends with the stop token, if one ended it, or with the token that completed a stop string;
-    ``text`` ends before the stop string, and special tokens give no text. Of a cancelled request it is what
-    had been handed out.
-
-    ``logprobs`` has one item for each token, if the request asked for them. ``seed`` is the one that was
-    used, given or drawn; ``None`` if nothing was random.
+    ``token_ids`` includes the stop token, or the token that completed a stop string; ``text`` ends before
+    the stop string, and special tokens give no text. ``logprobs`` has one item for each token, if the request
+    asked for them. ``seed`` is the one used, given or drawn; ``None`` at temperature 0.
     """
 
     text: str
@@ -67,12 +64,12 @@ class GenerationResult:
 
 
 class TokenStream(Iterator[Chunk]):
-    """The chunks of one request, one per step, made while they are asked for.
+    """The chunks of one request, one per step. Each ``next()`` runs one step.
 
-    The request takes the generator with the first ``next()``, waiting for other threads' requests, and keeps
-    it until the last chunk, an error, :meth:`close`, or until nothing refers to the stream any more, as when
-    a ``for`` loop is left. Then :attr:`result` is there, unless an error ended it. A stream may be closed
-    from any thread, also while it waits for its turn.
+    The first ``next()`` waits for other threads' requests and then occupies the generator. The last chunk, an
+    error or :meth:`close` frees it, and so does dropping the stream, as when a ``for`` loop is left. After
+    the end :attr:`result` is available, unless an error ended it. Any thread may close a stream, also while
+    it waits.
     """
 
     def __init__(
@@ -108,8 +105,8 @@ class TokenStream(Iterator[Chunk]):
         self._seconds_before: dict[str, float] | None = None  # the backend's clocks when the first step began
         self._result: GenerationResult | None = None
         self._mutex = threading.RLock()
-        self._inside = False  # a step is running; only a call from within (a signal handler's) can see it
-        self._cancelled = False  # close() was called: a step that is running ends the stream
+        self._inside = False  # a step is running; only a call from inside it (a signal handler) reads True
+        self._cancelled = False  # close() was called: the running step will end the stream
 
     def __next__(self) -> Chunk:
         """The next step's chunk.
@@ -119,7 +116,7 @@ class TokenStream(Iterator[Chunk]):
             GeneratorStateError: the generator is closed, or this thread has another open stream on it.
             BackendError: the backend failed; the stream has ended, and the generator can be used again.
         """
-        self._wait_for_turn()
+        self._acquire()
         with self._mutex:
             if self._inside:
                 raise _misused("next() was called from inside the stream's own step")
@@ -155,7 +152,7 @@ class TokenStream(Iterator[Chunk]):
     def close(self) -> None:
         """End the request; its finish reason is ``"cancelled"`` unless it had ended. Safe to call twice.
 
-        While another thread is inside ``next()``, that step is waited for.
+        Waits for the step of another thread that is inside ``next()``.
         """
         self._cancelled = True  # before the mutex, which a busy reader may take again and again
         with self._mutex:
@@ -171,30 +168,30 @@ class TokenStream(Iterator[Chunk]):
         self.close()
 
     def __del__(self) -> None:
-        # Nobody is left to ask for the result; what matters is the turn.
+        # No caller can ask for the result any more, but other requests wait for the lock.
         if self._state == "running":
             self._state = "ended"
             self._lock.release()
 
-    def _wait_for_turn(self) -> None:
+    def _acquire(self) -> None:
         with self._mutex:
             if self._state == "waiting":
                 raise _misused("another thread is starting this stream")
             if self._state != "new":
                 return
             self._state = "waiting"
-        taken = False
+        acquired = False
         try:
-            self._lock.take(self)  # not under the mutex: close() must get through while this waits
-            taken = True
+            self._lock.take(self)  # without the mutex, so that close() works while this waits
+            acquired = True
         finally:
-            self._settle(taken)
+            self._end_waiting(acquired)
 
-    def _settle(self, taken: bool) -> None:
+    def _end_waiting(self, acquired: bool) -> None:
         with self._mutex:
             if self._state == "waiting":
-                self._state = "running" if taken else "new"
-            elif taken:  # closed while it waited
+                self._state = "running" if acquired else "new"
+            elif acquired:  # closed while it waited
                 self._lock.release()
 
     def _advance(self) -> Chunk:
@@ -219,12 +216,12 @@ class TokenStream(Iterator[Chunk]):
         begin, self._emitted = self._emitted, self._emitted + len(token_ids)
         logprobs = None
         if self._sampler is not None and self._request.sampling.logprobs is not None:
-            # A stop leaves tokens behind that were chosen, and will not be emitted.
+            # The sampler may have chosen tokens behind a stop, which aren't emitted.
             logprobs = tuple(self._sampler.logprobs[begin : self._emitted])
         return Chunk(text, token_ids, min(decoded.drafted, len(token_ids)), reason, logprobs)
 
     def _end(self, reason: FinishReason | None) -> None:
-        """Leave the loop and give the turn back; without a reason there is no result."""
+        """Leave the loop and release the lock. Without a reason there is no result."""
         if self._state == "ended":
             return
         running, self._state = self._state == "running", "ended"

@@ -28,7 +28,7 @@ _AMPERE = 80  # the oldest GPU of engines that are built hardware compatible
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Where engines are to run. ``compute_capability``: 89 is 8.9. ``None``: no GPU was found."""
+    """The machine that runs engines. ``compute_capability``: 89 is 8.9. ``None``: no GPU was found."""
 
     backend: str
     backend_version: str
@@ -38,7 +38,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One reason why an engine set can't be used: the part, what it was built with, what is present."""
+    """One reason why an engine set can't be used: the part, its value in the build, the present value."""
 
     part: str
     built: str
@@ -58,7 +58,7 @@ def differences(
 ) -> tuple[Difference, ...]:
     """Every reason why ``engines`` can't serve ``bundle`` on ``machine``; empty if they fit.
 
-    ``max_seq_len`` and ``batch`` are what the caller needs. Nothing is loaded and no device is asked.
+    ``max_seq_len`` and ``batch`` are the least that the caller needs. Loads nothing and opens no device.
     """
     found = [*bundle_differences(engines, bundle), *_machine_differences(engines.build, machine)]
     if max_seq_len is not None and engines.limits.max_seq_len < max_seq_len:
@@ -69,7 +69,7 @@ def differences(
 
 
 def bundle_differences(engines: EngineSet, bundle: Bundle) -> Iterator[Difference]:
-    """Every way in which ``engines`` were built from another bundle than this one, on any machine."""
+    """Every difference between ``bundle`` and the one that ``engines`` were built from."""
     manifest = bundle.manifest
     if engines.build.precision != manifest.precision:
         yield Difference("precision", engines.build.precision, manifest.precision)
@@ -130,7 +130,7 @@ def compile_command(
     max_seq_len: int | None = None,
     batch: int = 1,
 ) -> str:
-    """The command that builds engines which fit, with the options of ``engines`` where it has them."""
+    """The command that builds fitting engines, with the options of ``engines`` if given."""
     words = ["dflash-export", "compile", str(root), "--backend", machine.backend]
     length = max(filter(None, (max_seq_len, engines.limits.max_seq_len if engines else None)), default=None)
     if length is not None:
@@ -151,12 +151,14 @@ def compile_command(
 def find_engines(
     bundle: Bundle, machine: Machine, *, max_seq_len: int | None = None, batch: int = 1
 ) -> tuple[Path, EngineSet]:
-    """The engine set to load and its folder, of those that fit: the one with the smallest caches, where the
-    caller says how long a sequence may be, and otherwise the one with the largest.
+    """The engine set to load, and its folder.
+
+    Of several that fit it is the one with the smallest caches if ``max_seq_len`` is given, and otherwise the
+    one with the largest.
 
     Raises:
-        EngineError: there is none, or none fits; says for the closest which parts differ, what is present
-            and the command that builds one. Sets that can't be read are named as well.
+        EngineError: there is none, or none fits. Names the differences of the closest set, the command that
+            builds one that fits, and sets that can't be read.
     """
     fitting: list[tuple[tuple[int, str], Path, EngineSet]] = []
     near: list[tuple[int, str, Path, EngineSet, tuple[Difference, ...]]] = []

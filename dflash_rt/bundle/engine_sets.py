@@ -1,8 +1,8 @@
 """Built engines of a bundle: ``engines/<backend>-<key>/engines.json`` (docs/reference/engines.md).
 
-A bundle's own files never change after its build, so engines are recorded beside manifest.json and not in
-it. One folder is one engine set: every graph of the bundle, built by one backend with one set of options. Its
-:class:`BuildKey` and each engine's :class:`EngineSpec` say everything that a build depends on.
+A bundle's own files never change after its build, so manifest.json doesn't list engines. One folder is one
+engine set: every graph of the bundle, built by one backend with one set of options. Its :class:`BuildKey` and
+each engine's :class:`EngineSpec` hold everything that a build depends on.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _REMEDY = "build the engines again with `dflash-export compile`; engines.json is
 
 @dataclass(frozen=True, slots=True)
 class AxisRange:
-    """Sizes of one axis that a profile takes, and the one that it is tuned for."""
+    """Smallest and largest size of an axis in a profile, and ``opt``, the size that it is tuned for."""
 
     min: Count
     opt: Count
@@ -78,10 +78,11 @@ class ProfileSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildKey:
-    """What all engines of a set share.
+    """Everything that all engines of a set share.
 
-    ``gpu`` is the GPU that they were built on and for; null where an engine is built for every GPU of its
-    ``compute_capabilities`` (89 means 8.9). ``workspace`` is the builder's limit in bytes, null for its own.
+    ``gpu`` is the GPU that they were built on and for; null for engines that run on every GPU of their
+    ``compute_capabilities`` (89 means 8.9). ``workspace`` is the builder's limit in bytes, null for its
+    default.
     """
 
     backend: EngineBackend
@@ -106,14 +107,14 @@ class EngineFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """What one engine was built from: files of the bundle by SHA-256, rows of its caches, profiles."""
+    """Inputs of one engine's build: files of the bundle by SHA-256, rows of its caches, profiles."""
 
     sources: Mapping[FilePath, Sha256]
     capacity: Count | None
     profiles: tuple[ProfileSpec, ...]
 
     def digest(self, graph: str, build: BuildKey) -> str:
-        """SHA-256 of everything that this engine depends on: its key."""
+        """SHA-256 of everything that this engine depends on."""
         text = json.dumps([graph, plain(build), plain(self)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -171,7 +172,7 @@ class EngineSet:
 
 
 def folder_name(build: BuildKey, engines: Mapping[str, EngineSpec]) -> str:
-    """See :attr:`EngineSet.folder`; known before anything is built."""
+    """See :attr:`EngineSet.folder`; can be computed before a build."""
     digests = sorted(spec.digest(graph, build) for graph, spec in engines.items())
     return f"{build.backend}-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:16]}"
 
@@ -209,7 +210,7 @@ def _check(engines: EngineSet, problems: Problems) -> None:
 
 
 def read_engines(folder: Path) -> EngineSet:
-    """The set in ``folder``; its files are there with their sizes.
+    """The set in ``folder``, once its files are known to exist with the recorded sizes.
 
     Raises:
         EngineError: engines.json is missing or malformed, or a file is missing or has another size.
@@ -226,7 +227,7 @@ def read_engines(folder: Path) -> EngineSet:
         ) from error
     if wrong:
         raise EngineError(
-            f"the engines in {folder} aren't what {ENGINES_NAME} says",
+            f"the engines in {folder} differ from {ENGINES_NAME}",
             found="; ".join(wrong),
             expected="every engine, unchanged, inside the folder",
             remedy="build the engines again with `dflash-export compile`",
@@ -244,7 +245,7 @@ def _file_problems(folder: Path, engines: EngineSet) -> Iterator[tuple[EngineFil
 
 
 def engine_folders(bundle: Bundle) -> tuple[Path, ...]:
-    """Folders of all engine sets of a bundle, sorted; unfinished ones are hidden and don't count."""
+    """Folders of all engine sets of a bundle, sorted, without hidden (unfinished) ones."""
     parent = bundle.root / ENGINES_FOLDER
     try:
         entries = sorted(os.listdir(parent))

@@ -23,7 +23,7 @@ from dflash_rt.errors import BundleError, IntegrityError, ManifestError
 
 __all__ = ["Bundle", "Progress", "hash_file"]
 
-# Called with a file's name inside the bundle and the bytes that were hashed since the last call.
+# Called with a file's name inside the bundle and the number of bytes hashed since the last call.
 Progress = Callable[[str, int], None]
 
 _CHUNK_BYTES = 2**20
@@ -44,14 +44,14 @@ class Bundle:
     ) -> Bundle:
         """Read the manifest and check that every file it lists is there, inside the folder, with its size.
 
-        ``verify_files`` also compares every SHA-256, which reads every byte, and sees to it that graphs take
-        weights from listed files only; ``progress`` hears of the bytes.
+        ``verify_files`` also compares every SHA-256, which reads every byte, and checks that graphs take
+        weights from listed files only; ``progress`` is called for the bytes read.
 
         Raises:
-            BundleError: ``path`` is missing, isn't a folder, or isn't a bundle (or not a whole one).
+            BundleError: ``path`` is missing, isn't a folder, or isn't a complete bundle.
             ManifestError: the manifest is malformed, of another version or hostile.
-            IntegrityError: files are missing, outside the folder, truncated or changed; all are named. With
-                ``verify_files`` also: a graph names a file that isn't listed.
+            IntegrityError: files are missing, outside the folder, truncated or changed, or with
+                ``verify_files`` a graph names a file that isn't listed; all are named.
         """
         root = _resolve_folder(Path(path))
         bundle = cls(root, read_manifest(_read_manifest(root)))
@@ -91,7 +91,7 @@ class Bundle:
     def fused_path(self, graph: str, *, on_gpu: bool = False) -> Path | None:
         """Absolute path of a graph's fused form; None where it has none. Raises BundleError as graph_path.
 
-        A form in fp32 is for CPUs, one in 16 bits for GPUs (``on_gpu``): ONNX Runtime's kernels are.
+        Like ONNX Runtime's kernels, a form in fp32 is for CPUs and one in 16 bits for GPUs (``on_gpu``).
         """
         self.graph_path(graph)
         fused = self.manifest.graphs[graph].fused
@@ -120,10 +120,10 @@ class Bundle:
             ) from error
 
     def verify_files(self, progress: Progress | None = None) -> None:
-        """Hash every listed file, and look at which files the graphs themselves name.
+        """Hash every listed file, and check which files the graphs take weights from.
 
-        Raises IntegrityError naming all files that differ from the manifest, and all that a graph takes
-        weights from though they aren't listed.
+        Raises IntegrityError naming all files that differ from the manifest, or else all unlisted files that
+        a graph takes weights from.
         """
         problems = []
         for name, record in self.manifest.files.items():
@@ -138,7 +138,7 @@ class Bundle:
         self.check_external_data()
 
     def check_external_data(self) -> None:
-        """Raise IntegrityError unless every file that a graph takes weights from is one that is listed."""
+        """Raise IntegrityError if a graph takes weights from a file that the manifest doesn't list."""
         specs = self.manifest.graphs.values()
         graphs = [path for spec in specs for path in (spec.path, spec.fused) if path is not None]
         problems = [
@@ -150,14 +150,14 @@ class Bundle:
         _raise_if_any(self.root, problems)
 
     def _wrong_location(self, graph: str, location: str) -> str | None:
-        """What is wrong with where a graph says its weights are, as seen from its own folder."""
+        """Why a graph can't have weights at ``location``, relative to its own folder; None if it can."""
         if not is_file_path(location):
             return "isn't a path inside the bundle"
         name = (PurePosixPath(graph).parent / location).as_posix()
         return None if name in self.manifest.files else f"{MANIFEST_NAME} doesn't list"
 
     def unlisted_files(self) -> tuple[str, ...]:
-        """Names of what lies in the folder without being listed, sorted.
+        """Names of files in the folder that the manifest doesn't list, sorted.
 
         manifest.json, reports/ and engines/ don't count. Linked folders are named and not entered.
         """
@@ -176,7 +176,7 @@ class Bundle:
 def hash_file(path: Path, *, name: str | None = None, progress: Progress | None = None) -> FileRecord:
     """Size in bytes and SHA-256 of a file, read in pieces of 1 MiB.
 
-    ``progress`` is told ``name``, by default the file's own. Raises IntegrityError if reading fails.
+    ``progress`` is called with ``name``, by default the file's own. Raises IntegrityError if reading fails.
     """
     digest = hashlib.sha256()
     size = 0
@@ -257,7 +257,7 @@ def _no_manifest(root: Path) -> BundleError:
 
 
 def _file_problem(root: Path, name: str, record: FileRecord | None) -> str | None:
-    """What is wrong with a listed file (without reading it), or None. ``root`` is resolved already."""
+    """A problem of a listed file, found without reading it, or None. ``root`` is resolved already."""
     try:
         resolved = (root / name).resolve(strict=True)
         if not resolved.is_relative_to(root):

@@ -1,4 +1,4 @@
-"""What can be learned of an ONNX file without the onnx package: a scan of its protobuf messages."""
+"""Finds the weights of an ONNX file without the onnx package, by scanning its protobuf messages."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dflash_rt.errors import IntegrityError
 
 __all__ = ["CHILDREN", "external_locations", "weight_bytes"]
 
-# Field numbers of onnx.proto: ModelProto.graph, GraphProto.initializer, and of TensorProto the bytes that
-# are inside the file and the key-value pairs that point to bytes in another one.
+# Field numbers of onnx.proto: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data (bytes in this
+# file) and TensorProto.external_data (key-value pairs that locate bytes in another file).
 _GRAPH, _INITIALIZER, _RAW_DATA, _EXTERNAL_DATA = 7, 5, 9, 13
 
 CHILDREN: dict[str, dict[int, str]] = {
@@ -29,15 +29,15 @@ CHILDREN: dict[str, dict[int, str]] = {
     },
     "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
 }
-"""Every way in which a tensor can be in a model: message -> field number -> message."""
+"""All fields through which a model can hold tensors: message -> field number -> message."""
 
-_DEEPEST = 64  # subgraphs within subgraphs; none of ours has any
+_DEEPEST = 64  # subgraphs within subgraphs; exported graphs have none
 
 
 def weight_bytes(path: Path) -> int:
     """Bytes of all initializers of an ONNX file, external ones included, without loading them.
 
-    Tensors that keep their values in typed fields instead of raw bytes aren't counted; large ones never do.
+    Tensors with values in typed fields instead of raw bytes aren't counted; large tensors have none.
 
     Raises:
         IntegrityError: the file can't be read, or isn't ONNX.
@@ -79,7 +79,7 @@ def _tensors(message: memoryview, kind: str, depth: int) -> Iterator[memoryview]
 
 
 def _external_data(tensor: memoryview) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values that say where a tensor's bytes are."""
+    """Keys and values that locate a tensor's bytes."""
     for pair in _messages(tensor, _EXTERNAL_DATA):
         parts = {number: bytes(part) for number, part in _messages_of(pair, 1, 2)}
         yield parts.get(1, b""), parts.get(2, b"")
@@ -95,12 +95,12 @@ def _not_onnx(path: Path, error: Exception) -> IntegrityError:
 
 
 def _messages(data: memoryview, *numbers: int) -> Iterator[memoryview]:
-    """Length-delimited fields of a protobuf message that have one of ``numbers``, in order."""
+    """Length-delimited fields of a protobuf message with one of ``numbers``, in order."""
     return (message for _, message in _messages_of(data, *numbers))
 
 
 def _messages_of(data: memoryview, *numbers: int) -> Iterator[tuple[int, memoryview]]:
-    """The same with their numbers."""
+    """These fields with their numbers."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)

@@ -1,1 +1,5 @@
-"""The command ``dflash-rt``, and what the command lines of all packages share."""
+"""The command ``dflash-rt``.
+
+- ``main``: its subcommands.
+- ``console``: errors and output, shared by the command lines of all packages.
+"""

@@ -25,7 +25,7 @@ __all__ = ["CommandGroup", "JsonPair", "echo", "echo_json", "fail"]
 
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
-# Packages that only some commands need, and the extra of setup.cfg that brings them.
+# Packages that only some commands need, and the extra of setup.cfg that installs them.
 _EXTRAS = {
     "accelerate": "export",
     "filelock": "export",

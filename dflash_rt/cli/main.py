@@ -1,4 +1,4 @@
-"""The command ``dflash-rt``. Commands import what they need when they run, so that ``--help`` is fast."""
+"""The command ``dflash-rt``. Subcommands import heavy packages when they run, so ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SAMPLING_HELP = {
     "repetition_penalty": (float, "Divides logits of tokens that came before, prompt included; 1 is none."),
     "presence_penalty": (float, "Subtracted from logits of tokens that came in the output."),
     "frequency_penalty": (float, "Subtracted once for each time that the token came in the output."),
-    "seed": (int, "Same seed, same text. By default drawn; --json tells it."),
+    "seed": (int, "Same seed, same text. Drawn by default; --json reports it."),
     "logprobs": (int, "With --json: log-probability of each token and of this many best ones."),
 }
 
@@ -48,7 +48,7 @@ class _NumDraftTokens(click.ParamType):  # type: ignore[type-arg]  # generic in 
 
 
 def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add one option for each field of SamplingParams; what isn't given is ``None``."""
+    """Add one option for each field of SamplingParams; ``None`` if it isn't given."""
     for name, (kind, text) in reversed(_SAMPLING_HELP.items()):
         flag = "--" + name.replace("_", "-")
         command = click.option(flag, name, type=kind, metavar="X", help=text)(command)
@@ -93,7 +93,7 @@ def main() -> None:
 @THREADS
 @VERIFY_FILES
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text.")
-@click.option("--stats", is_flag=True, help="Say on stderr what it cost and what drafting gained.")
+@click.option("--stats", is_flag=True, help="Print times and drafting statistics on stderr.")
 def generate(
     bundle: Path,
     prompt: str | None,
@@ -115,8 +115,8 @@ def generate(
 ) -> None:
     """Continue a prompt, or answer a chat, and print the text as it comes.
 
-    One newline at the end of a file or of stdin is not part of the prompt. What isn't said about sampling is
-    the bundle's default; --temperature 0 is greedy decoding.
+    One newline at the end of a file or of stdin is not part of the prompt. Sampling options default to the
+    bundle's; --temperature 0 is greedy decoding.
     """
     if not chat and (system is not None or chat_template_kwargs):
         raise click.UsageError("--system and --chat-template-kwarg belong to a chat: give --chat as well")
@@ -126,8 +126,8 @@ def generate(
 
     from dflash_rt import Generator, SamplingParams
 
-    said: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
-    SamplingParams(**said)  # what is wrong by itself needs no bundle to be opened
+    given: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
+    SamplingParams(**given)  # refuses wrong values before the bundle is opened
     with (
         Generator(
             bundle,
@@ -140,7 +140,7 @@ def generate(
         generator.stream(
             _messages(text, system) if chat else text,
             max_new_tokens=max_new_tokens,
-            sampling=replace(generator.limits.sampling, **said),
+            sampling=replace(generator.limits.sampling, **given),
             stop=stop,
             speculative=not no_draft,
             chat_template_kwargs=dict(chat_template_kwargs) or None,

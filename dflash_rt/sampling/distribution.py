@@ -1,7 +1,7 @@
 """From the logits of one row to a token: pure functions on numpy arrays.
 
-The work for each row grows with the vocabulary, so what can be is one pass over float32, and only the few
-tokens that survive are sorted.
+A row costs time in proportion to the vocabulary. So most work is single passes over float32, and only the few
+tokens that remain are sorted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Distribution:
     Attributes:
         weights: float32 ``[kept]``, at least one of them positive; a token's probability is its weight
             divided by the sum.
-        ids: int64 ``[kept]``, ascending: whose weights they are; ``None`` when it is the whole vocabulary.
+        ids: int64 ``[kept]``, ascending: the tokens of the weights; ``None`` for the whole vocabulary.
     """
 
     weights: FloatArray
@@ -42,10 +42,10 @@ class Distribution:
 
         ``noise`` is float64 ``[noise_size(vocab)]``, independent and exponential with mean 1: a number for
         each place in a group, then one for each group. Both choices are races (:func:`race`): a group wins
-        with the probability of all its tokens, and a token with its share of the group, so that each token
-        is chosen with its probability. Every token and every group has its number whatever the weights are,
-        so that weights that differ by rounding choose the same token but for a chance as small as that
-        difference. In the cumulative distribution each boundary would move with all weights before it.
+        with the probability of all its tokens, and a token with its share of the group, so each token is
+        chosen with its probability. A token's numbers don't depend on the weights, so weights that differ by
+        rounding choose another token only with a chance as small as that difference. With a cumulative
+        distribution each boundary would move with all weights before it.
 
         A token without weight is never chosen.
         """
@@ -86,7 +86,7 @@ def race(weights: npt.NDArray[np.floating[Any]], noise: npt.NDArray[np.float64])
     With independent exponential ``noise`` of mean 1, ``noise / weight`` is exponential with the rate
     ``weight``, and the first of such arrivals is each index with the probability weight / sum of weights.
     That is the Gumbel-max trick without its logarithms (C. Maddison et al., A* Sampling, NeurIPS 2014).
-    Where a weight is 0 nothing ever arrives.
+    An index of weight 0 never wins.
     """
     arrivals = np.full(np.broadcast_shapes(weights.shape, noise.shape), np.inf)
     np.divide(noise, weights, out=arrivals, where=weights > 0)
@@ -164,8 +164,8 @@ def _nucleus(weights: FloatArray, top_p: float) -> IntArray:
     Of two equal ones the lower id is taken first.
     """
     total = float(weights.sum(dtype=np.float64))
-    # Tokens below an n-th of the mass that is to be cut weigh less than it together: they are cut, all of
-    # them. What is left to sort is short, unless the distribution is flat. The 0.999 covers rounding.
+    # All tokens lighter than (mass to cut) / vocab weigh less than that mass together, so all of them are cut
+    # before sorting. Few remain unless the distribution is flat. The 0.999 covers rounding.
     heavy = weights[weights >= 0.999 * (1 - top_p) * total / weights.size]
     heavy[::-1].sort()  # values alone: sorting indices takes twenty times as long
     last = _first_reaching(heavy, top_p * total)
@@ -179,7 +179,7 @@ def _nucleus(weights: FloatArray, top_p: float) -> IntArray:
 
 
 def _first_reaching(weights: FloatArray, target: float) -> int:
-    """First index whose running sum is at least ``target``, or if rounding hides it the last with weight."""
+    """First index whose running sum reaches ``target``; if rounding prevents that, the last with weight."""
     blocks = _block_sums(weights)
     block = min(int(blocks.searchsorted(target)), blocks.size - 1)
     before = blocks[block - 1] if block else 0.0
@@ -192,7 +192,7 @@ def _first_reaching(weights: FloatArray, target: float) -> int:
 
 
 def _block_sums(weights: FloatArray) -> npt.NDArray[np.float64]:
-    """Running sums at the end of each block; one over single weights would take most of the time of a row."""
+    """Running sums at the end of each block. Running sums of single weights would dominate a row's time."""
     sums: npt.NDArray[np.float64] = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK)).cumsum(
         dtype=np.float64
     )

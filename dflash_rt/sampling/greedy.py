@@ -1,4 +1,4 @@
-"""Acceptance: which drafted tokens does the target agree with?"""
+"""Acceptance: how many drafted tokens the target agrees with."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["accept_greedy", "accept_in_order"]
 def accept_greedy(drafted: IntArray, verified: IntArray) -> IntArray:
     """Count the drafted tokens before the first one that the target would not have chosen.
 
-    ``drafted`` is int64 ``[batch, width - 1]``, ``verified`` is int64 ``[batch, width]``. Returns int64
-    ``[batch]``, each from 0 to ``width - 1``. ``verified[:, j]`` is the target's choice for the place of
-    ``drafted[:, j]``, so columns are compared as they are, and ``verified[b, accepted[b]]`` is the bonus::
+    ``drafted`` is int64 ``[batch, drafts]``, ``verified`` is int64 ``[batch, drafts + 1]``. Returns int64
+    ``[batch]``, each from 0 to ``drafts``. ``verified[:, j]`` is the target's choice at the position of
+    ``drafted[:, j]``, so equal columns are compared, and ``verified[b, accepted[b]]`` is the bonus::
 
         drafted   7 8 9        accepted = 2: 7 and 8 stand, 9 is rejected
         verified  7 8 5 3      bonus    = 5; the 3 follows a rejected token and means nothing
@@ -31,10 +31,10 @@ def accept_greedy(drafted: IntArray, verified: IntArray) -> IntArray:
 
 
 def accept_in_order(drafted: Sequence[int], choose: Callable[[int], int]) -> list[int]:
-    """The tokens of a step whose choices are made one by one: accepted drafts, and the token after them.
+    """The tokens of a step, chosen one by one: accepted drafts, and the token after them.
 
-    ``choose(j)`` is the target's choice after row j of the block, made on the assumption that the drafts
-    before it were accepted. It is asked for rows in order, and for none behind the first draft that differs::
+    ``choose(j)`` is the target's choice after row j of the block, given that the drafts before it were
+    accepted. It is called for rows in order, up to the first draft that differs::
 
         drafted   7 8 9        choose(0) = 7, choose(1) = 8, choose(2) = 5; choose(3) is not asked
         returns   7 8 5        2 accepted, and the bonus

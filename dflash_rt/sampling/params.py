@@ -1,4 +1,4 @@
-"""How a request wants its tokens chosen, and what it may learn about the choice."""
+"""Sampling parameters of a request, and the log-probabilities that it may ask for."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ RANGES = {
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
 }
-"""Smallest and largest value of each number that isn't a count. Outside of them logits could overflow."""
+"""Smallest and largest value of each number that isn't a count. Logits could overflow outside of them."""
 
 _COUNTS = {"top_k": 2**31 - 1, "seed": 2**64 - 1, "logprobs": 20}
 _OPTIONAL = ("seed", "logprobs")
 
-# Reported seeds are JSON numbers, which many readers hold as doubles.
+# A drawn seed is reported as a JSON number, which many readers hold as a double.
 _DRAWN_SEED_BITS = 53
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Parameters of the choice of tokens, in the order in which they act. The defaults are greedy decoding.
+    """Sampling parameters, in the order in which they act. The defaults are greedy decoding.
 
-    docs/guide/sampling.md defines each of them. Drafting changes none: tokens have exactly the distribution
-    that plain decoding gives them.
+    docs/guide/sampling.md defines each of them. Drafted tokens have exactly the distribution of plain
+    decoding.
 
     Attributes:
         repetition_penalty: divides positive logits and multiplies negative ones of every token of the prompt
@@ -44,8 +44,8 @@ class SamplingParams:
         top_k: only the k most probable tokens, and those as probable as the k-th; 0 is all.
         top_p: only the fewest most probable tokens that together reach this probability; 1 is all.
         min_p: only tokens at least this times as probable as the most probable one; 0 is all.
-        seed: same seed, same tokens, whatever else the generator does. ``None`` draws one, which the result
-            tells. Not used at temperature 0.
+        seed: same seed, same tokens, whatever else the generator does. ``None`` draws one and reports it in
+            the result. Not used at temperature 0.
         logprobs: ``None`` for none. A number n gives the log-probability of each emitted token and of
             the n most probable ones, under the model's own logits: before penalties and temperature.
 
@@ -65,7 +65,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
-            value: object = getattr(self, name)  # nothing checks types at run time but this
+            value: object = getattr(self, name)  # callers may pass any type
             if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
                 raise _wrong(name, value, f"a number from {low:g} to {high:g}")  # NaN is in no range
         for name, most in _COUNTS.items():
@@ -78,16 +78,16 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether logits depend on the tokens so far in another way than through the model."""
+        """Whether a penalty changes logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def needs_logits(self) -> bool:
-        """Whether a backend's own greedy choice isn't enough."""
+        """Whether the request needs logits; otherwise the backend's own argmax chooses its tokens."""
         return self.temperature != 0 or self.has_penalties or self.logprobs is not None
 
     def seeded(self) -> SamplingParams:
-        """The same with a seed from the operating system where one is needed and none is given."""
+        """A copy with a seed from the operating system if one is needed and none is given."""
         if self.temperature == 0 or self.seed is not None:
             return self
         return replace(self, seed=secrets.randbits(_DRAWN_SEED_BITS))
@@ -97,8 +97,8 @@ class SamplingParams:
 class TokenLogprob:
     """Natural logarithm of an emitted token's probability under the model's own logits.
 
-    ``top`` holds ids and log-probabilities of the most probable tokens, best first, as many as were asked
-    for; the emitted token is among them if it is one of the best.
+    ``top`` holds ids and log-probabilities of as many most probable tokens as the request asked for, best
+    first; the emitted token is among them if it is one of these.
     """
 
     token_id: int

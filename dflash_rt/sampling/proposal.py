@@ -1,4 +1,4 @@
-"""Drafts that were sampled: how they were to be, and from what they were."""
+"""How a drafter samples its proposals, and the distributions that it sampled from."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["DraftSampling", "Proposal"]
 
 @dataclass(frozen=True)
 class DraftSampling:
-    """How a drafter that can sample its proposals is to do so; a drafter that can't ignores it.
+    """Parameters for a drafter that samples its proposals. Other drafters ignore them.
 
-    ``temperature`` is float32 ``[batch]``, above 0. ``uniforms`` is float32 ``[batch, width - 1]``, in
-    ``[0, 1)``: one number for each draft, which nothing else depends on.
+    ``temperature`` is float32 ``[batch]``, above 0. ``uniforms`` is float32 ``[batch, drafts]``, in
+    ``[0, 1)``: one random number for each draft, used nowhere else.
     """
 
     temperature: FloatArray
@@ -23,10 +23,10 @@ class DraftSampling:
 
 @dataclass(frozen=True)
 class Proposal:
-    """The distributions that drafts were sampled from. Both arrays are the caller's to keep.
+    """The distributions that drafts were sampled from. The backend doesn't reuse these arrays.
 
-    ``candidates`` is int64 ``[batch, width - 1, k]``, different tokens in each row; ``probabilities`` float32
-    of the same shape, each row's sum 1. Other tokens have probability 0, given the drafts before them.
+    ``candidates`` is int64 ``[batch, drafts, k]``, distinct tokens in each row. ``probabilities`` is float32
+    of the same shape; each row sums to 1. All other tokens have probability 0, given the drafts before them.
     """
 
     candidates: IntArray

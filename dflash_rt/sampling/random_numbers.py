@@ -1,7 +1,7 @@
-"""A request's random numbers: each depends on the seed, its purpose and its position, and on nothing else.
+"""A request's random numbers: each depends on the seed, its purpose and its position alone.
 
 They are the upper 53 bits of Philox-4x64's output, with the seed and the purpose as key and the position in
-the counter: numpy promises that these streams stay as they are. (J. Salmon et al., Parallel random numbers:
+the counter: numpy promises to keep these streams. (J. Salmon et al., Parallel random numbers:
 as easy as 1, 2, 3, SC 2011.)
 """
 
@@ -15,19 +15,19 @@ from dflash_rt.sampling.distribution import noise_size
 __all__ = ["Noise", "Uniforms"]
 
 _DRAWN_AT_ONCE = 64
-_WORDS = 4  # that Philox gives for each value of its counter
+_WORDS = 4  # words that Philox gives for each value of its counter
 
 
 class Uniforms:
     """One number in ``[0, 1)`` for each position, a multiple of 2^-53.
 
-    The counter runs from 1 on, and each of its words is a position's. ``stream`` is the upper half of the
-    key: other numbers for the same seed.
+    The counter starts at 1; each word that it gives belongs to one position. ``stream`` is the upper half of
+    the key and gives other numbers for the same seed.
     """
 
     def __init__(self, seed: int, stream: int) -> None:
         self._key = seed + (stream << 64)
-        self._bits: np.random.Philox | None = None  # made when first asked: most requests never do
+        self._bits: np.random.Philox | None = None  # made on first use: most requests never need it
         self._drawn: list[float] = []
 
     def __getitem__(self, position: int) -> float:
@@ -41,8 +41,8 @@ class Uniforms:
 class Noise:
     """Numbers with the exponential distribution of mean 1, as many at each position as a choice needs.
 
-    They are ``-log(1 - u)`` of uniform numbers u. Positions follow one another in the counter, each beginning
-    with a value of its own, so that any of them is had without the ones before it.
+    They are ``-log(1 - u)`` of uniform numbers u. Each position starts at its own value of the counter, so
+    its numbers can be drawn without those of earlier positions.
     """
 
     def __init__(self, seed: int) -> None:

@@ -1,21 +1,20 @@
 """Chooses the tokens of one request from the target's logits, drafted or not.
 
-The rule. Every output position t has random numbers u(t), a function of the seed and of t alone. The token
-at t is y = F(p, u(t)), what these numbers choose from p (``Distribution.pick``), which is the target's
-distribution after every processor of the request. A draft x stands if and only if x == y.
+The rule. Every output position t has random numbers u(t), a function of the seed and of t alone. Let p be
+the target's distribution after the request's penalties and filters. The token at t is y = F(p, u(t)), the
+choice of ``Distribution.pick``. A draft x stands if and only if x == y.
 
 Why that is the accept-or-resample rule of speculative sampling. The drafter proposes x by argmax, without
 looking at u(t). So a draft is accepted with probability P(y == x) = p(x), and after a rejection y has the
 distribution P(y | y != x) = p(y) / (1 - p(x)): p without x, renormalised. After the last accepted draft the
-next row's y is the bonus, from p itself. Nothing depends on whether there was a draft at all, so a seed
-gives the same text however many tokens are drafted, as far as the logits are the same.
+next row's y is the bonus, from p itself. No choice depends on whether there was a draft, so a seed gives the
+same text however many tokens are drafted, as far as the logits are the same.
 
-A drafter may also sample its proposals, from a distribution q that it tells (DFlash 2 does). Then a draft x
-stands with probability min(1, p(x) / q(x)), and after a rejection the token comes from max(0, p - q), by
-u(t): more drafts stand than would equal y. Drafts and verdicts have random numbers of their own, d(t) and
-a(t), functions of the seed and of t as well. Nothing that was emitted depends on those of places behind a
-rejection, so the next pass may use them again. Tokens have the same distribution, but which of them a seed
-gives depends on which places were drafted.
+A drafter may also sample its proposals and report their distribution q (DFlash 2 does). Then a draft x stands
+with probability min(1, p(x) / q(x)), and after a rejection u(t) chooses the token from max(0, p - q). More
+drafts stand than by the first rule. Drafts and verdicts have random numbers d(t) and a(t), also functions of
+the seed and of t. No emitted token depends on those of positions behind a rejection, so the next pass may use
+them again. Tokens have the same distribution, but a seed's tokens depend on which positions were drafted.
 """
 
 from __future__ import annotations
@@ -54,11 +53,11 @@ class _Counts:
 
 
 class Sampler:
-    """The choices of one request: its random numbers, the tokens that penalties count, its logprobs.
+    """A request's random numbers, the token counts of its penalties, and its logprobs.
 
     ``params`` has a seed if its temperature is above 0 (:meth:`SamplingParams.seeded`). ``prompt`` is int64
-    ``[rows]``. Every token that is chosen counts as emitted, so a row is only ever asked for once the drafts
-    before it were accepted.
+    ``[rows]``. Every chosen token counts as emitted, so a row is chosen only after the drafts before it were
+    accepted.
 
     Attributes:
         logprobs: one item for each token chosen so far, if the parameters ask for them.
@@ -71,16 +70,16 @@ class Sampler:
         self._noise = Noise(seed)
         self._draft_uniforms, self._verdict_uniforms = Uniforms(seed, _DRAFTS), Uniforms(seed, _VERDICTS)
         self._position = 0
-        # What only penalties read isn't kept for others.
+        # Only penalties read these counts, so other requests keep none.
         self._seen = _Counts(np.unique(prompt[: prompt.size if params.has_penalties else 0]))
         self._output = _Counts(np.empty(0, np.int64))
 
     def draft_sampling(self, count: int) -> DraftSampling | None:
-        """How the next ``count`` drafts may be sampled; ``None``: the drafter is to propose what is best."""
+        """How the next ``count`` drafts are sampled; ``None`` at temperature 0, where they are the best tokens."""
         if self._params.temperature == 0:
             return None
         numbers = [self._draft_uniforms[self._position + ahead] for ahead in range(count)]
-        # Cut to float32's 24 bits, not rounded: 1.0 is no number of [0, 1).
+        # Cut to float32's 24 bits, not rounded, since 1.0 lies outside [0, 1).
         uniforms = np.floor(np.array([numbers]) * 2.0**24) * 2.0**-24
         temperature = np.array([self._params.temperature], np.float32)
         return DraftSampling(temperature, uniforms.astype(np.float32))
@@ -88,11 +87,11 @@ class Sampler:
     def choose(
         self, logits: FloatArray, drafted: Sequence[int] = (), proposal: Proposal | None = None
     ) -> list[int]:
-        """The tokens that a pass decides: the accepted drafts, and one after them.
+        """The tokens of a step: the accepted drafts, and one after them.
 
-        ``logits`` is float32 ``[rows, vocab]``, the target's own after each row, with one row more than
-        ``drafted`` has tokens. Not changed. Rows behind the first rejected draft aren't looked at. With
-        ``proposal`` the drafts were sampled as :meth:`draft_sampling` said.
+        ``logits`` is float32 ``[len(drafted) + 1, vocab]``, the target's after each row; it isn't changed,
+        and rows behind the first rejected draft aren't read. With ``proposal`` the drafts were sampled by
+        :meth:`draft_sampling`.
         """
         if proposal is None:
             return accept_in_order(drafted, lambda row: self._choose_one(logits[row]))
@@ -112,7 +111,7 @@ class Sampler:
         return [*tokens, self._choose_one(logits[len(drafted)])]
 
     def _choose_one(self, logits: FloatArray) -> int:
-        """The target's own choice of the next token."""
+        """The target's choice of the next token."""
         if self._params.temperature == 0:
             return self._emit(logits, int(self._scores(logits).argmax()))
         noise = self._noise.at(self._position, logits.size)

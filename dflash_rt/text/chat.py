@@ -1,7 +1,7 @@
-"""Chat templates, rendered as transformers does, in a sandbox: they come from strangers.
+"""Renders chat templates as transformers does, in a sandbox, since a bundle may come from anyone.
 
-A template sees plain JSON data only (messages, keyword arguments, token strings), can't reach Python's
-internals, can't change what it is given, and has no files to include. It can still waste time and memory.
+A template sees plain JSON data only (messages, keyword arguments, token strings). It can't reach Python's
+internals, change its arguments or include files. It can still waste time and memory.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def render(
     eos_token: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt text of a chat, ending where the assistant is to answer. Encode it without special tokens.
+    """The prompt text of a chat, ending where the assistant answers. Encode it without special tokens.
 
     ``messages`` are dicts with ``role`` and ``content`` (text, or a list of text parts); other keys reach the
     template, too. ``kwargs`` are the template's own variables, such as ``enable_thinking`` or ``tools``.
 
     Raises:
         PromptError: no messages, or one that isn't as described.
-        ChatTemplateError: there is no template, it fails, or it tries what the sandbox forbids.
+        ChatTemplateError: there is no template, or it fails, also where the sandbox stops it.
     """
     if template is None:
         raise ChatTemplateError(
@@ -55,7 +55,7 @@ def render(
         text = _bounded(_compile(template), variables)
     except jinja2.TemplateSyntaxError as error:
         raise _failed(f"line {error.lineno}: {error.message}", "valid Jinja") from error
-    except Exception as error:  # a stranger's template may raise anything that Python has
+    except Exception as error:  # a template may raise any exception
         found = f"{type(error).__name__}: {error}"[:500]
         raise _failed(found, "a template that renders these messages") from error
     _refuse_printed_parts(text, variables["messages"])
@@ -85,7 +85,7 @@ def _failed(found: str, expected: str) -> ChatTemplateError:
 
 
 def _tokens(bos_token: str | None, eos_token: str | None) -> tuple[tuple[str, str | None], ...]:
-    # A token that the model lacks is left out, not None: templates print it, and undefined prints as nothing.
+    # A token that the model lacks stays undefined: templates print it, and None would print as "None".
     return ("bos_token", bos_token), ("eos_token", eos_token)
 
 
@@ -94,7 +94,7 @@ def _variables(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     reserved = [name for name in _RESERVED if name in kwargs]
     if reserved:
         raise ChatTemplateError(
-            "chat_template_kwargs sets what the renderer sets itself",
+            "chat_template_kwargs has names that the renderer sets itself",
             found=", ".join(reserved),
             expected="other names than " + ", ".join(_RESERVED),
             remedy="leave these names out",
@@ -128,7 +128,7 @@ def _checked_message(message: object, where: str) -> dict[str, Any]:
     reasoning = next((plain[key] for key in _REASONING_KEYS if plain.get(key) is not None), None)
     if reasoning is None:
         return plain
-    # As transformers does: templates read a message's reasoning under either of these names.
+    # As in transformers: templates read a message's reasoning under either name.
     return {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 
@@ -147,14 +147,14 @@ def _bad(what: str, found: str, expected: str) -> PromptError:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A copy made of plain JSON types. Other objects may have dangerous methods that no sandbox knows."""
+    """A copy of plain JSON types. Other objects may have dangerous methods that the sandbox doesn't know."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping) and all(type(key) is str for key in value):
         return {key: _plain(item, where) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, where) for item in value]
-    raise _bad(f"{where} holds what a template can't be given", type(value).__name__, "plain JSON types only")
+    raise _bad(f"{where} can't be given to a template", type(value).__name__, "plain JSON types only")
 
 
 def _bounded(template: jinja2.Template, variables: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The Jinja environment for chat templates: what transformers offers them, and a little less freedom."""
+"""The Jinja environment for chat templates: transformers' features with tighter limits."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _MAX_REPEATED = 2**24
 class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Sandboxed, with the block trimming, filters, functions and tags that chat templates are written for.
 
-    ``range`` is limited to 100,000 items by Jinja; large numbers and repeated sequences are limited here,
-    since one such expression could take all memory.
+    Jinja limits ``range`` to 100,000 items. Large numbers and repeated sequences are limited here, since one
+    such expression could take all memory.
     """
 
     intercepted_binops = frozenset({"*", "**"})
@@ -38,7 +38,7 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
         self.globals["namespace"] = _Namespace
-        # Not the class itself: `dict.update(message, ...)` would get around the rule against changing things.
+        # Not the class itself: `dict.update(message, ...)` would change a message in spite of the sandbox.
         self.globals["dict"] = _Dict()
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
@@ -104,7 +104,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML, which would end up in the prompt."""
+    """``json.dumps``; Jinja's own filter would put HTML escapes into the prompt."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,9 +1,8 @@
-"""Decoding token ids one at a time, so that the pieces together are exactly the text of all ids at once.
+"""Decodes token ids one at a time; the pieces joined are exactly the text of all ids at once.
 
-``tokenizers.decoders.DecodeStream`` isn't used: it never gives what it still holds at the end, it holds
-everything behind bytes that aren't valid UTF-8, and with byte fallback it emits a character that a later
-invalid byte makes part of an invalid run (``<0xE2><0x82><0xAC><0xFF>`` is four replacement characters, not a
-euro sign).
+``tokenizers.decoders.DecodeStream`` isn't used: it has no flush, it holds back all text behind invalid UTF-8,
+and with byte fallback it emits a character before a later byte makes the whole run invalid
+(``<0xE2><0x82><0xAC><0xFF>`` is four replacement characters, not a euro sign).
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ class IncrementalDecoder(Protocol):
     """Turns ids into text as they come; special tokens and ids outside the vocabulary give no text."""
 
     def push(self, token_id: int) -> str:
-        """The text that this id makes certain; never a part of a character."""
+        """Text that later ids can't change any more; never a part of a character."""
 
     def flush(self) -> str:
-        """The text that was held back. After this the decoder is as new."""
+        """The text held back so far. Afterwards the decoder can take another sequence."""
 
 
 class Vocabulary:
-    """What decoding needs of a tokenizer: the token of an id, or None where decoding skips it."""
+    """A tokenizer's tokens by id; None for those that decoding skips."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -49,7 +48,7 @@ class Vocabulary:
         return None if token is None or token in self._special else token
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of ids that :meth:`token` has let through."""
+        """Text of ids for which :meth:`token` isn't None."""
         with no_panic():
             return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
@@ -58,7 +57,7 @@ class Vocabulary:
 def no_panic() -> Iterator[None]:
     """Raise IntegrityError where the tokenizers library panics, as it does on some malformed tokenizers.
 
-    A panic is a BaseException of a module that can't be imported, so it is told by its name.
+    The panic's class, a BaseException, can't be imported, so it is recognised by its name.
     """
     try:
         yield
@@ -107,18 +106,18 @@ def _steps(tokenizer: tokenizers.Tokenizer) -> list[dict[str, Any]]:
 
 
 def _is_local(steps: Sequence[dict[str, Any]]) -> bool:
-    """Whether a token's text depends only on whether it's the first, and on byte tokens next to it."""
+    """Whether a token's text depends only on being the first, and on byte tokens next to it."""
     fused = False
     for i, step in enumerate(steps):
         kind = step["type"]
         if kind == "Fuse":
             fused = True
         elif fused:
-            # Everything is one string now: only stripping its start leaves later text alone.
+            # All text is one string by now: of later steps only stripping its start leaves later text alone.
             if kind != "Strip" or step["stop"] != 0:
                 return False
         elif kind == "ByteFallback":
-            # No earlier step may make another token look like <0x41>; putting in a space can't.
+            # No earlier step may make another token look like <0x41>. Inserting a space can't.
             if any(earlier["type"] != "Replace" or earlier["content"] != " " for earlier in steps[:i]):
                 return False
         elif kind not in ("Metaspace", "Replace", "Strip", "WordPiece"):
@@ -140,7 +139,7 @@ _BYTE_OF = _byte_alphabet()
 
 
 class _ByteDecoder:
-    """Byte-level BPE: all tokens' bytes in a row are one UTF-8 text."""
+    """Byte-level BPE: the bytes of all tokens, joined, are one UTF-8 text."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -162,9 +161,9 @@ class _ByteDecoder:
 
 
 class _PieceDecoder:
-    """SentencePiece-like and word-piece tokenizers: each token has a text, another one if it's the first.
+    """SentencePiece-like and word-piece tokenizers: the first token's text differs from that of later ones.
 
-    New tokens are decoded behind a context: one token with text, there only so that they aren't first.
+    New tokens are decoded behind a context, one token with text, so that they aren't decoded as the first.
     """
 
     def __init__(self, vocabulary: Vocabulary, byte_fallback: bool) -> None:
@@ -179,7 +178,7 @@ class _PieceDecoder:
         if token is None:
             return ""
         self._pending.append(token_id)
-        # A run of byte tokens is valid or invalid as a whole, which is known when it has ended.
+        # A run of byte tokens is valid or invalid as a whole: wait for its end.
         if self._byte_fallback and _may_be_byte(token):
             return ""
         text = self._vocabulary.decode(self._context + self._pending)
@@ -188,7 +187,7 @@ class _PieceDecoder:
             return ""
         if len(self._context) != 1:
             alone = self._vocabulary.decode([token_id])
-            # A token without text of its own ("▁" alone) is no context: keep what works until one comes.
+            # A token without text ("▁" alone) can't be the context: keep the present one until another comes.
             if alone:
                 self._context, self._context_text = [token_id], alone
             elif not self._context:
@@ -204,7 +203,7 @@ class _PieceDecoder:
 
 
 class _WholeDecoder:
-    """Any other tokenizer: a later token may change all text before it, so everything is held to the end."""
+    """Any other tokenizer: a later token may change all text before it, so all text is held back."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary

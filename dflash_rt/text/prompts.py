@@ -1,4 +1,4 @@
-"""Prompts in any of their three forms become token ids."""
+"""Encodes a prompt: text, a chat or token ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | TokenIds"
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """A bundle's tokenizer and chat template; without a tokenizer only token ids are taken.
+    """A bundle's tokenizer and chat template. Without a tokenizer it takes token ids only.
 
     ``template_kwargs`` are the bundle's defaults for the template's own variables.
     """
@@ -52,22 +52,22 @@ class PromptEncoder:
         )
 
     def encode(self, prompt: Prompt, template_kwargs: Mapping[str, Any] | None) -> TokenIds:
-        """Token ids of a prompt; ids pass through, to be checked against the vocabulary by the caller.
+        """Token ids of a prompt. Ids pass unchanged; the caller checks them against the vocabulary.
 
         Text gets the special tokens that the tokenizer adds by itself. A chat gets none: its template
         writes them.
 
         Raises:
-            PromptError: text or a chat without a tokenizer, or something that is no prompt at all.
+            PromptError: text or a chat without a tokenizer, or a wrong type.
             ChatTemplateError: there is no chat template, or it fails.
-            RequestError: ``template_kwargs`` for a prompt that no template renders.
+            RequestError: ``template_kwargs`` for a prompt that isn't a chat.
         """
         is_chat = isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         kwargs: object = template_kwargs
         if kwargs is not None and not (is_chat and isinstance(kwargs, Mapping)):
             raise RequestError(
                 "chat_template_kwargs can't be used",
-                found=f"{kwargs!r}, with {'a chat' if is_chat else 'a prompt that is no chat'}",
+                found=f"{kwargs!r}, with {'a chat' if is_chat else 'a prompt that is not a chat'}",
                 expected="a dict, together with a list of messages",
                 remedy="pass messages such as [{'role': 'user', 'content': …}], or leave it out",
             )

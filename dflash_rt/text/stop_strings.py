@@ -1,4 +1,4 @@
-"""Stop strings, found exactly wherever tokens and chunks are cut, and the text of a sequence of tokens."""
+"""Finds stop strings wherever tokens cut the text, and joins tokens to text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["Assembled", "StopStrings", "TextAssembler"]
 
 
 class StopStrings:
-    """Cuts a text, which comes in pieces, just before the first stop string that is complete.
+    """Ends a text that comes in pieces just before its first complete stop string.
 
-    The first is the one whose last character comes first; of several that end on the same character, the
-    longest. So the result depends on the text alone, not on how it was cut into pieces.
+    The first one is the one whose last character comes first; of several that end on the same character it is
+    the longest. So the result depends on the text alone, not on the pieces.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ class StopStrings:
         return self._found
 
     def feed(self, piece: str) -> str:
-        """Text that can be emitted now: everything but the longest end that may begin a stop string.
+        """Text that can be emitted now: all but the longest ending that may be the start of a stop string.
 
         Once a stop string is complete, the text up to it is returned, :attr:`found` is set, and feeding more
         raises GeneratorStateError.
@@ -54,7 +54,7 @@ class StopStrings:
         return text[:keep]
 
     def flush(self) -> str:
-        """The text that was held back: it turned out not to begin a stop string. The text ends here."""
+        """The text held back so far, which isn't part of a stop string. The text ends here."""
         held, self._held = self._held, ""
         for matcher in self._matchers:
             matcher.matched = 0
@@ -66,8 +66,8 @@ class _Matcher:
 
     def __init__(self, stop: str) -> None:
         self.stop = stop
-        self.matched = 0  # the longest end of the text so far that begins the stop string
-        # For each length: the longest shorter beginning of the stop string in which that many characters end.
+        self.matched = 0  # length of the longest ending of the text that starts the stop string
+        # For each length n: the longest proper prefix of stop[:n] that is also a suffix of it.
         self._shorter = [0] * (len(stop) + 1)
         for length in range(2, len(stop) + 1):
             self._shorter[length] = self._next(self._shorter[length - 1], stop[length - 1])
@@ -84,10 +84,7 @@ class _Matcher:
 
 
 class Assembled(NamedTuple):
-    """What some tokens add to the text.
-
-    ``token_ids`` are those that count: all, or, if ``stopped``, up to the one that completed a stop string.
-    """
+    """Text that tokens add. ``token_ids`` are all of them or, if ``stopped``, up to the completing token."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -97,8 +94,8 @@ class Assembled(NamedTuple):
 class TextAssembler:
     """The text of one sequence, built token by token and ended by the first stop string.
 
-    Without a tokenizer the text is always empty. A token completes a stop string when, with it, the text is
-    certain to contain it: with byte-fallback tokenizers that may be the token after a character's last byte.
+    Without a tokenizer the text is always empty. A token completes a stop string once the text certainly
+    contains it. With byte-fallback tokenizers that may be the token after a character's last byte.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str] = ()) -> None:
@@ -128,9 +125,9 @@ class TextAssembler:
         return Assembled("".join(pieces), tuple(token_ids), False)
 
     def flush(self) -> Assembled:
-        """The text that was held back, when no more tokens come; a stop string may be found in it, too.
+        """The text held back so far, after the last token. It too may hold a stop string.
 
-        After a stop string it is empty. ``token_ids`` is always empty: all tokens have been given already.
+        The text is empty after a stop string. ``token_ids`` is always empty.
         """
         if self._stops.found is not None or self._decoder is None:
             return Assembled("", (), self._stops.found is not None)
@@ -139,7 +136,7 @@ class TextAssembler:
 
 
 def _checked_stops(stops: object) -> Sequence[str]:
-    # A str is a sequence of strings, too: its characters would become stop strings.
+    # A str is a sequence as well: each of its characters would be a stop string.
     if not isinstance(stops, list | tuple):
         raise _bad_stops(stops)
     for stop in stops:

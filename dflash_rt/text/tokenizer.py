@@ -21,14 +21,14 @@ class Tokenizer:
         try:
             with no_panic():
                 self._tokenizer = tokenizers.Tokenizer.from_file(os.fspath(path))
-        except Exception as error:  # that is what the library raises, for any kind of bad file
+        except Exception as error:  # the library raises plain Exception for a bad file
             raise IntegrityError(
                 f"the tokenizer {os.fspath(path)} can't be loaded",
                 found=str(error)[:200],
                 expected="a tokenizer.json as the tokenizers library writes it",
                 remedy="copy the bundle again, or build it again with `dflash-export build --force`",
             ) from error
-        # Both would change a prompt without a word.
+        # Truncation and padding would change a prompt silently.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._vocabulary = Vocabulary(self._tokenizer)
@@ -41,8 +41,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of ``text``; special tokens written out in it become their ids.
 
-        ``add_special_tokens`` adds what the tokenizer puts around a text, such as a BOS token. Raises
-        PromptError for what isn't text.
+        ``add_special_tokens`` adds the tokens that the tokenizer puts around a text, such as a BOS token.
+        Raises PromptError if ``text`` isn't valid text.
         """
         if not isinstance(text, str):
             raise PromptError(
@@ -66,7 +66,7 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of ``token_ids``. Special tokens and ids outside the vocabulary give no text.
 
-        Raises PromptError for what can't be a token id.
+        Raises PromptError for a value that can't be a token id.
         """
         try:
             with no_panic():
@@ -77,6 +77,6 @@ class Tokenizer:
     def incremental(self) -> IncrementalDecoder:
         """A decoder for one sequence of ids.
 
-        The texts of all its pushes and of the flush together are exactly ``decode`` of all ids pushed.
+        Its pushes and its flush together give exactly ``decode`` of all ids.
         """
         return incremental_decoder(self._tokenizer, self._vocabulary)

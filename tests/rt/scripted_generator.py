@@ -1,4 +1,4 @@
-"""Generators that say what a test tells them to: a scripted backend behind a tokenizer of single bytes."""
+"""Generators with scripted answers: a scripted backend and a tokenizer of single bytes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def encode(text: str) -> list[int]:
 
 
 def mostly_right(prompt: list[int], answer: list[int], *, wrong_every: int = 3) -> Drafter:
-    """Recites like the target but gets every n-th position wrong, so that blocks are accepted in part."""
+    """A drafter that is wrong at every n-th position, so that blocks are accepted in part."""
     script = [*prompt, *answer]
 
     def draft(prefix: tuple[int, ...], count: int) -> list[int]:
