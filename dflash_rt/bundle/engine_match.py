@@ -160,8 +160,8 @@ def find_engines(
         EngineError: there is none, or none fits. Names the differences of the closest set, the command that
             builds one that fits, and sets that can't be read.
     """
-    fitting: list[tuple[tuple[int, str], Path, EngineSet]] = []
-    near: list[tuple[int, str, Path, EngineSet, tuple[Difference, ...]]] = []
+    fitting: list[tuple[Path, EngineSet]] = []
+    others: list[tuple[Path, EngineSet, tuple[Difference, ...]]] = []
     broken: list[str] = []
     for folder in engine_folders(bundle):
         try:
@@ -171,35 +171,34 @@ def find_engines(
             continue
         reasons = differences(engines, bundle, machine, max_seq_len=max_seq_len, batch=batch)
         if reasons:
-            # Another backend's engines are never close.
-            distance = len(reasons) + 100 * (engines.build.backend != machine.backend)
-            near.append((distance, folder.name, folder, engines, reasons))
+            others.append((folder, engines, reasons))
         else:
-            size = engines.limits.capacity if max_seq_len is not None else -engines.limits.capacity
-            fitting.append(((size, folder.name), folder, engines))
-    if fitting:
-        _, folder, engines = min(fitting, key=lambda item: item[0])
-        return folder, engines
-    raise _no_engines(bundle, machine, near, broken, max_seq_len, batch)
+            fitting.append((folder, engines))
+    if fitting:  # sorted by name, and min and max take the first of several that are equal
+        choose = max if max_seq_len is None else min
+        return choose(fitting, key=lambda item: item[1].limits.capacity)
+    raise _no_engines(bundle, machine, others, broken, max_seq_len, batch)
 
 
 def _no_engines(
     bundle: Bundle,
     machine: Machine,
-    near: list[tuple[int, str, Path, EngineSet, tuple[Difference, ...]]],
+    others: list[tuple[Path, EngineSet, tuple[Difference, ...]]],
     broken: list[str],
     max_seq_len: int | None,
     batch: int,
 ) -> EngineError:
     present = f"{machine.backend} {machine.backend_version} on {machine.gpu or 'no GPU'}"
-    closest = min(near, key=lambda item: item[:2]) if near else None
-    if closest is None:
-        what, found = f"the bundle {bundle.root} has no engines for {machine.backend}", "no engine set"
+    engines: EngineSet | None = None
+    if others:  # another backend's engines are never the closest
+        folder, engines, reasons = min(
+            others, key=lambda item: (item[1].build.backend != machine.backend, len(item[2]))
+        )
+        what = f"no engines of the bundle {bundle.root} fit; the closest are in {folder.name}"
+        found = "; ".join(map(str, reasons))
     else:
-        what = f"no engines of the bundle {bundle.root} fit; the closest are in {closest[2].name}"
-        found = "; ".join(str(reason) for reason in closest[4])
+        what, found = f"the bundle {bundle.root} has no engines for {machine.backend}", "no engine set"
     if broken:
         found += "; can't be read: " + ", ".join(broken)
-    engines = None if closest is None else closest[3]
     command = compile_command(bundle.root, machine, engines, max_seq_len=max_seq_len, batch=batch)
     return EngineError(what, found=found, expected=f"engines for {present}", remedy=f"run: {command}")

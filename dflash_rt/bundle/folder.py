@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -68,25 +68,11 @@ class Bundle:
 
     def path_of(self, name: str) -> Path:
         """Absolute path of a listed file. Raises BundleError for a name that the manifest doesn't list."""
-        if name not in self.manifest.files:
-            raise BundleError(
-                f"the bundle has no file {name!r}",
-                found=", ".join(sorted(self.manifest.files)),
-                expected="a name that manifest.json lists",
-                remedy="use a name from `bundle.manifest.files`",
-            )
-        return self.root / name
+        return self.root / _known("file", name, self.manifest.files)
 
     def graph_path(self, graph: str) -> Path:
         """Absolute path of a graph's ONNX file. Raises BundleError if the bundle doesn't have that graph."""
-        if graph not in self.manifest.graphs:
-            raise BundleError(
-                f"the bundle has no graph {graph!r}",
-                found=", ".join(sorted(self.manifest.graphs)),
-                expected="a graph that the manifest lists",
-                remedy="use a name from `bundle.manifest.graphs`",
-            )
-        return self.path_of(self.manifest.graphs[graph].path)
+        return self.path_of(self.manifest.graphs[_known("graph", graph, self.manifest.graphs)].path)
 
     def fused_path(self, graph: str, *, on_gpu: bool = False) -> Path | None:
         """Absolute path of a graph's fused form; None where it has none. Raises BundleError as graph_path.
@@ -171,6 +157,17 @@ class Bundle:
             found.extend((here / name).as_posix() for name in [*names, *links])
         listed_parents = {parent.as_posix() for name in known for parent in Path(name).parents}
         return tuple(sorted(name for name in found if name not in known and name not in listed_parents))
+
+
+def _known(kind: str, name: str, names: Collection[str]) -> str:
+    if name not in names:
+        raise BundleError(
+            f"the bundle has no {kind} {name!r}",
+            found=", ".join(sorted(names)),
+            expected=f"a {kind} that manifest.json lists",
+            remedy=f"use a name from `bundle.manifest.{kind}s`",
+        )
+    return name
 
 
 def hash_file(path: Path, *, name: str | None = None, progress: Progress | None = None) -> FileRecord:

@@ -26,8 +26,8 @@ def verify_sampled(
     The draft x was sampled from q: ``probabilities`` float32 ``[k]`` of ``candidates`` int64 ``[k]``, all
     different; other tokens have probability 0. It stands with probability min(1, p(x) / q(x)), decided by
     ``accept`` in ``[0, 1)``; otherwise ``noise`` (:meth:`Distribution.pick`) chooses from :func:`residual`.
-    Both are independent of x and of one another. The token then has the distribution p exactly (Y. Leviathan et
-    al., Fast Inference from Transformers via Speculative Decoding, ICML 2023, appendix A.1).
+    Both are independent of x and of one another. The token then has the distribution p exactly (Y. Leviathan
+    et al., Fast Inference from Transformers via Speculative Decoding, ICML 2023, appendix A.1).
 
     Raises NumericalError if ``probabilities`` aren't finite or are all 0.
     """

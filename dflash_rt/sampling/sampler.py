@@ -75,7 +75,7 @@ class Sampler:
         self._output = _Counts(np.empty(0, np.int64))
 
     def draft_sampling(self, count: int) -> DraftSampling | None:
-        """How the next ``count`` drafts are sampled; ``None`` at temperature 0, where they are the best tokens."""
+        """How the next ``count`` drafts are sampled; ``None`` at temperature 0, where none is."""
         if self._params.temperature == 0:
             return None
         numbers = [self._draft_uniforms[self._position + ahead] for ahead in range(count)]

@@ -154,7 +154,8 @@ def _plain(value: Any, where: str) -> Any:
         return {key: _plain(item, where) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, where) for item in value]
-    raise _bad(f"{where} can't be given to a template", type(value).__name__, "plain JSON types only")
+    what = f"{where} holds a value that can't be given to a template"
+    raise _bad(what, type(value).__name__, "plain JSON types only")
 
 
 def _bounded(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
