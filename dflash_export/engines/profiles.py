@@ -8,17 +8,13 @@ from dflash_rt.bundle.manifest import Manifest
 __all__ = ["graph_profiles"]
 
 # Which passes each graph takes part in. The head sees a prefill's last rows only, and looking up embeddings
-# depends on no size, so one profile serves it for everything.
+# depends on no size, so one profile serves it for everything. Graphs of some drafters only see blocks.
 _PASSES = {
     "embed": ("prefill",),
     "target": ("prefill", "block"),
     "lm_head": ("block",),
     "inject": ("prefill", "block"),
     "draft": ("block",),
-    "draft_logits": ("block",),
-    "draft_embed": ("block",),
-    "draft_lm_head": ("block",),
-    "select": ("block",),
     "accept": ("block",),
     "draft_check": ("block",),
 }
@@ -42,5 +38,5 @@ def graph_profiles(graph: str, manifest: Manifest, limits: EngineLimits) -> tupl
     batch = AxisRange(1, 1, limits.max_batch)
     return tuple(
         ProfileSpec(name=name, batch=batch, rows=rows[name])  # type: ignore[arg-type]  # names of the table
-        for name in _PASSES[graph]
+        for name in _PASSES.get(graph, ("block",))
     )

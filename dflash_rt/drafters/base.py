@@ -25,6 +25,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 __all__ = [
     "FLOAT_DTYPES",
+    "PROPOSAL",
     "CheckFinite",
     "CopyRows",
     "Drafter",
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+PROPOSAL = ("candidates", "probabilities")
+"""Buffers that say what the tokens of a drafter that samples were sampled from."""
 
 Shape: TypeAlias = "tuple[str | int, ...]"
 # Name -> (allowed dtypes, shape)

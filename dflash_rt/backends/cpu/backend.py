@@ -39,7 +39,7 @@ from dflash_rt.bundle.contract import drafter_of, state_tensors
 from dflash_rt.bundle.dtypes import NUMPY_TYPES, ONNX_TYPES
 from dflash_rt.bundle.graph_names import STEP_GRAPHS
 from dflash_rt.bundle.manifest import GraphSpec, TensorSpec
-from dflash_rt.drafters.base import CopyRows, GraphRun
+from dflash_rt.drafters.base import PROPOSAL, CopyRows, GraphRun
 from dflash_rt.errors import BackendError
 from dflash_rt.sampling.proposal import DraftSampling, Proposal
 
@@ -218,7 +218,8 @@ class OnnxRuntimeBackend(Backend):
         if verify_len > 1:
             block[:, 1:] = self._draft(block, start, sampling)
             if sampling is not None and self._drafter.samples:
-                proposal = self._proposal(batch, verify_len - 1)
+                arrays = (self._buffers[name].view(batch, verify_len - 1) for name in PROPOSAL)
+                proposal = Proposal(*(array.copy() for array in arrays))
         self._target(block, start)
         self._kept[self._places(start, verify_len)] = self._buffers["features"].view(batch, verify_len)
         verified = self._head(self._buffers["hidden"].view(batch, verify_len))
@@ -296,10 +297,6 @@ class OnnxRuntimeBackend(Backend):
                 check_finite(self._buffers[operation.buffer].view(batch, operation.rows), "draft_head")
         drafted: IntArray = self._buffers["drafted"].view(batch, drafts)
         return drafted
-
-    def _proposal(self, batch: int, rows: int) -> Proposal:
-        views = (self._buffers[name].view(batch, rows).copy() for name in ("candidates", "probabilities"))
-        return Proposal(*views)
 
     def _run_at(self, run: GraphRun, start: IntArray) -> None:
         """Run a graph for positions from ``start [batch]`` on, if it has any."""

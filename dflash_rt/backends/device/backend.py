@@ -24,6 +24,7 @@ from dflash_rt.backends.device.memory import Memory, Readback
 from dflash_rt.backends.device.planner import Planner
 from dflash_rt.backends.device.protocols import Bytes, Device, Engines, Event
 from dflash_rt.backends.device.runner import Runner
+from dflash_rt.drafters.base import PROPOSAL
 from dflash_rt.errors import BackendError, NumericalError
 from dflash_rt.sampling.proposal import DraftSampling, Proposal
 
@@ -108,9 +109,7 @@ class DeviceBackend(Backend):
         self._runner = Runner(device, engines, memory, planner, scratch_address, graphs=options.cuda_graph)
         self._staging = deque(memory.new_readback() for _ in range(_DEPTH))
         self._logits = memory.new_staging("logits")
-        self._proposals = {
-            each: memory.new_staging(each) for each in ("candidates", "probabilities") if self._samples
-        }
+        self._proposals = {each: memory.new_staging(each) for each in PROPOSAL if self._samples}
         self._launched: deque[_Launched] = deque()
         self._seconds = 0.0
         self._logit_rows = 0
