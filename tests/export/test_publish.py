@@ -428,6 +428,44 @@ def test_a_swap_that_can_not_begin_leaves_nothing(tmp_path: Path, monkeypatch: p
     assert os.listdir(tmp_path) == ["bundle"]
 
 
+def test_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some network file systems: nobody can tell what is abandoned, so nothing is removed."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    (tmp_path / ".bundle.partial-unknown").mkdir()
+    monkeypatch.setattr(publish.FileLock, "acquire", refuse)
+    with new_folder(tmp_path / "bundle", force=False) as folder:
+        fill(folder)
+    assert sorted(os.listdir(tmp_path)) == [".bundle.partial-unknown", "bundle"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_without_folders_that_can_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    """As on Windows, where two folders can't be swapped in one step either."""
+    opened = os.open
+
+    def refuse_folders(path: Path, *arguments: int, **options: int) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *arguments, **options)
+
+    if force:
+        old_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(os, "open", refuse_folders)
+    monkeypatch.delattr(os, "O_DIRECTORY", raising=False)
+    # There None names no library of C functions.
+    monkeypatch.setattr(publish.ctypes, "CDLL", lambda name, **_: len(name))
+    monkeypatch.setattr(shutil, "_use_fd_functions", False)  # rmtree would open folders
+    with new_folder(tmp_path / "bundle", force=force) as folder:
+        fill(folder)
+    assert (tmp_path / "bundle" / MANIFEST_NAME).read_text() == "new"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
 def test_names_that_look_like_patterns(tmp_path: Path) -> None:
     script = DYING.format(function=DEATHS["flushed"])
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "[v1]*")], check=False)
