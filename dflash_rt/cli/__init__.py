@@ -1,5 +1,5 @@
 """The command ``dflash-rt``.
 
 - ``main``: its subcommands.
-- ``console``: errors and output, shared by the command lines of all packages.
+- ``console``: errors and output; ``options``: common options. All packages share both.
 """

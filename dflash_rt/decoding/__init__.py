@@ -1,1 +1,6 @@
-"""The draft/verify loop and the state of a sequence."""
+"""Decoding of a sequence.
+
+- ``loop``: prefill, draft, verify, accept and commit.
+- ``sequence``: tokens and counters of a sequence.
+- ``policy``: the protocol that chooses each step's length, and a fixed one.
+"""
