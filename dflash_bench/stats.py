@@ -8,6 +8,8 @@ from statistics import median, median_low, quantiles
 from typing import TypeAlias
 
 from dflash_bench.systems.base import Outcome
+from dflash_bench.tables import rounded
+from dflash_export.parity.limits import equal_prefix
 
 __all__ = [
     "OUTSIDE",
@@ -17,6 +19,7 @@ __all__ = [
     "Ratio",
     "Summary",
     "agreement",
+    "as_dict",
     "quartiles",
     "ratio",
     "seconds_per_step",
@@ -49,12 +52,6 @@ class Ratio:
 
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.lower_quartile:.2f}-{self.upper_quartile:.2f})"
-
-    def as_dict(self) -> dict[str, float | int]:
-        """The fields as JSON values, with six significant digits."""
-        return {
-            key: item if isinstance(item, int) else float(f"{item:.6g}") for key, item in asdict(self).items()
-        }
 
 
 @dataclass(frozen=True)
@@ -180,12 +177,19 @@ def quartiles(ratios: Iterable[float]) -> Ratio | None:
     return Ratio(middle, lower, upper, len(values))
 
 
+def as_dict(value: Ratio | None) -> dict[str, float | None] | None:
+    """Its fields as JSON values, with six significant digits."""
+    if value is None:
+        return None
+    return {key: item if isinstance(item, int) else rounded(item) for key, item in asdict(value).items()}
+
+
 def agreement(outcomes: Outcomes, expected: Outcomes) -> Agreement:
     """Compare a system's answers with those expected for the same pairs."""
     equal_tokens = tokens = equal_answers = 0
     for pair, outcome in outcomes.items():
         wanted = expected[pair].token_ids
-        equal_tokens += _common_prefix(outcome.token_ids, wanted)
+        equal_tokens += equal_prefix(outcome.token_ids, wanted)
         tokens += len(wanted)
         equal_answers += outcome.token_ids == wanted
     return Agreement(equal_tokens, tokens, equal_answers, len(outcomes))
@@ -199,8 +203,3 @@ def _median_outcome(repeats: Sequence[Outcome]) -> Outcome:
 def _added(stages: Sequence[Mapping[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for seconds in stages for name in seconds)
     return {name: sum(seconds.get(name, 0.0) for seconds in stages) for name in names}
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    both = zip(left, right, strict=False)
-    return next((i for i, (a, b) in enumerate(both) if a != b), min(len(left), len(right)))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from types import TracebackType
 from typing import Any, Self
 
 from dflash_bench.budget import Budget, SkippedError
@@ -34,7 +33,7 @@ __all__ = ["Measured", "measure_row", "seconds_to_measure"]
 
 @dataclass
 class Measured:
-    """A bundle on a backend, and PyTorch's models of the same shape. A context manager: it frees both."""
+    """A bundle on a backend, and PyTorch's models of the same shape."""
 
     made: Made
     backend: Backend
@@ -77,15 +76,8 @@ class Measured:
         made = Made(bundle, folder, folder)
         return cls(made, names[0].open(bundle), str(names[0]), None, missing=missing)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Free both."""
         self.backend.close()
         self.torch_models = None
         release_memory()

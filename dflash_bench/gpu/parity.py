@@ -14,7 +14,7 @@ from typing import Any
 from dflash_bench.gpu.backend_spec import BackendSpec
 from dflash_bench.gpu.bundles import DTYPES, Made
 from dflash_export.parity.error_stats import ErrorCollector
-from dflash_export.parity.limits import classify, compare_steps, first_difference, logit_gaps
+from dflash_export.parity.limits import classify, compare_steps, logit_gaps
 from dflash_export.reference import (
     generate_greedy,
     generate_reference,
@@ -139,53 +139,30 @@ def run_parity(
                     repeated.add(greedy.logits, forced.logits[: greedy.logits.shape[0]])
     bound = 2 * max(repeated.result().max_abs, noise.result().max_abs)
     agreed = _reference(made, exact, device, prompts, max_new_tokens, runs["drafted"], steps)
-    return [
-        _summarise(
-            made,
-            str(backend),
-            name,
-            runs[name],
-            runs["PyTorch"],
-            bound,
-            steps if name == "drafted" else None,
-            agreed,
+    results = []
+    for name, same_kind in runs.items():
+        judged = [classify_run(run, bound) for run in same_kind]
+        pairs = zip(same_kind, runs["PyTorch"], strict=True)
+        taken = sum(map(len, steps)) if name == "drafted" else 0
+        results.append(
+            ParityResult(
+                pair=manifest.name,
+                precision=manifest.precision,
+                backend=str(backend),
+                run=name,
+                tokens=sum(len(run.token_ids) for run in same_kind),
+                equal=sum(counts[0] for counts in judged),
+                near_ties=sum(counts[1] for counts in judged),
+                bugs=sum(counts[2] for counts in judged),
+                answers=len(same_kind),
+                equal_answers=sum(run.token_ids == other.token_ids for run, other in pairs),
+                worst=max(max(run.logit_gaps) for run in same_kind),
+                bound=bound,
+                tokens_per_step=sum(len(run.token_ids) - 1 for run in same_kind) / taken if taken else None,
+                steps_as_reference=agreed if name == "drafted" else None,
+            )
         )
-        for name in names
-    ]
-
-
-def _summarise(
-    made: Made,
-    backend: str,
-    name: str,
-    runs: Sequence[Run],
-    pytorch: Sequence[Run],
-    bound: float,
-    steps: Sequence[Sequence[int]] | None,
-    agreed: str | None,
-) -> ParityResult:
-    judged = [classify_run(run, bound) for run in runs]
-    same = [
-        first_difference(run.token_ids, other.token_ids) is None
-        for run, other in zip(runs, pytorch, strict=True)
-    ]
-    taken = sum(map(len, steps)) if steps is not None else 0
-    return ParityResult(
-        pair=made.bundle.manifest.name,
-        precision=made.bundle.manifest.precision,
-        backend=backend,
-        run=name,
-        tokens=sum(len(run.token_ids) for run in runs),
-        equal=sum(counts[0] for counts in judged),
-        near_ties=sum(counts[1] for counts in judged),
-        bugs=sum(counts[2] for counts in judged),
-        answers=len(runs),
-        equal_answers=sum(same),
-        worst=max(max(run.logit_gaps) for run in runs),
-        bound=bound,
-        tokens_per_step=sum(len(run.token_ids) - 1 for run in runs) / taken if taken else None,
-        steps_as_reference=agreed if steps is not None else None,
-    )
+    return results
 
 
 def _reference(

@@ -6,13 +6,15 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, ParamSpec, TypeVar
 
 from dflash_bench.budget import Budget, SkippedError
 from dflash_rt.errors import DFlashError
 
 __all__ = ["Part", "Parts"]
 
+P = ParamSpec("P")
+T = TypeVar("T")
 State = Literal["running", "done", "skipped", "failed"]
 
 
@@ -38,15 +40,17 @@ class Parts:
     changed: Callable[[], None]
     parts: list[Part] = field(default_factory=list)
 
-    def run(self, name: str, seconds: float, work: Callable[[], Any]) -> Any:
-        """Run ``work`` if ``seconds`` are left, and return what it returns; ``None`` if it doesn't end."""
+    def run(
+        self, name: str, seconds: float, work: Callable[P, T], *args: P.args, **options: P.kwargs
+    ) -> T | None:
+        """Call ``work`` if ``seconds`` are left, and return its result; ``None`` if it doesn't end."""
         part = Part(name)
         self.parts.append(part)
         self.changed()
         began = time.monotonic()
         try:
             self.budget.require(seconds)
-            result = work()
+            result = work(*args, **options)
             part.state = "done"
             return result
         except SkippedError as skipped:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,26 +59,18 @@ def _machine(report: Mapping[str, Any]) -> list[str]:
         return []
     smi = environment["nvidia_smi"] or {}
     capability = environment["compute_capability"]
-    packages = ", ".join(f"{name} {number}" for name, number in environment["packages"].items())
     bandwidth = report["bytes_per_second"]
-    return [
-        "## Machine",
-        "",
-        *markdown(
-            ("", ""),
-            [
-                ("GPU", environment["gpu"] or "none"),
-                ("compute capability", "none" if capability is None else f"sm{capability}"),
-                ("driver", smi.get("driver_version", "unknown")),
-                ("memory", smi.get("memory.total", "unknown")),
-                ("CPU", f"{environment['cpu']}, {environment['cores']} cores"),
-                ("Python", environment["python"]),
-                ("packages", packages),
-                ("copy bandwidth", "not measured" if bandwidth is None else f"{bandwidth / 1e9:.0f} GB/s"),
-            ],
-        ),
-        "",
+    rows = [
+        ("GPU", environment["gpu"] or "none"),
+        ("compute capability", "none" if capability is None else f"sm{capability}"),
+        ("driver", smi.get("driver_version", "unknown")),
+        ("memory", smi.get("memory.total", "unknown")),
+        ("CPU", f"{environment['cpu']}, {environment['cores']} cores"),
+        ("Python", environment["python"]),
+        ("packages", ", ".join(f"{name} {number}" for name, number in environment["packages"].items())),
+        ("copy bandwidth", "not measured" if bandwidth is None else f"{bandwidth / 1e9:.0f} GB/s"),
     ]
+    return _section("Machine", (), ("", ""), rows)
 
 
 def _backends(report: Mapping[str, Any]) -> list[str]:
@@ -86,19 +78,15 @@ def _backends(report: Mapping[str, Any]) -> list[str]:
         (item["backend"], item["precision"], "yes" if item["loads"] else "no", _one_line(item["error"] or ""))
         for item in report["backends"]
     ]
-    return (
-        ["## Backends", "", *markdown(("backend", "precision", "loads", "why not"), rows), ""] if rows else []
-    )
+    return _section("Backends", (), ("backend", "precision", "loads", "why not"), rows)
 
 
 def _parity(report: Mapping[str, Any]) -> list[str]:
-    if not report["parity"]:
-        return []
     header = ["pair", "precision", "backend", "run", "tokens", "PyTorch's best", "near ties", "bugs", "worst"]
-    keys = ("pair", "precision", "backend", "run", "tokens", "equal", "near_ties", "bugs")
+    header += ["answers as PyTorch's", "tokens a step", "steps as the reference's"]
     rows = [
         (
-            *(str(item[key]) for key in keys),
+            *_texts(item, "pair precision backend run tokens equal near_ties bugs"),
             f"{_short(item['worst'])} of {_short(item['bound'])}",
             f"{item['equal_answers']} of {item['answers']}",
             _number(item["tokens_per_step"]),
@@ -106,34 +94,24 @@ def _parity(report: Mapping[str, Any]) -> list[str]:
         )
         for item in report["parity"]
     ]
-    header += ["answers as PyTorch's", "tokens a step", "steps as the reference's"]
     text = (
         "Tokens are compared with PyTorch's best in fp32 on the same device; `worst` is the largest distance "
         "below it, beside the bound of a near tie. Answers are compared with PyTorch's in the bundle's own "
         "precision."
     )
-    return ["## Parity", "", text, "", *markdown(header, rows), ""]
+    return _section("Parity", (text, ""), header, rows)
 
 
 def _steps(report: Mapping[str, Any]) -> list[str]:
-    if not report["rows"]:
-        return []
     header = ["pair", "precision", "backend", "context", "step ms", "floor ms", "x floor", "plain ms"]
     header += ["plain floor ms", "x floor", "gap us", "plain gap us", "draft share", "reference ms", "hf ms"]
     rows = [
         (
-            *(str(row[key]) for key in ("pair", "precision", "backend", "context")),
-            _number(row["step_ms"]),
-            _number(row["floor_ms"]),
-            _number(row["step_over_floor"]),
-            _number(row["plain_step_ms"]),
-            _number(row["plain_floor_ms"]),
-            _number(row["plain_over_floor"]),
-            _number(row["host_gap_us"], 1),
-            _number(row["plain_host_gap_us"], 1),
-            "" if row["draft_share"] is None else f"{row['draft_share']:.1%}",
-            _number(row["reference_step_ms"]),
-            _number(row["hf_step_ms"]),
+            *_texts(row, "pair precision backend context"),
+            *_numbers(row, "step_ms floor_ms step_over_floor plain_step_ms plain_floor_ms plain_over_floor"),
+            *_numbers(row, "host_gap_us plain_host_gap_us", 1),
+            cell(row["draft_share"], ".1%", missing=""),
+            *_numbers(row, "reference_step_ms hf_step_ms"),
         )
         for row in report["rows"]
     ]
@@ -147,39 +125,42 @@ def _steps(report: Mapping[str, Any]) -> list[str]:
         "copy bandwidth. The gap is the mean time of a step less its mean time on the device. The share of "
         "drafting is of the device time of a step whose operations are enqueued one by one."
     )
-    return ["## Steps", "", text, "", *markdown(header, rows), "", *notes, ""]
+    return [*_section("Steps", (text, ""), header, rows), *notes, *([""] if rows else [])]
 
 
 def _gains(report: Mapping[str, Any]) -> list[str]:
-    header = ["pair", "precision", "context", "cycle cost", "reference / ours", "published", "tokens a step"]
-    header += ["x our plain", "x Hugging Face"]
-    rows = []
-    for row in report["rows"]:
-        for name, gain in row["expected"].items():
-            rows.append(
-                (
-                    *(str(row[key]) for key in ("pair", "precision", "context")),
-                    _ratio(row["cycle_cost"]),
-                    _ratio(row["over_reference_quartiles"]),
-                    name,
-                    _number(gain["tokens_per_step"]),
-                    _number(gain["over_plain"]),
-                    _number(gain["over_hf"]),
-                )
-            )
+    header = [
+        "pair",
+        "precision",
+        "context",
+        "cycle cost",
+        "reference / drafted",
+        "published",
+        "tokens a step",
+    ]
+    rows = [
+        (
+            *_texts(row, "pair precision context"),
+            _ratio(row["cycle_cost"]),
+            _ratio(row["over_reference_quartiles"]),
+            name,
+            *_numbers(gain, "tokens_per_step over_plain over_hf"),
+        )
+        for row in report["rows"]
+        for name, gain in row["expected"].items()
+    ]
     text = "Ratios are medians over pairs of runs of the same repeat, with the quartiles."
-    return (
-        ["## What follows from the costs", "", RANDOM_WEIGHTS, text, "", *markdown(header, rows), ""]
-        if rows
-        else []
+    return _section(
+        "What follows from the costs",
+        (RANDOM_WEIGHTS, text, ""),
+        (*header, "x plain", "x Hugging Face"),
+        rows,
     )
 
 
 def _goals(report: Mapping[str, Any]) -> list[str]:
-    if not report["goals"]:
-        return []
     rows = [(goal["text"], _number(goal["value"], 3), goal["verdict"]) for goal in report["goals"]]
-    return [f"## Goals ({report['goals_of']})", "", *markdown(("goal", "measured", "verdict"), rows), ""]
+    return _section(f"Goals ({report['goals_of']})", (), ("goal", "measured", "verdict"), rows)
 
 
 def _parts(report: Mapping[str, Any]) -> list[str]:
@@ -187,7 +168,22 @@ def _parts(report: Mapping[str, Any]) -> list[str]:
         (part["name"], part["state"], f"{part['seconds']:.1f}", _one_line(part["reason"] or ""))
         for part in report["parts"]
     ]
-    return ["## Parts", "", *markdown(("part", "state", "seconds", "reason"), rows), ""] if rows else []
+    return _section("Parts", (), ("part", "state", "seconds", "reason"), rows)
+
+
+def _section(
+    title: str, text: Sequence[str], header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> list[str]:
+    """Nothing without rows."""
+    return [f"## {title}", "", *text, *markdown(header, rows), ""] if rows else []
+
+
+def _texts(values: Mapping[str, Any], keys: str) -> list[str]:
+    return [str(values[key]) for key in keys.split()]
+
+
+def _numbers(values: Mapping[str, Any], keys: str, digits: int = 2) -> list[str]:
+    return [_number(values[key], digits) for key in keys.split()]
 
 
 def _one_line(text: str) -> str:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from dflash_bench.floor import StepFloor
-from dflash_bench.stats import Ratio, quartiles
+from dflash_bench.stats import Ratio, as_dict, quartiles
 
 __all__ = ["DRAFTED", "HF", "PLAIN", "REFERENCE", "Sample", "make_row"]
 
@@ -84,10 +84,10 @@ def make_row(
         "plain_host_gap_us": _median((s.gap_seconds for s in samples.get(PLAIN, [])), 1e6),
         "device_ms": _median((s.run_seconds for s in samples.get(DRAFTED, [])), 1e3),
         "draft_share": draft_share,
-        "cycle_cost": _as_dict(cycle),
+        "cycle_cost": as_dict(cycle),
         "over_reference": None if over_reference is None else over_reference.median,
-        "over_reference_quartiles": _as_dict(over_reference),
-        "plain_over_hf": _as_dict(_of_pairs(steps.get(HF, []), plain)),
+        "over_reference_quartiles": as_dict(over_reference),
+        "plain_over_hf": as_dict(_of_pairs(steps.get(HF, []), plain)),
         "expected": {
             name: {
                 "tokens_per_step": tokens,
@@ -103,10 +103,6 @@ def make_row(
 def _of_pairs(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio | None:
     """Ratios of values of the same repeat."""
     return quartiles(a / b for a, b in zip(numerator, denominator, strict=False) if b > 0)
-
-
-def _as_dict(ratio: Ratio | None) -> dict[str, float | int] | None:
-    return None if ratio is None else ratio.as_dict()
 
 
 def _median(seconds: Iterable[float | None], factor: float) -> float | None:

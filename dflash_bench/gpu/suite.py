@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,23 @@ class _Suite:
         plan, parts = self._plan, self._parts
         if not plan.keep:
             shutil.rmtree(plan.scratch, ignore_errors=True)
-        parts.run("environment", 0, self._environment)
-        parts.run("copy bandwidth", 1, self._bandwidth)
+        self._report["environment"] = parts.run("environment", 0, environment)
+        self._report["bytes_per_second"] = parts.run(
+            "copy bandwidth", 1, copy_bandwidth, plan.device, plan.copy_bytes, 16
+        )
         small = {
-            precision: parts.run(f"a small pair in {precision}", 5, self._small(precision))
+            precision: parts.run(f"a small pair in {precision}", 5, self._make_small, precision)
             for precision in (("fp32",) if plan.dry_run else ("fp32", "bf16"))
         }
-        usable = self._check_parity(small, self._try_backends(small))
+        loaded = {precision: self._try_backends(precision, made) for precision, made in small.items()}
+        usable = {
+            precision: [
+                name
+                for name in loaded[precision]
+                if made and parts.run(f"parity of {name} in {precision}", 10, self._parity, name, made)
+            ]
+            for precision, made in small.items()
+        }
         if plan.demo is not None:
             self._measure_demo(plan.demo, usable)
         for precision in plan.precisions:
@@ -86,137 +97,96 @@ class _Suite:
         self._report["goals"] = [asdict(goal) for goal in judged]
         write_report(self._plan.output, self._report)
 
-    def _environment(self) -> None:
-        self._report["environment"] = environment()
+    def _make_small(self, precision: str) -> Made:
+        plan = self._plan
+        # So that a dry run, which measures the same pair, exports it once.
+        rows = min(plan.small.positions, plan.max_seq_len)
+        return make_bundle(
+            plan.small,
+            precision,
+            plan.scratch,
+            max_seq_len=rows,
+            keep_weights=True,
+            progress=plan.progress,
+        )
 
-    def _bandwidth(self) -> None:
-        self._report["bytes_per_second"] = copy_bandwidth(self._plan.device, self._plan.copy_bytes, 16)
+    def _try_backends(self, precision: str, made: Made | None) -> list[BackendSpec]:
+        """Backends that load the small pair."""
+        loaded = []
+        for name in self._plan.backends:
+            title = f"load {name} in {precision}"
+            if made is None:
+                self._parts.skip(title, "there is no small pair in this precision")
+            elif self._parts.run(title, 5, self._load, name, made):
+                loaded.append(name)
+        return loaded
 
-    def _small(self, precision: str) -> Callable[[], Made]:
-        def make() -> Made:
-            plan = self._plan
-            return make_bundle(
-                plan.small,
-                precision,
-                plan.scratch,
-                # So that a dry run, which measures the same pair, exports it once.
-                max_seq_len=min(plan.small.positions, plan.max_seq_len),
-                keep_weights=True,
-                progress=plan.progress,
-            )
+    def _load(self, backend: BackendSpec, made: Made) -> bool:
+        precision = made.bundle.manifest.precision
+        found = {"backend": str(backend), "precision": precision, "loads": True, "error": None}
+        self._report["backends"].append(found)
+        try:
+            compile_for(backend.name, made.bundle, self._budget, progress=self._plan.progress)
+            backend.open(made.bundle).close()
+        except DFlashError as error:
+            found |= {"loads": False, "error": str(error)}
+            raise
+        return True
 
-        return make
-
-    def _try_backends(self, small: dict[str, Made | None]) -> dict[str, list[BackendSpec]]:
-        """Load every backend on the small pair; names of those that load, by precision."""
-        usable: dict[str, list[BackendSpec]] = {}
-        for precision, made in small.items():
-            usable[precision] = []
-            for name in self._plan.backends:
-                if made is None:
-                    self._parts.skip(
-                        f"load {name} in {precision}", "there is no small pair in this precision"
-                    )
-                elif self._parts.run(f"load {name} in {precision}", 5, self._load(name, made)):
-                    usable[precision].append(name)
-        return usable
-
-    def _load(self, backend: BackendSpec, made: Made) -> Callable[[], bool]:
-        def load() -> bool:
-            found = {
-                "backend": str(backend),
-                "precision": made.bundle.manifest.precision,
-                "loads": True,
-                "error": None,
-            }
-            self._report["backends"].append(found)
-            try:
-                compile_for(backend.name, made.bundle, self._budget, progress=self._plan.progress)
-                backend.open(made.bundle).close()
-            except DFlashError as error:
-                found |= {"loads": False, "error": str(error)}
-                raise
-            return True
-
-        return load
-
-    def _check_parity(
-        self, small: dict[str, Made | None], loaded: dict[str, list[BackendSpec]]
-    ) -> dict[str, list[BackendSpec]]:
-        """Compare tokens; backends that came to the end of it, by precision, whatever their tokens were."""
-        return {
-            precision: [
-                name
-                for name in loaded[precision]
-                if self._parts.run(f"parity of {name} in {precision}", 10, self._parity(name, made))
-            ]
-            for precision, made in small.items()
-        }
-
-    def _parity(self, backend: BackendSpec, made: Made | None) -> Callable[[], bool]:
-        def compare() -> bool:
-            assert made is not None  # no backend is usable without one
-            vocab = made.bundle.manifest.target.vocab_size
-            prompts = [_random_ids(vocab, rows, rows) for rows in (1, 7, 40)]
-            found = run_parity(made, backend, self._plan.device, prompts=prompts, max_new_tokens=48)
-            self._report["parity"] += [result.as_dict() for result in found]
-            release_memory()
-            return True
-
-        return compare
+    def _parity(self, backend: BackendSpec, made: Made) -> bool:
+        """Compare tokens; true when it came to its end, whatever the tokens were."""
+        vocab = made.bundle.manifest.target.vocab_size
+        prompts = [_random_ids(vocab, rows, rows) for rows in (1, 7, 40)]
+        found = run_parity(made, backend, self._plan.device, prompts=prompts, max_new_tokens=48)
+        self._report["parity"] += [result.as_dict() for result in found]
+        release_memory()
+        return True
 
     def _measure_pair(self, pair: PairShape, precision: str, usable: Sequence[BackendSpec]) -> None:
-        title = f"{pair.name} in {precision}"
+        plan, title = self._plan, f"{pair.name} in {precision}"
         if not usable:
             self._parts.skip(title, f"no backend decodes the small pair in {_base(precision)}")
             return
         if self._report["bytes_per_second"] is None:
             self._parts.skip(title, "the copy bandwidth isn't known")
             return
-        measured = None
-        for name in usable:
-            measured = self._parts.run(f"make {title} for {name}", 5, self._make(pair, precision, name))
-            if measured is not None:
-                break
+        run, make, budget = self._parts.run, Measured.make, self._budget
+        made = (
+            run(f"make {title} for {name}", 5, make, plan, budget, pair, precision, name) for name in usable
+        )
+        measured = next((one for one in made if one is not None), None)
         if measured is None:
             self._parts.skip(title, "there is no bundle to measure, see above")
             return
-        with measured:
-            for context in self._plan.contexts:
-                seconds = seconds_to_measure(pair, context) if not self._plan.dry_run else 1.0
-                self._parts.run(f"{title} at {context}", seconds, self._row(measured, precision, context))
-        if not self._plan.keep:
+        with closing(measured):
+            for context in plan.contexts:
+                seconds = seconds_to_measure(pair, context) if not plan.dry_run else 1.0
+                self._parts.run(f"{title} at {context}", seconds, self._row, measured, precision, context)
+        if not plan.keep:
             measured.remove()
 
-    def _make(self, pair: PairShape, precision: str, backend: BackendSpec) -> Callable[[], Measured]:
-        return lambda: Measured.make(self._plan, self._budget, pair, precision, backend)
-
-    def _row(self, measured: Measured, precision: str, context: int) -> Callable[[], None]:
-        def measure() -> None:
-            prompt = _random_ids(measured.made.bundle.manifest.target.vocab_size, context, _PROMPT_SEED)
-            bandwidth = self._report["bytes_per_second"]
-            row = measure_row(self._plan, self._budget, measured, precision, prompt, bandwidth)
-            self._report["rows"].append(row)
-
-        return measure
+    def _row(self, measured: Measured, precision: str, context: int) -> None:
+        prompt = _random_ids(measured.made.bundle.manifest.target.vocab_size, context, _PROMPT_SEED)
+        bandwidth = self._report["bytes_per_second"]
+        row = measure_row(self._plan, self._budget, measured, precision, prompt, bandwidth)
+        self._report["rows"].append(row)
 
     def _measure_demo(self, folder: Path, usable: dict[str, list[BackendSpec]]) -> None:
-        def open_demo() -> Measured:
-            return Measured.open(self._plan, self._budget, folder, usable)
-
-        measured = self._parts.run("open the demo bundle", 5, open_demo)
+        plan, parts = self._plan, self._parts
+        measured = parts.run("open the demo bundle", 5, Measured.open, plan, self._budget, folder, usable)
         if measured is None:
             return
-        with measured:
+        with closing(measured):
             manifest = measured.made.bundle.manifest
-            for context in self._plan.contexts:
-                needed = rows_needed(context, self._plan.steps, manifest.drafter.block_size)
-                if needed > manifest.limits.max_seq_len:
-                    reason = f"the bundle takes {manifest.limits.max_seq_len} tokens at most"
-                    self._parts.skip(f"{manifest.name} at {context}", reason)
-                    continue
-                work = self._row(measured, manifest.precision, context)
-                self._parts.run(f"{manifest.name} at {context}", 5, work)
+            for context in plan.contexts:
+                title = f"{manifest.name} at {context}"
+                if (
+                    rows_needed(context, plan.steps, manifest.drafter.block_size)
+                    > manifest.limits.max_seq_len
+                ):
+                    parts.skip(title, f"the bundle takes {manifest.limits.max_seq_len} tokens at most")
+                else:
+                    parts.run(title, 5, self._row, measured, manifest.precision, context)
 
 
 def _base(precision: str) -> str:

@@ -18,6 +18,7 @@ from dflash_bench.stats import (
     Ratio,
     Summary,
     agreement,
+    as_dict,
     ratio,
     seconds_per_step,
     summarise,
@@ -100,19 +101,17 @@ class BenchReport:
             "systems": {name: self._system(name) for name in self.summaries},
             "ratios": {
                 name: {
-                    other: _as_dict(self.speed_ratio(name, other))
-                    for other in self.summaries
-                    if other != name
+                    other: as_dict(self.speed_ratio(name, other)) for other in self.summaries if other != name
                 }
                 for name in self.own
             },
             "drafting": {
                 name: {
                     "num_draft_tokens": self.num_draft_tokens[name],
-                    "step_cost": _as_dict(self.step_cost(name)),
+                    "step_cost": as_dict(self.step_cost(name)),
                     "tokens_per_step": rounded(self.summaries[name].tokens_per_step),
                     "expected_gain": rounded(self.expected_gain(name)),
-                    "measured_gain": _as_dict(self.speed_ratio(name, PLAIN)),
+                    "measured_gain": as_dict(self.speed_ratio(name, PLAIN)),
                 }
                 for name in self.drafted
             },
@@ -153,7 +152,3 @@ class BenchReport:
             "operations": operations,
             "operations_per_second": rounded(1e3 * operations / measured) if measured else None,
         }
-
-
-def _as_dict(value: Ratio | None) -> dict[str, float | int] | None:
-    return None if value is None else value.as_dict()

@@ -16,6 +16,7 @@ from dflash_bench.stats import (
     Ratio,
     Summary,
     agreement,
+    as_dict,
     ratio,
     seconds_per_step,
     summarise,
@@ -169,7 +170,7 @@ class WidthsReport:
             "num_draft_tokens": self.num_draft_tokens.get(name),
             "tokens_per_second": rounded(total.tokens_per_second),
             "tokens_per_step": rounded(total.tokens_per_step),
-            "step_cost": None if cost is None else cost.as_dict(),
+            "step_cost": as_dict(cost),
             "over_plain_by_costs": rounded(self.by_costs(name)),
             "accepted_by_position": [rounded(share) for share in self.accepted(name)],
         }
