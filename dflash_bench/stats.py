@@ -41,7 +41,7 @@ Outcomes: TypeAlias = "Mapping[tuple[int, int], Outcome]"
 class Ratio:
     """A ratio of two systems: median and quartiles over the pairs of runs that it was computed for.
 
-    The two runs of a pair had the same prompt in the same repeat, seconds apart, so that whatever else the
+    The two runs of a pair had the same prompt in the same repeat, seconds apart, so that what else the
     machine was doing slowed both.
     """
 

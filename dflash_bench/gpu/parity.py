@@ -1,8 +1,8 @@
 """Tokens against PyTorch's on the same device; every difference is a near tie or a bug, as in ``verify``.
 
 The bound of a near tie is PyTorch's own noise alone: twice the largest difference between its logits in fp32,
-computed in two ways, or for a 16-bit bundle between its logits in that precision and in fp32. Our own error
-can't excuse itself, since it doesn't enter.
+computed in two ways, or for a 16-bit bundle between its logits in that precision and in fp32. The backend's
+own error doesn't enter, so it can't excuse itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["ParityResult", "Run", "classify_run", "run_parity"]
 
 @dataclass(frozen=True)
 class Run:
-    """One decoding of one prompt, and its tokens' logit gaps: PyTorch's best logit in fp32 less theirs."""
+    """One decoding of one prompt; its logit gaps are how far each token is below PyTorch's best in fp32."""
 
     name: str
     token_ids: tuple[int, ...]
@@ -48,7 +48,7 @@ class ParityResult:
         near_ties, bugs: the others, sorted by ``bound``.
         answers, equal_answers: prompts, and those with exactly the tokens that PyTorch decoded in the
             bundle's precision.
-        worst: the largest logit_gap.
+        worst: the largest logit gap.
     """
 
     pair: str
@@ -92,8 +92,7 @@ def run_parity(
 ) -> list[ParityResult]:
     """Decode each prompt drafted and plainly, and by PyTorch in fp32 and in the bundle's precision.
 
-    The reference's loop runs too, in fp32, if
-    it is installed: its accepted counts are compared step by step.
+    The reference's loop runs too, in fp32, if it is installed: its accepted counts are compared step by step.
     """
     manifest = made.bundle.manifest
     dtype = DTYPES[manifest.precision]
@@ -182,8 +181,10 @@ def _reference(
     longer = max_new_tokens + made.bundle.manifest.drafter.block_size
     same = compared = 0
     for prompt, run, accepted in zip(prompts, drafted, steps, strict=True):
-        theirs = generate_reference(drafter, target, prompt, max_new_tokens=longer, stop_token_ids=())
+        reference = generate_reference(drafter, target, prompt, max_new_tokens=longer, stop_token_ids=())
         gained = [count + 1 for count in accepted]
-        found = compare_steps(run.token_ids, gained, theirs.token_ids[:max_new_tokens], theirs.tokens_by_step)
+        found = compare_steps(
+            run.token_ids, gained, reference.token_ids[:max_new_tokens], reference.tokens_by_step
+        )
         same, compared = same + found.same, compared + found.compared
     return f"{same} of {compared}"

@@ -74,7 +74,7 @@ def _cache_folder(setup: BenchSetup) -> Path:
 
 
 def _save_checkpoint(model: Any, folder: Path) -> None:
-    """Save what transformers loaded, from whatever it was loaded, as a checkpoint that genai's builder takes.
+    """Save a model, however transformers loaded it, as a checkpoint that genai's builder takes.
 
     The builder insists on a tokenizer. Ids go in and come out here, so any will do.
     """
