@@ -36,6 +36,7 @@ def _draw_costs(axes: Any, report: WidthsReport) -> None:
     )
     title(axes, "Cost of a step, in plain steps")
     axes.set_xlabel("draft tokens")
+    axes.set_xticks(counts)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
     tidy(axes, grid="y")
