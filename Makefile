@@ -1,6 +1,7 @@
 # make setup   virtual environment in .venv (all other targets do this first, when needed)
 # make demo    export the demo pair, answer two questions (drafts suit the first), prove parity, measure the gain
-# make test    lint, then all tests
+# make test    lint, then all tests that aren't marked slow
+# make test-all  lint, then all tests
 # make dist    sdist and wheel in dist/, checked
 # make bench   the full comparison on the demo pair, with a plot
 # make lint    ruff and mypy
@@ -68,7 +69,7 @@ test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-all: lint setup-all
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
