@@ -67,7 +67,7 @@ class PromptEncoder:
         if kwargs is not None and not (is_chat and isinstance(kwargs, Mapping)):
             raise RequestError(
                 "chat_template_kwargs can't be used",
-                found=f"{kwargs!r}, with {'a chat' if is_chat else 'a prompt that is not a chat'}",
+                found=f"{kwargs!r}, with {'a chat' if is_chat else 'a prompt that is no chat'}",
                 expected="a dict, together with a list of messages",
                 remedy="pass messages such as [{'role': 'user', 'content': …}], or leave it out",
             )
