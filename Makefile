@@ -1,11 +1,13 @@
-# make setup   virtual environment in .venv (all other targets do this first, when needed)
-# make demo    export the demo pair, answer two questions (drafts suit the first), prove parity, measure the gain
-# make test    lint, then all tests that aren't marked slow
-# make test-all  lint, then all tests
-# make dist    sdist and wheel in dist/, checked
-# make bench   the full comparison on the demo pair, with a plot
-# make lint    ruff and mypy
-# make clean   remove .venv, caches and the demo bundle
+# make setup      virtual environment in .venv (all other targets do this first, when needed)
+# make setup-all  what make test-all needs besides
+# make demo       export the demo pair, answer two questions (drafts suit the first), prove parity, measure the gain
+# make check      lint, the runtime's tests, one pair
+# make test       lint, then all tests that aren't marked slow
+# make test-all   lint, then all tests; SHARD=2/4 runs the second quarter of them
+# make dist       sdist and wheel in dist/, checked
+# make bench      the full comparison on the demo pair, with a plot
+# make lint       ruff, mypy and import-linter
+# make clean      remove .venv, caches and the demo bundle
 
 ifndef PYTHON
 # Ask each to run: a name on PATH may be a shim for a version that isn't installed.
@@ -20,10 +22,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 BUNDLE := engines/smollm2-135m
 PROMPTS := examples/smollm2-135m-instruct-dflash/heldout_prompts.json
-# A file of tests stays on one worker: its fixtures export bundles.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+# One test that goes the whole way, from checkpoints to tokens.
+ONE_PAIR := "tests/end_to_end/test_reference_loop.py::test_one_pair"
 
-.PHONY: setup setup-all dist demo test test-all bench lint clean
+.PHONY: setup setup-all dist demo check test test-all bench lint clean
 
 setup: $(STAMP)
 
@@ -48,12 +51,12 @@ dist: setup-all
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
 
-# What of the runtime shapes a bundle: its format, and the checks of it.
-FORMAT := dflash_rt/bundle/manifest.py dflash_rt/bundle/contract.py dflash_rt/bundle/rules.py dflash_rt/bundle/schema.py
+# What makes a bundle: the exporter, and the format with its checks.
+EXPORTER := $(shell find dflash_export dflash_rt/bundle -name "*.py")
 
 # Exported again when the recipe, the drafter, the exporter or the format is newer than the bundle.
 $(BUNDLE)/manifest.json: $(BUNDLE).yaml $(wildcard examples/smollm2-135m-instruct-dflash/*) \
-		$(wildcard dflash_export/*.py) $(FORMAT) $(STAMP)
+		$(EXPORTER) $(STAMP)
 	$(BIN)/dflash-export build --recipe $(BUNDLE).yaml --output $(BUNDLE) --force
 
 demo: $(BUNDLE)/manifest.json
@@ -65,20 +68,24 @@ demo: $(BUNDLE)/manifest.json
 	$(BIN)/dflash-bench run $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) --limit 4 \
 		--max-new-tokens 64 --repeats 1 --compare hf --num-draft-tokens 3
 
+check: lint
+	$(PYTEST) tests/rt $(ONE_PAIR) $(PYTEST_ARGS)
+
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-all: lint setup-all
-	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+	$(PYTEST) -m "" $(if $(SHARD),--shard $(SHARD)) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(BUNDLE)/manifest.json
 	$(BIN)/dflash-bench run $(BUNDLE) --recipe $(BUNDLE).yaml --chat --prompts $(PROMPTS) --limit 8 \
 		--compare hf,reference,genai --num-draft-tokens 3 --num-draft-tokens 7 --plot $(BUNDLE)/reports/bench.png
 
 clean:
-	rm -rf $(VENV) $(BUNDLE) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BUNDLE) .cache *.egg-info .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

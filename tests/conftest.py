@@ -1,11 +1,11 @@
-"""What all tests share: no network, few threads, and the bundle of the demo pair."""
+"""What all tests share: no network, few threads, traces on disk, and the bundle of the demo pair."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,50 +29,64 @@ settings.register_profile("explore", derandomize=False, deadline=None, print_blo
 settings.load_profile("repeatable")
 
 
-# --- The bundle of the demo pair ---
-
-# Not getrusage(): its peak begins with that of the process that started this one.
-_EXPORT = """
-import re, sys
-from pathlib import Path
-from dflash_export import build
-from dflash_export.recipe import read_recipe
-build(output=sys.argv[2], **read_recipe(sys.argv[1]))
-print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]))
-"""
+# --- Shards ---
 
 
-@dataclass(frozen=True)
-class DemoExport:
-    """Where the demo pair's bundle is, and the most memory that its export had in use."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="I/N", help="run the I-th of N parts of the tests, such as 2/4")
 
-    root: Path
-    peak_bytes: int
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """By a hash of the test's name: every test is in one shard, the same on every machine."""
+    shard = config.getoption("--shard")
+    if shard is None:
+        return
+    try:
+        index, count = map(int, shard.split("/"))
+    except ValueError:
+        index, count = 0, 0
+    if not 1 <= index <= count:
+        raise pytest.UsageError(f"--shard {shard}: expected I/N with I from 1 to N, such as 2/4")
+    others = [item for item in items if zlib.crc32(item.nodeid.encode()) % count != index - 1]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in set(others)]
+
+
+# --- Bundles ---
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traces_from_disk() -> Iterator[None]:
+    """Exports of one architecture share its traces. Tests that can't export don't wait for PyTorch."""
+    if "dflash_export.exporter" in sys.modules:
+        from tests.traces import TraceCache
+
+        with TraceCache().shared():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(scope="session")
-def smollm2_export(tmp_path_factory: pytest.TempPathFactory) -> DemoExport:
-    """The demo pair, exported in a process of its own, once a session for all workers."""
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of this session."""
     base = tmp_path_factory.getbasetemp()
     # Under xdist each worker has a folder of its own in that of the session.
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
-    peak = folder / "peak_bytes"
-    with FileLock(folder / "lock"):
-        if not peak.exists():
-            recipe = ROOT / "engines" / "smollm2-135m.yaml"
-            done = subprocess.run(
-                [sys.executable, "-c", _EXPORT, recipe, folder / "smollm2-135m"],
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            peak.write_text(done.stdout)
-    return DemoExport(folder / "smollm2-135m", int(peak.read_text()))
+    return folder
 
 
 @pytest.fixture(scope="session")
-def smollm2_bundle(smollm2_export: DemoExport) -> Bundle:
+def smollm2_bundle(session_folder: Path) -> Bundle:
     """The demo pair's bundle. Shared: tests that change it take a copy."""
-    return Bundle.open(smollm2_export.root)
+    output = session_folder / "smollm2-135m"
+    with FileLock(f"{output}.lock"):
+        if not output.exists():
+            from dflash_export import build
+            from dflash_export.recipe import read_recipe
+            from tests.traces import TraceCache
+
+            with TraceCache().shared():
+                build(output=output, **read_recipe(ROOT / "engines" / "smollm2-135m.yaml"))
+    return Bundle.open(output)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +17,8 @@ from dflash.model import DFlashDraftModel
 from safetensors.torch import save_file
 from torch import nn
 
-import dflash_export.exporter  # noqa: F401  (what is patched below)
 from dflash_export.drafters.config import DrafterConfig
-from dflash_export.drafters.graphs import trace_drafter
 from dflash_export.drafters.read import parse_drafter_config
-from dflash_export.graphs.graph import TracedGraph
-from dflash_export.graphs.target import trace_target
 from dflash_rt import Bundle
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.decoding.loop import decode
@@ -187,47 +181,6 @@ def make_drafter(
 def reference_drafter(folder: Path) -> Any:
     """The drafter as PyPI dflash 0.1.0 loads it."""
     return DFlashDraftModel.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-class _Traces:
-    """Traces an architecture once; pairs that differ in nothing but their weights share its graphs."""
-
-    def __init__(self) -> None:
-        self._graphs: dict[tuple[Any, ...], dict[str, TracedGraph]] = {}
-
-    def target(
-        self, config: Any, feature_layers: Sequence[int], precision: str, traced: Any
-    ) -> dict[str, TracedGraph]:
-        key = ("target", config.to_json_string(), tuple(feature_layers), precision)
-        if key not in self._graphs:
-            self._graphs[key] = trace_target(config, feature_layers, precision, traced)
-        return dict(self._graphs[key])  # a caller's additions stay the caller's
-
-    def drafter(
-        self, config: DrafterConfig, precision: str, vocab: int, traced: Any
-    ) -> dict[str, TracedGraph]:
-        key = ("drafter", repr(config), precision, vocab)
-        if key not in self._graphs:
-            self._graphs[key] = trace_drafter(config, precision, vocab, traced)
-        return dict(self._graphs[key])  # a caller's additions stay the caller's
-
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        with mock.patch.multiple(
-            "dflash_export.exporter", trace_target=self.target, trace_drafter=self.drafter
-        ):
-            yield
-
-
-TRACES = _Traces()
-
-
-def build(target: Path, drafter: Path, output: Path, **options: Any) -> Bundle:
-    """``dflash_export.build``, except that an architecture that was traced before isn't traced again."""
-    from dflash_export.exporter import build as real
-
-    with TRACES.shared():
-        return real(target, drafter, output, **options)
 
 
 @dataclass(frozen=True)

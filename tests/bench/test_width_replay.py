@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.width_replay import Answer, record, replay, replay_adaptive, steps, table
+from dflash_export import build
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.decoding.policy import FixedWidth
 from dflash_rt.speculation.width_correction import StepCosts
-from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target, run_loop
 
 COSTS = StepCosts((2.0, 3.0, 4.0))
 ANSWERS = [Answer("some", (1, 0, 2, 2, 0, 0, 1, 0)), Answer("none", (0,) * 8)]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dflash_export import build
 from dflash_rt import Bundle
 from dflash_rt.backends import create_backend
 from dflash_rt.backends.device.backend import DeviceBackend, DeviceOptions
@@ -20,7 +21,7 @@ from dflash_rt.backends.device.protocols import Captured, Work
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence
 from tests.export.drafters.speculators_pairs import make_speculators, speculators_config
-from tests.pairs import Run, TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.pairs import Run, TargetSpec, drafter_config, make_drafter, make_target
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 CHUNK, LENGTH = 8, 90

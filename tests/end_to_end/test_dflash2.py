@@ -15,10 +15,12 @@ import pytest
 import torch
 from dflash.model import DFlash2DraftModel
 
+from dflash_export import build
 from dflash_rt import Generator, SamplingParams
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from tests.end_to_end.test_reference_loop import CHUNK, FULL, LEAST_MARGIN, SLIDING, Reference, window
-from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
+from tests.marks import slow_but
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target, run_loop
 from tests.rt.sampling.test_distribution import p_value
 
 
@@ -149,7 +151,7 @@ def compare(pair: Pair, weights: tuple[int, float, float], folder: Path) -> Coun
     return counts
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", slow_but(PAIRS, "as published"))
 def test_same_tokens_and_counts_as_the_reference(name: str, tmp_path: Path) -> None:
     counts: Counter[int] = Counter()
     for number, weights in enumerate(PAIRS[name].weights):
@@ -163,6 +165,7 @@ def test_same_tokens_and_counts_as_the_reference(name: str, tmp_path: Path) -> N
 RUNS, LENGTH, LEVEL = 3000, 3, 1e-6
 
 
+@pytest.mark.slow
 def test_sampled_tokens_have_the_targets_distribution(tmp_path: Path) -> None:
     """Whole requests on the graphs: the first three tokens of 3,000 seeds against PyTorch's probabilities.
 

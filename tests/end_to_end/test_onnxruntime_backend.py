@@ -13,12 +13,13 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from dflash_export import build
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.backends.host_arrays import zeros
 from dflash_rt.bundle.graph_names import STEP_GRAPHS
 from dflash_rt.errors import BackendError, NumericalError
-from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target, run_loop
 
 LIMIT, BLOCK, CHUNK, BUCKET = 1000, 4, 32, 128
 SHORT, LONG = [1, 2, 3, 4, 5], [7, 1, 5] * 60

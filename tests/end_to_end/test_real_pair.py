@@ -65,11 +65,14 @@ def until_stop(tokens: list[int], stop_token_ids: list[int]) -> list[int]:
     return tokens[: ends[0] + 1] if ends else tokens
 
 
-def test_tokens_are_those_of_hugging_face(generator: Generator, target: Any, smollm2_bundle: Bundle) -> None:
+@pytest.mark.parametrize("count", [4, pytest.param(None, marks=pytest.mark.slow)])
+def test_tokens_are_those_of_hugging_face(
+    count: int | None, generator: Generator, target: Any, smollm2_bundle: Bundle
+) -> None:
     """Every eighth prompt is generated alone, the others in batches of similar lengths: far quicker."""
     stops = list(smollm2_bundle.manifest.generation.stop_token_ids)
-    prompts = chats()
-    assert len(prompts) >= 32
+    prompts = chats()[:count]
+    assert count or len(prompts) >= 32
     encoded = [generator.encode(chat) for chat in prompts]
     others = sorted((n for n in range(len(prompts)) if n % 8), key=lambda number: len(encoded[number]))
     batches = [[number] for number in range(0, len(prompts), 8)]
@@ -90,6 +93,7 @@ def test_tokens_are_those_of_hugging_face(generator: Generator, target: Any, smo
     assert accepted > len(prompts) * 20, "a drafter that is never right would prove nothing"
 
 
+@pytest.mark.slow
 def test_every_width_gives_the_same_tokens(smollm2_bundle: Bundle) -> None:
     """Also the whole block, and prompts of several prefill chunks that make the caches grow."""
     chat = [{"role": "user", "content": "Summarise: " + "the tide comes in and goes out again. " * 60}]

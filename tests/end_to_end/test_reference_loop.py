@@ -23,13 +23,13 @@ import numpy as np
 import pytest
 import torch
 
+from dflash_export import build
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from tests.pairs import (
     LINEAR_ROPE,
     YARN_ROPE,
     Run,
     TargetSpec,
-    build,
     drafter_config,
     make_drafter,
     make_target,
@@ -333,6 +333,17 @@ def compare(pair: Pair, weights: tuple[int, float, float], folder: Path) -> Coun
     return counts
 
 
+# One of each kind: a drafter with a window, causal, over transformed logits, and a target in its fused form.
+FAST = ("mixed", "bias, causal", "transformed logits", "fused")
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_one_pair(name: str, tmp_path: Path) -> None:
+    (pair,) = (pair for pairs in PAIRS.values() for pair in pairs if pair.name == name)
+    assert compare(pair, pair.weights[0], tmp_path).keys() > {0}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", sorted(PAIRS))
 def test_same_tokens_and_counts_as_the_reference(block_size: int, tmp_path: Path) -> None:
     counts: Counter[int] = Counter()

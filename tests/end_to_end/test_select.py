@@ -15,7 +15,8 @@ from dflash.model import CandidateSelector
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.pairs import Graphs, TargetSpec, build, drafter_config, make_drafter, make_target
+from dflash_export import build
+from tests.pairs import Graphs, TargetSpec, drafter_config, make_drafter, make_target
 
 VOCAB, RANK, TOP_K, BLOCK = 20, 6, 5, 8
 Array = npt.NDArray[Any]

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dflash_export import build
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from tests.export.drafters.speculators_pairs import SpeculatorsLoop, make_speculators, speculators_config
-from tests.pairs import TargetSpec, build, make_target, run_loop
+from tests.marks import slow_but
+from tests.pairs import TargetSpec, make_target, run_loop
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LEAST_MARGIN = 1e-5  # as in test_reference_loop.py
@@ -109,7 +111,7 @@ def compare(pair: Pair, weights: tuple[int, float, float], folder: Path) -> Coun
     return counts
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", slow_but(PAIRS, "drafts from the anchor"))
 def test_same_tokens_and_counts_as_written_out_in_pytorch(name: str, tmp_path: Path) -> None:
     counts: Counter[int] = Counter()
     for number, weights in enumerate(PAIRS[name].weights):

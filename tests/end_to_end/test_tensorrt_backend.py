@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dflash_export import compile_engines
+from dflash_export import build, compile_engines
 from dflash_export.engines.devices import present_gpu
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends.device.kernel_cache import KernelCache
@@ -19,7 +19,7 @@ from dflash_rt.backends.device.plan import Run
 from dflash_rt.backends.device.planner import Planner
 from dflash_rt.backends.device.tensorrt import TensorRTEngines
 from dflash_rt.errors import BackendError, BackendUnavailableError, EngineError
-from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 from tests.rt.fake_cuda import FakeRuntime
 
 trt = pytest.importorskip("tensorrt_rtx", reason="pip install 'dflash-export[tensorrt-rtx]'")

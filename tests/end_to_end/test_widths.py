@@ -9,6 +9,7 @@ from itertools import chain, zip_longest
 import numpy as np
 import pytest
 
+from dflash_export import build
 from dflash_rt import Bundle, Generator
 from dflash_rt.arrays import IntArray
 from dflash_rt.backends.base import Inject, StepOutput
@@ -16,7 +17,7 @@ from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.sampling.proposal import DraftSampling
-from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 
 BLOCK, CHUNK = 5, 8
 

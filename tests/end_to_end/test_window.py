@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dflash_export import build
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.backends.state.window import WindowState
 from dflash_rt.bundle.manifest import StateSpec, TensorSpec
@@ -19,7 +20,6 @@ from tests.end_to_end.test_reference_loop import LEAST_MARGIN, SLIDING, Referenc
 from tests.export.drafters.speculators_pairs import SpeculatorsLoop, make_speculators, speculators_config
 from tests.pairs import (
     TargetSpec,
-    build,
     drafter_config,
     make_drafter,
     make_target,
@@ -116,6 +116,7 @@ def test_windows_from_the_anchor(tmp_path: Path) -> None:
     assert draft_rows(backend) < 100
 
 
+@pytest.mark.slow
 def test_memory_is_flat_from_1k_to_32k(tmp_path: Path) -> None:
     spec = TargetSpec("smollm2", vocab=6, heads=1, kv_heads=1, hidden=16, layers=1, positions=33000)
     raw = drafter_config(

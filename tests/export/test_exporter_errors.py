@@ -26,7 +26,6 @@ from dflash_export.sources.safetensors import SafetensorsWeights
 from dflash_rt.errors import DFlashError, OutputError
 from tests.checkpoints import byte_tokenizer
 from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
-from tests.pairs import build as build_again
 from tests.permissions import as_any_user
 
 SPEC = TargetSpec("qwen3", layers=2, tied=False, vocab=300)
@@ -557,7 +556,7 @@ def test_weights_that_are_not_finite(
 ) -> None:
     edit_tensors(pair / side, lambda tensors: tensors[tensor].view(-1)[3].fill_(float("nan")))
     with pytest.raises(CheckpointError, match="what to do") as caught:
-        build_again(pair / "target", pair / "drafter", pair.parent / "outputs" / "bundle")
+        build(pair / "target", pair / "drafter", pair.parent / "outputs" / "bundle")
     assert tensor in str(caught.value)
     assert "1 of" in str(caught.value)
     assert os.listdir(pair.parent / "outputs") == []

@@ -22,10 +22,19 @@ from dflash_rt import Bundle
 from dflash_rt.bundle.manifest import MANIFEST_NAME
 from dflash_rt.errors import OutputError
 from tests.checkpoints import byte_tokenizer
+from tests.marks import slow_but
 from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 
 SPEC = TargetSpec("qwen3", layers=2)
-EXPORT = "import sys; from dflash_export import build; build(*sys.argv[1:4], force='force' in sys.argv)"
+# With traces from disk, so that it is the writing that takes the time.
+EXPORT = """
+import sys
+from dflash_export import build
+from tests.traces import TraceCache
+with TraceCache().shared():
+    build(*sys.argv[1:4], force="force" in sys.argv)
+"""
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +210,7 @@ def test_of_two_writers_one_wins(tmp_path: Path) -> None:
 def start_export(pair: tuple[Path, Path], output: Path, *flags: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", EXPORT, *map(str, pair), str(output), *flags],
+        cwd=ROOT,
         stderr=subprocess.PIPE,
     )
 
@@ -222,7 +232,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", slow_but(MOMENTS, "at the manifest"))
 def test_a_killed_export_leaves_a_whole_bundle_or_none(
     tmp_path: Path, pair: tuple[Path, Path], moment: str
 ) -> None:
@@ -248,6 +258,7 @@ def test_a_killed_export_leaves_a_whole_bundle_or_none(
         assert os.listdir(tmp_path) == ["bundle"]
 
 
+@pytest.mark.slow
 def test_a_killed_replacement_leaves_one_whole_bundle(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     output = tmp_path / "bundle"
     build(*pair, output, name="old")
@@ -280,7 +291,8 @@ except OutputError as error:
 def run_on_a_full_disk(work: str, size: int, *arguments: Path) -> str:
     """What ``work`` says when the operating system lets no file have more than ``size`` bytes."""
     command = [sys.executable, "-W", "ignore", "-c", FULL_DISK.format(work=work), str(size)]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
+    command += map(str, arguments)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 7, done.stderr
     assert "what to do: free disk space" in done.stdout
     return done.stdout
@@ -288,7 +300,12 @@ def run_on_a_full_disk(work: str, size: int, *arguments: Path) -> str:
 
 def test_a_full_disk(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     """The largest file stops half-way."""
-    work = "from dflash_export import build; build(*sys.argv[2:5])"
+    build(*pair, tmp_path / "bundle")  # the traces are on disk from here on
+    shutil.rmtree(tmp_path / "bundle")
+    work = (
+        "from dflash_export import build; from tests.traces import TraceCache\n"
+        "    with TraceCache().shared(): build(*sys.argv[2:5])"
+    )
     assert "target.data" in run_on_a_full_disk(work, 20_000, *pair, tmp_path / "bundle")
     assert os.listdir(tmp_path) == []
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dflash_export import compile_engines
+from dflash_export import build, compile_engines
 from dflash_export.engines.devices import present_gpu
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends import create_backend
 from dflash_rt.backends.device.cuda import CudaDevice
 from dflash_rt.errors import NumericalError
-from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target, run_loop
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target, run_loop
 
 pytestmark = pytest.mark.skipif(present_gpu() is None, reason="needs an NVIDIA GPU and its driver")
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from dflash_export import compile_engines
+from dflash_export import build, compile_engines
 from dflash_export.cli import main
 from dflash_export.engines import builder, compiler
 from dflash_export.engines.builder import EngineJob, build_engine, prepare
@@ -30,7 +30,7 @@ from dflash_rt.bundle.engine_sets import AxisRange, ProfileSpec
 from dflash_rt.bundle.manifest import GraphSpec
 from tests.export.engines.built import Handed, watch_builds
 from tests.export.engines.test_refusals import Case
-from tests.pairs import TRACES, TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 from tests.rt.bundle_maker import manifest_document, write_bundle
 
 trt: Any = pytest.importorskip(
@@ -269,8 +269,7 @@ def test_engines_get_16_bits_unless_told(pair: Path, tmp_path: Path) -> None:
     """The options of the README: caches in 16 bits, without a word about precision."""
     few = ["--calib-limit", "1", "--calib-tokens", "2", "--no-measure-quantization"]
     more = ["--backend", "tensorrt-rtx", "--fp8", *few]
-    with TRACES.shared():
-        result = CliRunner().invoke(main, arguments(pair, tmp_path / "out", *more))
+    result = CliRunner().invoke(main, arguments(pair, tmp_path / "out", *more))
     assert result.exit_code == 0, result.output
     assert "precision: bf16, for engines of tensorrt-rtx" in result.stderr
     manifest = Bundle.open(tmp_path / "out").manifest

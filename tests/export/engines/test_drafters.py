@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dflash_export import compile_engines
+from dflash_export import build, compile_engines
 from dflash_rt.bundle.engine_sets import read_engines
 from tests.export.drafters.speculators_pairs import make_speculators, speculators_config
-from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.marks import slow_but
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 
 pytest.importorskip("tensorrt_rtx", reason="engines are built: pip install 'dflash-export[tensorrt-rtx]'")
 
@@ -49,8 +51,13 @@ def save_dflash2(folder: Path) -> None:
     make_drafter(folder, raw)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("save", [save_speculators, save_dflash2])
+FAST = [(save_speculators, "fp16"), (save_dflash2, "bf16")]
+
+
+@pytest.mark.parametrize(
+    ("save", "precision"),
+    slow_but(product([save_speculators, save_dflash2], ["fp32", "fp16", "bf16"]), *FAST),
+)
 def test_every_graph_is_built(save: Any, precision: str, tmp_path: Path) -> None:
     make_target(tmp_path / "target", SPEC)
     save(tmp_path / "drafter")

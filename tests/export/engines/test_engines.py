@@ -6,12 +6,13 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from dflash_export import compile_engines
+from dflash_export import build, compile_engines
 from dflash_export.cli import main
 from dflash_export.engines import compiler
 from dflash_export.engines.builder import EngineJob
@@ -24,7 +25,8 @@ from dflash_rt.bundle.engine_sets import EngineFile, EngineSet, read_engines
 from dflash_rt.bundle.folder import hash_file
 from dflash_rt.errors import IntegrityError, OutputError
 from tests.export.engines.built import check_handed, watch_builds
-from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.marks import slow_but
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 
 pytest.importorskip("tensorrt_rtx", reason="engines are built: pip install 'dflash-export[tensorrt-rtx]'")
 
@@ -86,8 +88,12 @@ def quickly(bundle: Bundle, **options: object) -> compiler.CompiledEngines:
 # --- Every family in every precision ---
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+PRECISIONS = ("fp32", "fp16", "bf16")
+# Each family once; the precisions take turns.
+FAST = list(zip(FAMILIES, cycle(PRECISIONS), strict=False))
+
+
+@pytest.mark.parametrize(("family", "precision"), slow_but(product(FAMILIES, PRECISIONS), *FAST))
 def test_every_graph_is_built(bundles: MakeBundle, family: str, precision: str) -> None:
     bundle = bundles(family, precision)
     with watch_builds(load_vendor("tensorrt-rtx").trt) as builds:

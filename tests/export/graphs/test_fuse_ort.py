@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dflash_export import build
 from dflash_rt import Bundle, Generator
 from dflash_rt.backends import create_backend
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.backends.device.onnxruntime import OnnxRuntimeEngines
 from dflash_rt.errors import BackendError, RequestError
-from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 
 FUSED = {
     "smollm2": TargetSpec("smollm2", head_dim=16),

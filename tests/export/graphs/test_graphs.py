@@ -17,6 +17,7 @@ import torch
 import transformers
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
+from dflash_export import build
 from dflash_export.sources.open import open_weights
 from dflash_export.sources.resolve import resolve_drafter, resolve_target
 from dflash_rt import Bundle
@@ -26,7 +27,6 @@ from tests.pairs import (
     FAMILIES,
     Graphs,
     TargetSpec,
-    build,
     drafter_config,
     make_drafter,
     make_target,

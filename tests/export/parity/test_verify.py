@@ -18,14 +18,14 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dflash_export import verify
+from dflash_export import build, verify
 from dflash_export.cli import main
 from dflash_export.errors import SourceError, VerifyError
 from dflash_export.parity.report import VerifyReport
 from dflash_export.parity.table import render
 from dflash_rt import Bundle
 from dflash_rt.errors import ContextLengthError, IntegrityError, OutputError, PromptError, RequestError
-from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 
 # One architecture for all, so that it is traced once.
 SPEC = TargetSpec("qwen3", tied=False, vocab=12, layers=3)

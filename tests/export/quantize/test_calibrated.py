@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from dflash_export import compile_engines, verify
+from dflash_export import build, compile_engines, verify
 from dflash_export.cli import main
 from dflash_export.engines.devices import check_fp8
 from dflash_export.errors import EngineBuildError, RecipeError, VerifyError
@@ -27,7 +28,8 @@ from dflash_export.reference import load_target, teacher_forced
 from dflash_export.sources.resolve import resolve_target
 from dflash_rt import Bundle
 from tests.export.engines.built import check_handed, watch_builds
-from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.marks import slow_but
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 
 pytest.importorskip("modelopt", reason="targets are calibrated: pip install 'dflash-export[quantize]'")
 
@@ -96,8 +98,12 @@ def target_of(bundle: Bundle, family: str) -> Path:
 # --- Numbers ---
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    slow_but(
+        product(["qwen2", "mistral"], SCHEMES), ("qwen2", "int4"), ("mistral", "int8"), ("qwen2", "fp8")
+    ),
+)
 def test_graphs_compute_what_pytorch_rounds(bundles: MakeBundle, family: str, scheme: str) -> None:
     """ONNX Runtime against fake quantisation in PyTorch: within 1e-4 of the logits' spread.
 
@@ -147,7 +153,7 @@ def _rounding(multiplier: torch.Tensor, largest: float | None, kind: Any) -> Any
     return treat
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", slow_but(SCHEMES, "int4"))
 def test_verify_judges_graphs_and_loop(bundles: MakeBundle, scheme: str) -> None:
     bundle = bundles("qwen2", scheme, "fp32")
     sources = {"target": target_of(bundle, "qwen2"), "drafter": bundle.root.parent / "qwen2-drafter"}
@@ -252,11 +258,11 @@ def test_what_stays_unquantised(bundles: MakeBundle) -> None:
 
 # --- Engines ---
 
-pair_engines = pytest.mark.parametrize("scheme", SCHEMES)
+# Each scheme once; bundles that other tests here make, too.
+FAST = [("qwen2", "int4"), ("mistral", "int8"), ("qwen3", "fp8")]
 
 
-@pair_engines
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "scheme"), slow_but(product(FAMILIES, SCHEMES), *FAST))
 def test_every_graph_is_built(bundles: MakeBundle, family: str, scheme: str) -> None:
     """Parsed and built with TensorRT-RTX; no engine is run. Half of the families in bf16."""
     trt = pytest.importorskip("tensorrt_rtx", reason=NO_TENSORRT)
@@ -270,6 +276,7 @@ def test_every_graph_is_built(bundles: MakeBundle, family: str, scheme: str) -> 
         check_handed(handed, bundle, graph, capacity=64, chunk=16, block=4, sms=wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "scheme"),
     [("fp16", None), ("bf16", None), ("fp16", "int8"), ("bf16", "int4"), ("bf16", "fp8")],

@@ -20,8 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_bench.run.measure import run_bench
-from dflash_export import build as build_bundle
-from dflash_export import verify
+from dflash_export import build, verify
 from dflash_export.cli import main
 from dflash_export.errors import RecipeError, UnsupportedModelError, VerifyError
 from dflash_export.graphs.stored_weight import WeightFormat
@@ -35,7 +34,7 @@ from dflash_rt.backends import create_backend
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.bundle.manifest import MANIFEST_NAME
 from dflash_rt.errors import BackendError, RequestError
-from tests.pairs import TargetSpec, build, drafter_config, make_drafter, make_target
+from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 
 ROOT = Path(__file__).parents[3]
 # Biases on q, k and v (qwen2), a head of its own: every kind of weight is there.
@@ -266,7 +265,7 @@ def test_drafted_tokens_are_plain_tokens(bundle: Bundle) -> None:
 def test_drafted_tokens_of_the_demo_pair_are_plain_tokens(tmp_path: Path) -> None:
     recipe = read_recipe(ROOT / "engines" / "smollm2-135m.yaml")
     sources = {"target": recipe["target"], "drafter": recipe["drafter"]}
-    made = build_bundle(
+    made = build(
         **sources, output=tmp_path / "b", quantize="int4-rtn", quantize_head=True, measure_quantization=False
     )
     chat = [{"role": "user", "content": "Why do cats purr when you pet them?"}]

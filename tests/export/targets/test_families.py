@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from dflash_export import build
+from tests.marks import slow_but
 from tests.pairs import (
     FAMILIES,
     LINEAR_ROPE,
@@ -24,7 +26,6 @@ from tests.pairs import (
     Array,
     Graphs,
     TargetSpec,
-    build,
     drafter_config,
     make_drafter,
     make_target,
@@ -124,7 +125,19 @@ def torch_states(model: Any, token_ids: Array, taps: tuple[int, ...]) -> tuple[t
     return output.logits, torch.cat([output.hidden_states[layer + 1] for layer in taps], -1)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+# Each family once, its shapes in turn, and what only some targets have.
+FAST = [
+    f"{family}, {shape}" for family, shape in zip(FAMILIES, itertools.cycle(WITH_EVERY_FAMILY), strict=False)
+]
+FAST += [
+    "qwen3, mixed windows",
+    "llama, all biases",
+    "moe, dense layers between",
+    "mistral, yarn with factors",
+]
+
+
+@pytest.mark.parametrize("name", slow_but(TARGETS, *FAST))
 def test_target(name: str, tmp_path: Path) -> None:
     spec = TARGETS[name]
     model = make_target(tmp_path / "target", spec)
@@ -190,8 +203,18 @@ DRAFTERS: dict[str, dict[str, Any]] = {
 }
 
 
+CASES = list(zip(DRAFTERS, itertools.cycle(["new", "old"]), strict=False))
+
+
 @pytest.mark.parametrize(
-    ("name", "schema"), list(zip(DRAFTERS, itertools.cycle(["new", "old"]), strict=False))
+    ("name", "schema"),
+    slow_but(
+        CASES,
+        ("mixed", "old"),
+        ("bias, one head to a key", "new"),
+        ("transformed logits", "old"),
+        ("yarn", "new"),
+    ),
 )
 def test_drafter(name: str, schema: str, tmp_path: Path) -> None:
     """Inject and draft, with rejected rows in between, against the reference's drafter without a cache."""

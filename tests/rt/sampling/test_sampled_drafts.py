@@ -2,8 +2,8 @@
 
 The same proof as test_distribution.py, which has the models, the exact distribution and the test
 statistic. The drafter samples from the three best tokens of another model, at the request's temperature.
-There are fewer than 30 chi-square tests here that a correct sampler fails by chance, with probability LEVEL
-each: below 3e-5 together.
+There are fewer than 40 chi-square tests here that a correct sampler fails by chance, with probability LEVEL
+each: below 4e-5 together. The same part of them is slow.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from dflash_rt.sampling.random_numbers import Uniforms
 from dflash_rt.sampling.rejection import residual, verify_sampled
 from dflash_rt.sampling.sampler import Sampler
 from tests.rt.sampling.test_distribution import (
+    FAST,
+    FEW,
     LENGTH,
     LEVEL,
     PROMPT,
@@ -42,6 +44,7 @@ from tests.rt.sampling.test_distribution import (
     count,
     decoded,
     exact,
+    few_and_all,
     noises,
     our_distribution,
     p_value,
@@ -128,9 +131,9 @@ def test_the_coldest_temperatures_take_the_best_token(temperature: float) -> Non
 
 
 @cache
-def stream(number: int) -> Floats:
-    """Another stream of random numbers for the same seeds, float64 ``[seeds, 4]``."""
-    return np.array([[u[0], u[1], u[2], u[3]] for u in (Uniforms(seed, number) for seed in range(RUNS))])
+def stream(number: int, runs: int) -> Floats:
+    """Another stream of random numbers for the same seeds, float64 ``[runs, 4]``."""
+    return np.array([[u[0], u[1], u[2], u[3]] for u in (Uniforms(seed, number) for seed in range(runs))])
 
 
 Choose = Callable[[Distribution, int, Indices, Probabilities, Floats, Floats], Counts]
@@ -151,46 +154,47 @@ def ours(
     return np.where(stands, draft, pick_all(residual(p, candidates, q), noise))
 
 
-def walk(params: SamplingParams, choose: Choose = ours, verdicts: int = 2) -> Counts:
-    """Outputs of all seeds when every place but the first is drafted, int64 ``[seeds, 4]``."""
-    noise, drafts, accepts = noises(), stream(1), stream(verdicts)
+def walk(params: SamplingParams, runs: int, choose: Choose = ours, verdicts: int = 2) -> Counts:
+    """Outputs of the first seeds when every place but the first is drafted, int64 ``[runs, 4]``."""
+    noise, drafts, accepts = noises(runs), stream(1, runs), stream(verdicts, runs)
     drafts = np.floor(drafts * 2.0**24) * 2.0**-24  # as float32 has them
     tokens = np.zeros(drafts.shape, np.int64)
     groups: dict[Tokens, npt.NDArray[np.intp]] = {(): np.arange(len(drafts))}
     for position in range(LENGTH):
         longer = {}
-        for output, runs in groups.items():
+        for output, these in groups.items():
             p = our_distribution(params, output)
-            mixed = noise[runs, position]
+            mixed = noise[these, position]
             chosen = pick_all(p, mixed)
             if position > 0:  # the prefill's token is never drafted
                 candidates, q = proposal(PROMPT + output, params.temperature)
-                places = sample(q, drafts[runs, position])
+                places = sample(q, drafts[these, position])
                 for place, draft in enumerate(candidates.tolist()):
                     mine = places == place
                     if mine.any():
-                        accept = accepts[runs, position][mine]
+                        accept = accepts[these, position][mine]
                         chosen[mine] = choose(p, draft, candidates, q, accept, mixed[mine])
-            tokens[runs, position] = chosen
+            tokens[these, position] = chosen
             for token in np.unique(chosen):
-                longer[(*output, int(token))] = runs[chosen == token]
+                longer[(*output, int(token))] = these[chosen == token]
         groups = longer
     return tokens
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_joint_distribution_is_the_targets(name: str) -> None:
+@pytest.mark.parametrize(("name", "runs"), few_and_all(*FAST))
+def test_the_joint_distribution_is_the_targets(name: str, runs: int) -> None:
     params = SETTINGS[name]
-    tokens = walk(params)
+    tokens = walk(params, runs)
     assert p_value(count(tokens), exact(params)) > LEVEL
     # A block of 5 drafts every place but the first, so that whole requests are the same walk.
     found = requests(params, 300, width=5, backend=SamplingBackend())
     assert (found == tokens[:300]).all()
 
 
-def test_whole_requests_with_a_bonus_have_it_too() -> None:
+@pytest.mark.parametrize("runs", [FEW // 10, pytest.param(RUNS // 10, marks=pytest.mark.slow)])
+def test_whole_requests_with_a_bonus_have_it_too(runs: int) -> None:
     params = SETTINGS["T=1.0 none"]  # at width 3 the fourth token may be a bonus
-    tokens = requests(params, RUNS // 10, width=3, backend=SamplingBackend())
+    tokens = requests(params, runs, width=3, backend=SamplingBackend())
     assert p_value(count(tokens), exact(params)) > LEVEL
 
 
@@ -285,16 +289,18 @@ def test_a_wrong_rule_at_forced_widths_fails(
 
 
 @pytest.mark.parametrize("name", ["T=1.0 none", "T=0.5 top-k", "T=1.5 penalties", "all at once"])
-def test_wrong_rules_fail(name: str) -> None:
+@pytest.mark.parametrize("runs", [FEW, pytest.param(RUNS, marks=pytest.mark.slow)])
+def test_wrong_rules_fail(name: str, runs: int) -> None:
     params = SETTINGS[name]
-    assert p_value(count(walk(params, from_p)), exact(params)) < LEVEL
+    assert p_value(count(walk(params, runs, from_p)), exact(params)) < LEVEL
     # A verdict that knows the number that the draft came from.
-    assert p_value(count(walk(params, verdicts=1)), exact(params)) < LEVEL
+    assert p_value(count(walk(params, runs, verdicts=1)), exact(params)) < LEVEL
 
 
-def test_the_rule_for_drafts_that_were_not_sampled_is_exact_but_accepts_less() -> None:
+@pytest.mark.parametrize("runs", [FEW, pytest.param(RUNS, marks=pytest.mark.slow)])
+def test_the_rule_for_drafts_that_were_not_sampled_is_exact_but_accepts_less(runs: int) -> None:
     params = SETTINGS["T=1.0 none"]
-    assert p_value(count(walk(params, without_q)), exact(params)) > LEVEL
+    assert p_value(count(walk(params, runs, without_q)), exact(params)) > LEVEL
     outputs: tuple[Tokens, ...] = ((0,), (1, 2), (3,), (4, 4))
     accepted, less = (
         np.array([_acceptance(params, choose, output) for output in outputs]) for choose in (ours, without_q)
