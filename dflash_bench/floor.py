@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dflash_rt.bundle.contract import drafter_of
 from dflash_rt.bundle.onnx_scan import weight_bytes
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ def measure_read_bandwidth(threads: int, *, size: int = _PROBE_BYTES, rounds: in
 def step_floor(bundle: Bundle, width: int, context: int | None = None) -> StepFloor | None:
     """The floor of a step of ``width`` rows, behind ``context`` committed rows (``None``: weights alone).
 
-    A plain step (width 1) reads the target and the head, a drafted one also ``inject``, ``draft`` and the
-    head once more; all as they are stored, quantised ones too. A GPU's cache keeps some of the head between
-    its two uses at most: it is larger than the cache.
+    A plain step (width 1) reads the target and the head, a drafted one also ``inject`` and what drafts: for
+    most kinds of drafter ``draft`` and the head once more. All count as they are stored, quantised ones too.
+    A GPU's cache keeps some of the head between its two uses at most: it is larger than the cache.
 
     ``None`` for a mixture of experts: its rows decide which experts are read.
 
@@ -84,9 +85,9 @@ def step_floor(bundle: Bundle, width: int, context: int | None = None) -> StepFl
         return None
     passes = [("target", width), ("lm_head", width)]
     if width > 1:
-        drafting = width - 1 if manifest.drafter.samples_from_anchor else width
-        head = "draft_lm_head" if "draft_lm_head" in manifest.graphs else "lm_head"
-        passes += [("inject", width), ("draft", drafting), (head, width - 1)]
+        # The embedding is a lookup of a few rows, and isn't counted.
+        draft = drafter_of(manifest).graphs(width - 1)
+        passes += [("inject", width), *(each for each in draft if not manifest.graphs[each[0]].is_lookup)]
     sizes = {graph: weight_bytes(bundle.graph_path(graph)) for graph, _ in passes}
     products = sum(2 * rows * sizes[graph] for graph, rows in passes) // _ITEM_BYTES[manifest.precision]
     return StepFloor(

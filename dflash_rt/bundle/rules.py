@@ -37,7 +37,7 @@ def check_manifest(manifest: Manifest, problems: Problems) -> None:
     _check_state(manifest, problems)
     before = len(problems)
     for name, graph in manifest.graphs.items():
-        if name in (*REQUIRED_GRAPHS, *_own_graphs(manifest), *STEP_GRAPHS):
+        if name in _possible_graphs(manifest):
             _check_graph(name, graph, manifest, problems)
     if len(problems) == before:
         _check_links(manifest, problems)
@@ -83,20 +83,19 @@ def _check_drafter_kind(manifest: Manifest, problems: Problems) -> None:
 
 
 def _check_graph_names(manifest: Manifest, problems: Problems) -> None:
-    kind = DRAFTERS[manifest.drafter.kind]
-    required = (*REQUIRED_GRAPHS, *kind.required_graphs)
+    required = (*REQUIRED_GRAPHS, *DRAFTERS[manifest.drafter.kind].required_graphs)
     for name in required:
         if name not in manifest.graphs:
             problems.add(f"graphs.{name}", "no such graph", "all of " + ", ".join(required))
     for name in manifest.graphs:
-        if name not in (*REQUIRED_GRAPHS, *_own_graphs(manifest), *STEP_GRAPHS):
+        if name not in _possible_graphs(manifest):
             expected = f"none of that name with a drafter of kind {manifest.drafter.kind}"
             problems.add(f"graphs.{name}", "a graph", expected)
 
 
-def _own_graphs(manifest: Manifest) -> tuple[str, ...]:
+def _possible_graphs(manifest: Manifest) -> tuple[str, ...]:
     kind = DRAFTERS[manifest.drafter.kind]
-    return (*kind.required_graphs, *kind.optional_graphs)
+    return (*REQUIRED_GRAPHS, *kind.required_graphs, *kind.optional_graphs, *STEP_GRAPHS)
 
 
 def _check_state(manifest: Manifest, problems: Problems) -> None:

@@ -122,6 +122,7 @@ class OnnxRuntimeBackend(Backend):
             name: graph for name, graph in manifest.graphs.items() if name not in STEP_GRAPHS
         }
         self._owners = {name: state_tensors(name, manifest.state) for name in self._graphs}
+        self._states_of = {name: dict.fromkeys(owners.values()) for name, owners in self._owners.items()}
         self._sessions = load_sessions(
             bundle, self._graphs, threads=threads, fused=fused, integer_activations=integer_activations
         )
@@ -301,7 +302,7 @@ class OnnxRuntimeBackend(Backend):
     def _run_at(self, run: GraphRun, start: IntArray) -> None:
         """Run a graph for positions from ``start [batch]`` on, if it has any."""
         if (run.graph, "start") in self._slots:
-            for name in dict.fromkeys(self._owners[run.graph].values()):
+            for name in self._states_of[run.graph]:
                 start = self._states[name].place(start, run.rows)
             self._slots[run.graph, "start"][:] = start
         self._run(run, start.shape[0])
