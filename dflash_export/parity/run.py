@@ -14,6 +14,7 @@ import torch
 
 from dflash_export.drafters.read import KINDS
 from dflash_export.errors import SourceError
+from dflash_export.graphs.graph import PRECISIONS, torch_dtype
 from dflash_export.parity.assemble import assemble
 from dflash_export.parity.drafting import run_reference
 from dflash_export.parity.measure import ErrorCollectors, Measurements, Run, drafted_name, measure
@@ -35,8 +36,6 @@ from dflash_rt.text.prompts import Prompt
 __all__ = ["REPORT_NAME", "verify"]
 
 REPORT_NAME = "verify.json"
-
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def verify(
@@ -88,8 +87,9 @@ def verify(
 
     with progress.stage("loading PyTorch"):
         model = _load_target(source, opened)
-        dtype = _DTYPES.get(manifest.precision)
-        sixteen_bit = None if dtype is None else _load_target(source, opened, dtype)
+        sixteen_bit = None
+        if manifest.precision != "fp32":
+            sixteen_bit = _load_target(source, opened, torch_dtype(PRECISIONS[manifest.precision]))
     collectors = ErrorCollectors(widths, manifest.drafter.feature_layers)
     replays = Replay.all_forms(opened, threads=threads)
     measurements: list[Measurements] = []

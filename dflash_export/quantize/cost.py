@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dflash_export.errors import VerifyError
 from dflash_export.pairing.read import Pair
 from dflash_export.progress import Progress
 from dflash_export.quantize.dequantized import put_dequantized
+from dflash_export.quantize.text import encode_prompts
 from dflash_export.reference import (
     generate_greedy,
     generate_reference,
@@ -24,7 +24,7 @@ from dflash_export.reference import (
     teacher_forced,
 )
 from dflash_rt.bundle.manifest import QuantizationCost, QuantizationInfo
-from dflash_rt.text.prompts import Prompt, PromptEncoder
+from dflash_rt.text.prompts import PromptEncoder
 
 __all__ = ["measure_cost"]
 
@@ -38,21 +38,6 @@ _QUESTIONS = (
     "Nenne drei Sehenswürdigkeiten in Wien.",
     "List the planets in order and say one thing about each.",
 )
-_RANDOM_ROWS = 16
-
-
-def _prompts(encoder: PromptEncoder, vocab_size: int, room: int) -> list[list[int]]:
-    """Token ids of the built-in prompts; random ones without a tokenizer. None is longer than ``room``."""
-    if encoder.tokenizer is None:
-        random = np.random.default_rng(0)
-        prompts = [random.integers(0, vocab_size, _RANDOM_ROWS).tolist() for _ in _QUESTIONS]
-    else:
-        prompts = [list(encoder.encode(_prompt(text, encoder), None)) for text in _QUESTIONS]
-    return [prompt[:room] for prompt in prompts]
-
-
-def _prompt(text: str, encoder: PromptEncoder) -> Prompt:
-    return text if encoder.chat_template is None else [{"role": "user", "content": text}]
 
 
 def measure_cost(
@@ -73,7 +58,7 @@ def measure_cost(
         VerifyError: PyTorch can't load the target.
     """
     room = max(1, pair.limits.max_seq_len - pair.measured_tokens)
-    prompts = _prompts(encoder, pair.facts.vocab_size, room)
+    prompts = encode_prompts(encoder, _QUESTIONS, pair.facts.vocab_size, room)
     with (
         progress.stage("measuring what quantisation changed", total=4 * len(prompts)) as stage,
         contextlib.ExitStack() as threads,

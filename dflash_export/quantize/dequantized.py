@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 
 from dflash_export.errors import VerifyError
+from dflash_export.graphs.graph import torch_dtype
 from dflash_export.graphs.stored_weight import CodeType, WeightFormat
 from dflash_export.quantize.calibration import CALIBRATION_FILE, Calibration, folding
 from dflash_export.quantize.formats import dequantize, quantize, round_activations
@@ -168,7 +169,7 @@ def _products(graph: ir.Graph) -> Iterator[_Product]:
         factor, input_scale = _treatment(node.inputs[0])
         name = str(codes.name).removesuffix(CODES)
         assert scales.name == name + SCALES
-        yield _Product(name, matrix, _SCALE_DTYPES[scales.dtype], factor, input_scale)
+        yield _Product(name, matrix, torch_dtype(scales.dtype), factor, input_scale)
 
 
 def _treatment(value: ir.Value | None) -> tuple[torch.Tensor | None, float | None]:
@@ -197,13 +198,6 @@ def _blocks_of_head(folder: Path) -> int:
     assert shape is not None
     assert isinstance(shape[0], int)
     return shape[0]
-
-
-_SCALE_DTYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-}
 
 
 def _floats(value: ir.Value) -> torch.Tensor:
