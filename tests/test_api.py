@@ -23,7 +23,7 @@ PACKAGE = Path(dflash_rt.__file__).parent
 
 def run_python(code: str) -> str:
     command = [sys.executable, "-X", "utf8", "-W", "error", "-c", code]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
 def test_all_is_sorted_and_real() -> None:

@@ -223,7 +223,7 @@ def test_interrupt() -> None:
         assert process.stderr is not None
         assert process.stderr.readline() == "waiting\n"
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err.strip()) == (130, "", "")
 
 
@@ -232,7 +232,7 @@ def test_broken_pipe_is_quiet(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = command_line("dflash-export", "inspect", "--no-verify", bundle)
-    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(writer)
     assert (result.returncode, result.stderr) == (1, "")
 

@@ -8,6 +8,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,6 +126,37 @@ def test_functions_are_not_hidden_by_their_modules() -> None:
     from dflash_export import build
 
     assert build is sys.modules["dflash_export.exporter"].build
+
+
+# --- Sizes ---
+
+MOST_FILES, MOST_LINES, MOST_TEST_LINES = 18, 400, 600
+
+
+def test_folders_and_files_stay_small() -> None:
+    paths = [(path, MOST_LINES) for package in PACKAGES for path in files(package)]
+    paths += [(path, MOST_TEST_LINES) for path in files("tests")]
+    lines = {path: (len(path.read_text(encoding="utf-8").splitlines()), most) for path, most in paths}
+    assert {str(path): length for path, (length, most) in lines.items() if length > most} == {}
+    folders = Counter(path.parent for package in PACKAGES for path in files(package))
+    assert {str(folder): count for folder, count in folders.items() if count > MOST_FILES} == {}
+
+
+def test_no_file_is_private() -> None:
+    """A folder's ``__init__`` says what is public, not a file's name."""
+    paths = [path for folder in (*PACKAGES, "tests") for path in files(folder)]
+    assert [path for path in paths if path.name.startswith("_") and not path.name.startswith("__")] == []
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "tests", "examples", "benchmarks"])
+def test_imports_are_absolute(folder: str) -> None:
+    relative = [
+        f"{path}:{node.lineno}"
+        for path in files(folder)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert relative == []
 
 
 # --- Modules ---
