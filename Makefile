@@ -24,7 +24,7 @@ BUNDLE := engines/smollm2-135m
 PROMPTS := examples/smollm2-135m-instruct-dflash/heldout_prompts.json
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # One test that goes the whole way, from checkpoints to tokens.
-ONE_PAIR := "tests/end_to_end/test_reference_loop.py::test_one_pair"
+ONE_PAIR := "tests/end_to_end/test_reference_loop.py::test_one_pair[mixed]"
 
 .PHONY: setup setup-all dist demo check test test-all bench lint clean
 

@@ -78,6 +78,7 @@ def test_one_command_makes_a_drafter_with_a_card(target: Path, tmp_path: Path) -
     assert training["outcome"]["finished"]
 
 
+@pytest.mark.slow
 def test_parts_that_go_on_are_the_same_as_one_command(target: Path, tmp_path: Path) -> None:
     """Data and training in calls of their own, each repeated until it is done."""
     options = [*TRAIN, "--steps", "12"]
@@ -96,6 +97,7 @@ def test_parts_that_go_on_are_the_same_as_one_command(target: Path, tmp_path: Pa
     assert "held-out prompts, up to" in (parts / "drafter" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_one_command_goes_on_where_time_ended_it(target: Path, tmp_path: Path) -> None:
     """First with the data until it is whole, then with training until its end, and then it measures."""
     options = [*TRAIN, "--steps", "3"]
