@@ -66,7 +66,7 @@ def build(recipe: Path | None, backend: str | None, **options: Any) -> None:
         result = compile_engines(bundle, backend=backend, progress=progress, **engines)
         echo_notes(result.notes)
     if bundle.manifest.quantization is not None:
-        from dflash_export.inspection.bundle import describe_quantization
+        from dflash_export.inspection import describe_quantization
 
         click.echo("\n".join(describe_quantization(bundle.manifest.quantization)), err=True)
     echo(bundle.root)
@@ -101,7 +101,7 @@ def compile_bundle(bundle: Path, max_seq_len: int | None, backend: str, **option
 @click.option("--verify/--no-verify", "verify_files", default=True, help="Compare the SHA-256 of every file.")
 def inspect(bundle: Path, as_json: bool, verify_files: bool) -> None:
     """Show what a bundle holds and where it came from, and check its files."""
-    from dflash_export.inspection.bundle import inspect_bundle
+    from dflash_export.inspection import inspect_bundle
     from dflash_export.progress import make_progress
     from dflash_rt import Bundle
 

@@ -32,7 +32,7 @@ from dflash_export.quantize.plan import make_plan
 from dflash_export.sources.open import open_weights
 from dflash_export.sources.tokenizer import TokenizerFiles, export_tokenizer
 from dflash_export.sources.weights import Weights
-from dflash_export.weights.plan import write_weights
+from dflash_export.weights import write_weights
 from dflash_rt import Bundle
 from dflash_rt.bundle.manifest import MANIFEST_NAME, GraphSpec
 from dflash_rt.bundle.read import manifest_json

@@ -17,15 +17,7 @@ from dflash_export.progress import Progress
 from dflash_rt.bundle.manifest import Precision
 from dflash_rt.bundle.schema import Bounds, Pattern, Problems, read
 
-__all__ = [
-    "OPTIONS",
-    "REQUIRED",
-    "AtLeast",
-    "BuildOptions",
-    "HeadType",
-    "Option",
-    "QuantizeName",
-]
+__all__ = ["OPTIONS", "REQUIRED", "AtLeast", "BuildOptions", "HeadType", "Option", "QuantizeName"]
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,39 @@
-"""From one graph to one engine."""
+"""From one graph to one engine: its network, configuration and kernel timings, and how far the build is."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from filelock import FileLock
+
 from dflash_export.engines.devices import Gpu
-from dflash_export.engines.header import GraphHeader
-from dflash_export.engines.monitor import BuildMonitor, make_logger, make_monitor
-from dflash_export.engines.network import Network, parse
+from dflash_export.engines.network import GraphHeader, Network, parse
 from dflash_export.engines.refusals import check_network, check_parsed_whole
-from dflash_export.engines.timing import use_timings
 from dflash_export.engines.vendor import Vendor
 from dflash_export.errors import EngineBuildError
-from dflash_export.progress import Progress
+from dflash_export.progress import Progress, Stage
 from dflash_rt.bundle.engine_sets import BuildKey, ProfileSpec
 from dflash_rt.bundle.manifest import GraphSpec
+from dflash_rt.files import write_atomically
 
-__all__ = ["EngineJob", "build_engine", "prepare"]
+__all__ = [
+    "BuildMonitor",
+    "EngineJob",
+    "build_engine",
+    "default_timing_folder",
+    "make_logger",
+    "make_monitor",
+    "prepare",
+    "use_timings",
+]
 
 # Graphs that ask whether numbers are finite: 0 * x must not become 0 there, nor x - x.
 _CHECKS_NUMBERS = ("accept", "draft_check")
@@ -171,3 +186,147 @@ def _failed(job: EngineJob, errors: list[str]) -> EngineBuildError:
         expected="a network that this version of the library compiles",
         remedy="try a newer version of the library, more --workspace, or report this graph",
     )
+
+
+def default_timing_folder() -> Path:
+    """``$XDG_CACHE_HOME/dflash-export/timings``, by default below ``~/.cache``."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "dflash-export" / "timings"
+
+
+def timing_path(folder: Path, vendor: Vendor, gpu: Gpu) -> Path:
+    """Where the timings of one library version and GPU are."""
+    name = f"{vendor.backend}-{vendor.version}-{gpu.name}-sm{gpu.compute_capability}"
+    return folder / (re.sub(r"[^A-Za-z0-9.-]+", "-", name) + ".timings")
+
+
+@contextlib.contextmanager
+def use_timings(config: Any, vendor: Vendor, gpu: Gpu | None, folder: Path | None) -> Iterator[None]:
+    """While open, ``config`` builds with the kept timings; new ones are added to them at the end.
+
+    A cache that can't be read or written is only slower, so it never fails a build.
+    """
+    if gpu is None or not vendor.keeps_timings:
+        yield
+        return
+    path = timing_path(folder or default_timing_folder(), vendor, gpu)
+    cache = config.create_timing_cache(_read_timings(path))
+    if cache is None or not config.set_timing_cache(cache, False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    yield
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.parent / ".lock"):
+            # Another build may have added its own meanwhile.
+            others = config.create_timing_cache(_read_timings(path))
+            if others is not None:
+                cache.combine(others, True)
+            write_atomically(path, bytes(cache.serialize()))
+
+
+def _read_timings(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+_KEPT = 20
+
+
+def make_logger(trt: ModuleType) -> Any:
+    """A ``trt.ILogger`` that keeps the last errors in ``.errors`` and prints nothing."""
+
+    class _Logger(trt.ILogger):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= int(trt.ILogger.ERROR):
+                self.errors = [*self.errors[1 - _KEPT :], message]
+
+    return _Logger()
+
+
+class BuildMonitor:
+    """Turns the phases of a build into one fraction between 0 and 1.
+
+    Phases are nested: a phase of n steps is as far as the steps that it finished, plus the share of the step
+    that its furthest child is in. Called from several threads.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.cancelled = False
+        self._stage = stage
+        self._lock = threading.Lock()
+        self._phases: dict[str, _Phase] = {}
+        self._told = 0.0
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        """A phase begins."""
+        with self._lock:
+            self._phases[name] = _Phase(parent, max(steps, 1))
+
+    def step(self, name: str, step: int) -> bool:
+        """Step ``step`` (from 0) of a phase is done. False asks the builder to stop."""
+        with self._lock:
+            if name in self._phases:
+                self._phases[name].done = max(self._phases[name].done, step + 1)
+                self._tell(self._fraction())
+        return not self.cancelled
+
+    def finish(self, name: str) -> None:
+        """A phase ends."""
+        with self._lock:
+            self._phases.pop(name, None)
+
+    def _fraction(self) -> float:
+        return max((self._of(name) for name, p in self._phases.items() if p.parent is None), default=0.0)
+
+    def _of(self, name: str) -> float:
+        phase = self._phases[name]
+        inside = max((self._of(child) for child, p in self._phases.items() if p.parent == name), default=0.0)
+        return min((phase.done + inside) / phase.steps, 1.0)
+
+    def _tell(self, fraction: float) -> None:
+        if fraction > self._told:
+            self._stage.advance(fraction - self._told)
+            self._told = fraction
+
+
+class _Phase:
+    def __init__(self, parent: str | None, steps: int) -> None:
+        self.parent = parent
+        self.steps = steps
+        self.done = 0
+
+
+def make_monitor(trt: ModuleType, monitor: BuildMonitor) -> Any:
+    """``monitor`` as the library wants it. An interrupt stops the build instead of passing through C++."""
+
+    class _Monitor(trt.IProgressMonitor):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            try:
+                monitor.start(phase_name, parent_phase, num_steps)
+            except KeyboardInterrupt:
+                monitor.cancelled = True
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            try:
+                return monitor.step(phase_name, step)
+            except KeyboardInterrupt:
+                monitor.cancelled = True
+                return False
+
+        def phase_finish(self, phase_name: str) -> None:
+            try:
+                monitor.finish(phase_name)
+            except KeyboardInterrupt:
+                monitor.cancelled = True
+
+    return _Monitor()

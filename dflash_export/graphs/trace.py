@@ -2,7 +2,7 @@
 
 Modules are built under a ``FakeTensorMode``: parameters have shapes and dtypes but no data, so tracing
 a model of any size costs no memory for its weights. The initializers of the traced graph keep the
-parameters' names; :mod:`dflash_export.weights.data_file` streams the data in later.
+parameters' names; :mod:`dflash_export.weights` streams the data in later.
 """
 
 from __future__ import annotations

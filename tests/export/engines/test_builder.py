@@ -13,13 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from dflash_export.cli import main
-from dflash_export.engines import compiler, targets
-from dflash_export.engines.devices import Gpu, present_gpu
-from dflash_export.engines.monitor import BuildMonitor
+from dflash_export.engines import compiler, devices
+from dflash_export.engines.builder import BuildMonitor, default_timing_folder, timing_path, use_timings
+from dflash_export.engines.compiler import graph_profiles
+from dflash_export.engines.devices import Gpu, check_targets, present_gpu
 from dflash_export.engines.options import ByteSize
-from dflash_export.engines.profiles import graph_profiles
-from dflash_export.engines.targets import check_targets
-from dflash_export.engines.timing import default_timing_folder, timing_path, use_timings
 from dflash_export.engines.vendor import BACKENDS, Vendor, load_vendor
 from dflash_export.errors import EngineBuildError
 from dflash_rt import Bundle
@@ -106,16 +104,16 @@ def test_targets_that_can_not_be_met(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(targets, "present_gpu", lambda: Gpu("H100", 90))
+    monkeypatch.setattr(devices, "present_gpu", lambda: Gpu("H100", 90))
     with pytest.raises(EngineBuildError, match=message):
         check_targets(library, device, capabilities)
 
 
 def test_tensorrt_builds_for_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu("H100", 90)
-    monkeypatch.setattr(targets, "present_gpu", lambda: gpu)
+    monkeypatch.setattr(devices, "present_gpu", lambda: gpu)
     assert check_targets(TRT, "h100", ()) == (gpu, (90,))
-    monkeypatch.setattr(targets, "present_gpu", lambda: None)
+    monkeypatch.setattr(devices, "present_gpu", lambda: None)
     with pytest.raises(EngineBuildError, match="found: no GPU"):
         check_targets(TRT, "h100", ())
 
@@ -127,7 +125,7 @@ def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     # By the class alone: on a workstation, before an export of minutes.
     with pytest.raises(EngineBuildError, match=r"(?s)Jetson Orin.*no FP8.*8\.7.*--int8 or --int4"):
         check_targets(TRT, "jetson-orin", (), fp8=True)
-    monkeypatch.setattr(targets, "present_gpu", lambda: Gpu("A100", 80))
+    monkeypatch.setattr(devices, "present_gpu", lambda: Gpu("A100", 80))
     with pytest.raises(EngineBuildError, match="A100 has no FP8"):
         check_targets(TRT, None, (), fp8=True)
 

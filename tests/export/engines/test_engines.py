@@ -16,7 +16,7 @@ from dflash_export import build, compile_engines
 from dflash_export.cli import main
 from dflash_export.engines import compiler
 from dflash_export.engines.builder import EngineJob
-from dflash_export.engines.reuse import link_engine
+from dflash_export.engines.compiler import link_engine
 from dflash_export.engines.vendor import load_vendor
 from dflash_export.errors import EngineBuildError
 from dflash_rt import Bundle

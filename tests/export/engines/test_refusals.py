@@ -11,10 +11,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dflash_export.engines.builder import EngineJob, Prepared, build_engine, prepare
-from dflash_export.engines.header import load_header
-from dflash_export.engines.monitor import BuildMonitor
-from dflash_export.engines.network import Network
+from dflash_export.engines.builder import BuildMonitor, EngineJob, Prepared, build_engine, prepare
+from dflash_export.engines.network import Network, load_header
 from dflash_export.engines.vendor import Vendor, load_vendor
 from dflash_export.errors import EngineBuildError
 from dflash_export.progress import SILENT

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_export.engines.monitor import make_logger
+from dflash_export.engines.builder import make_logger
 from dflash_export.graphs.graph import OPSET
 from dflash_export.graphs.sampling import sample_graph
 from dflash_rt.sampling.distribution import GROUP, Distribution, distribution, noise_size

@@ -1,1 +1,0 @@
-"""What ``dflash-export inspect`` shows."""

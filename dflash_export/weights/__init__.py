@@ -1,1 +1,0 @@
-"""Which weights go into which data file, and their streaming."""
