@@ -8,8 +8,8 @@ runs and walk disagree, at 95 % confidence, with a rate below 3 / n: 0.3 % of th
 width (n is DECODED), and 0.01 % over all settings and both widths.
 
 That is what runs as slow. What always runs is a tenth of it, FEW seeds of the settings in FAST: each way to
-change the logits once, and all at once. It sees half a percent of the runs moved to wrong tokens and a tenth
-off in temperature, where all of it sees a twentieth; runs and walk disagree with a rate below 0.015 %.
+change the logits once, and all at once. It sees a temperature that is 15 % off, where all of it sees 5 %;
+runs and walk disagree with a rate below 0.015 %.
 
 A chi-square test fails by chance with probability LEVEL. There are fewer than 50 of them, so a correct
 sampler fails one with probability below 5e-5; seeds are fixed, so that it would then fail always.
