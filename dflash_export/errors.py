@@ -28,6 +28,8 @@ __all__ = [
     "SourceError",
     "UnsupportedModelError",
     "VerifyError",
+    "numbered",
+    "pair_error",
 ]
 
 
@@ -52,7 +54,7 @@ class PairError(ExportError):
 
     def __init__(self, what: str, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
-        super().__init__("\n".join([what, *(f"{i}. {p}" for i, p in enumerate(self.problems, 1))]))
+        super().__init__(numbered(what, self.problems))
 
 
 class EngineBuildError(ExportError):
@@ -65,3 +67,16 @@ class RecipeError(ExportError):
 
 class VerifyError(ExportError):
     """A parity run can't be done."""
+
+
+def numbered(what: str, problems: Sequence[Problem]) -> str:
+    """The text of an error that lists problems."""
+    return "\n".join([what, *(f"{number}. {problem}" for number, problem in enumerate(problems, 1))])
+
+
+def pair_error(problems: Sequence[Problem], errors: Sequence[ExportError]) -> ExportError:
+    """A ``PairError`` that lists all problems, or the one of ``errors`` that is the only problem."""
+    if len(problems) == len(errors) == 1:
+        return errors[0]
+    count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return PairError(f"this target and drafter can't be exported together: {count}", problems)

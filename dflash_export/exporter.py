@@ -22,7 +22,7 @@ from dflash_export.graphs.step import step_graphs
 from dflash_export.graphs.target import trace_target
 from dflash_export.manifest import graph_spec, make_manifest
 from dflash_export.options import BuildOptions
-from dflash_export.pairing.pair import require_pair
+from dflash_export.pairing.pair import check_pair, require_pair
 from dflash_export.pairing.read import Pair, read_pair
 from dflash_export.progress import SILENT, Progress
 from dflash_export.publish import check_output, new_folder
@@ -120,7 +120,7 @@ def build(options: BuildOptions) -> Bundle:
 def _check_weights(
     pair: Pair, target: Weights, drafter: Weights, tokenizer: TokenizerFiles | None, options: BuildOptions
 ) -> None:
-    require_pair(
+    problems = check_pair(
         pair.config,
         target,
         pair.drafter_config,
@@ -131,6 +131,7 @@ def _check_weights(
         max_seq_len=pair.limits.max_seq_len,
         findings=pair.findings,
     )
+    require_pair(problems, pair.findings)
 
 
 def _trace(pair: Pair, precision: str, progress: Progress) -> dict[str, TracedGraph]:

@@ -6,19 +6,19 @@ a target that says its head is tied and stores one all the same: then the two ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dflash_export.drafters.config import DrafterConfig
-from dflash_export.errors import PairError
+from dflash_export.errors import pair_error
 from dflash_export.pairing.tensors import EMBEDDING, target_tensor_problems, tensor_problems
 from dflash_export.sources.config_reader import Findings
 from dflash_export.sources.weights import Weights
-from dflash_export.targets.checks import activation_problems
-from dflash_export.targets.config import TargetFacts, check_target, target_facts
+from dflash_export.targets.checks import activation_problems, check_target
+from dflash_export.targets.config import TargetFacts, target_facts
 from dflash_export.targets.rope import rope_problems
 from dflash_rt.errors import Problem
 
@@ -43,6 +43,15 @@ _SHAPES_FROM = frozenset(
 )
 
 
+def require_pair(problems: Sequence[Problem], findings: Findings) -> None:
+    """Raise :class:`~dflash_export.errors.PairError` with everything that :func:`check_pair` found.
+
+    If that is a single error of the drafter's config.json, it is raised as it is.
+    """
+    if problems:
+        raise pair_error(problems, findings.errors)
+
+
 def check_pair(
     target_config: PreTrainedConfig,
     target_weights: Weights,
@@ -63,8 +72,7 @@ def check_pair(
     nothing is said about values that others stand in for. Raises
     :class:`~dflash_export.errors.CheckpointError` only when a file can't be read.
     """
-    problems = check_target(target_config)
-    if problems:
+    if problems := check_target(target_config):
         return problems  # its sizes mean nothing then
     target = target_facts(target_config)
     findings = findings or Findings()
@@ -91,95 +99,51 @@ def check_pair(
     return [*problems, *target_tensor_problems(target_config, target_weights)]
 
 
-def require_pair(
-    target_config: PreTrainedConfig,
-    target_weights: Weights,
-    drafter: DrafterConfig,
-    drafter_weights: Weights,
-    *,
-    max_seq_len: int,
-    tokenizer_size: int | None = None,
-    chat_template: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    findings: Findings | None = None,
-) -> None:
-    """Raise :class:`~dflash_export.errors.PairError` with everything that :func:`check_pair` finds.
-
-    If that is a single error of the drafter's config.json, it is raised as it is.
-    """
-    problems = check_pair(
-        target_config,
-        target_weights,
-        drafter,
-        drafter_weights,
-        max_seq_len=max_seq_len,
-        tokenizer_size=tokenizer_size,
-        chat_template=chat_template,
-        chat_template_kwargs=chat_template_kwargs,
-        findings=findings,
-    )
-    if findings is not None and len(problems) == len(findings.errors) == 1:
-        raise findings.errors[0]
-    if problems:
-        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise PairError(f"this target and drafter can't be exported together: {count}", problems)
-
-
-def _size_problems(target: TargetFacts, drafter: DrafterConfig, wrong: Set[str]) -> list[Problem]:
-    problems = []
+def _size_problems(target: TargetFacts, drafter: DrafterConfig, wrong: Set[str]) -> Iterator[Problem]:
     for what, name, found, expected in (
         ("hidden size", "hidden_size", drafter.hidden_size, target.hidden_size),
         ("vocabulary", "vocab_size", drafter.vocab_size, target.vocab_size),
         ("number of target layers", "num_target_layers", drafter.num_target_layers, target.num_layers),
     ):
         if found is not None and found != expected and name not in wrong:
-            problems.append(
-                Problem(
-                    f"the drafter was made for a target with another {what}",
-                    f"{name} = {found} in the drafter",
-                    f"{expected}, as in the target",
-                    "use the drafter that was trained for this target, and its matching revision",
-                )
+            yield Problem(
+                f"the drafter was made for a target with another {what}",
+                f"{name} = {found} in the drafter",
+                f"{expected}, as in the target",
+                "use the drafter that was trained for this target, and its matching revision",
             )
-    return problems
 
 
-def _tap_problems(target: TargetFacts, drafter: DrafterConfig) -> list[Problem]:
+def _tap_problems(target: TargetFacts, drafter: DrafterConfig) -> Iterator[Problem]:
     taps = drafter.feature_layers
     first = drafter.kind.first_layer_id
     outside = [tap for tap in taps if not 0 <= tap < target.num_layers]
-    problems = []
     if outside:
-        problems.append(
-            Problem(
-                "the drafter taps layers that the target doesn't have",
-                f"layer ids {[tap + first for tap in outside]}",
-                f"{first} to {target.num_layers - 1 + first}",
-                "use the drafter of this target; ids of the speculators format are one higher than z-lab's",
-            )
+        yield Problem(
+            "the drafter taps layers that the target doesn't have",
+            f"layer ids {[tap + first for tap in outside]}",
+            f"{first} to {target.num_layers - 1 + first}",
+            "use the drafter of this target; ids of the speculators format are one higher than z-lab's",
         )
     if len(set(taps)) != len(taps):
-        problems.append(
-            Problem(
-                "the drafter taps a layer twice",
-                f"layer ids {[tap + first for tap in taps]}",
-                "each layer once",
-                "use the config.json that was published with the drafter",
-            )
+        yield Problem(
+            "the drafter taps a layer twice",
+            f"layer ids {[tap + first for tap in taps]}",
+            "each layer once",
+            "use the config.json that was published with the drafter",
         )
-    return problems
 
 
-def _draft_problems(drafter: DrafterConfig, wrong: Set[str]) -> list[Problem]:
+def _draft_problems(drafter: DrafterConfig, wrong: Set[str]) -> Iterator[Problem]:
     remedy = "use the config.json that was published with the drafter"
-    problems = rope_problems(drafter.rope_parameters, "drafter")
-    problems += activation_problems(drafter.hidden_act, "drafter")
+    yield from rope_problems(drafter.rope_parameters, "drafter")
+    yield from activation_problems(drafter.hidden_act, "drafter")
     if drafter.block_size < 2 and "block_size" not in wrong:
         found, expected = f"block_size {drafter.block_size}", "2 or more: the anchor and at least one draft"
-        problems.append(Problem("the drafter drafts nothing", found, expected, remedy))
+        yield Problem("the drafter drafts nothing", found, expected, remedy)
     if len(drafter.layer_types) != drafter.num_layers and "num_hidden_layers" not in wrong:
         found = f"{len(drafter.layer_types)} layer_types for {drafter.num_layers} layers"
-        problems.append(Problem("the drafter's layer_types don't fit", found, "one for each layer", remedy))
+        yield Problem("the drafter's layer_types don't fit", found, "one for each layer", remedy)
     slides = "sliding_attention" in drafter.layer_types
     if drafter.sliding_window is None and slides and not wrong & {"use_sliding_window", "sliding_window"}:
         # Qwen3Config drops the window when use_sliding_window is false; the reference's loop then fails.
@@ -187,45 +151,40 @@ def _draft_problems(drafter: DrafterConfig, wrong: Set[str]) -> list[Problem]:
             "sliding_attention layers, no window",
             "use_sliding_window true, sliding_window in rows",
         )
-        problems.append(Problem("the drafter's sliding layers have no window", found, expected, remedy))
+        yield Problem("the drafter's sliding layers have no window", found, expected, remedy)
     heads_known = not wrong & {"num_attention_heads", "num_key_value_heads"}
     if heads_known and drafter.num_attention_heads % drafter.num_key_value_heads:
         found = f"{drafter.num_attention_heads} heads, {drafter.num_key_value_heads} key/value heads"
-        problems.append(Problem("the drafter's heads don't fit together", found, "a multiple", remedy))
+        yield Problem("the drafter's heads don't fit together", found, "a multiple", remedy)
     if drafter.head_dim % 2 and "head_dim" not in wrong:
         found = f"head_dim {drafter.head_dim}"
-        problems.append(Problem("the drafter's head size can't be rotated", found, "an even number", remedy))
-    return problems
+        yield Problem("the drafter's head size can't be rotated", found, "an even number", remedy)
 
 
-def _length_problems(target: TargetFacts, drafter: DrafterConfig, max_seq_len: int) -> list[Problem]:
+def _length_problems(target: TargetFacts, drafter: DrafterConfig, max_seq_len: int) -> Iterator[Problem]:
     limits = {"target": target.max_position_embeddings, "drafter": drafter.max_position_embeddings}
     if max_seq_len < 2:
         found, expected = f"max_seq_len {max_seq_len}", "2 or more: a prompt and an output"
-        return [Problem("the length limit leaves no room", found, expected, "choose a higher one")]
-    return [
-        Problem(
-            f"the length limit is beyond the {owner}'s positions",
-            f"max_seq_len {max_seq_len}, max_position_embeddings {limit}",
-            f"at most {limit}",
-            f"choose max_seq_len {min(limits.values())} or less",
-        )
-        for owner, limit in limits.items()
-        if limit < max_seq_len
-    ]
+        yield Problem("the length limit leaves no room", found, expected, "choose a higher one")
+        return
+    for owner, limit in limits.items():
+        if limit < max_seq_len:
+            yield Problem(
+                f"the length limit is beyond the {owner}'s positions",
+                f"max_seq_len {max_seq_len}, max_position_embeddings {limit}",
+                f"at most {limit}",
+                f"choose max_seq_len {min(limits.values())} or less",
+            )
 
 
-def _tokenizer_problems(target: TargetFacts, tokenizer_size: int | None) -> list[Problem]:
-    if tokenizer_size is None or tokenizer_size <= target.vocab_size:
-        return []
-    return [
-        Problem(
+def _tokenizer_problems(target: TargetFacts, tokenizer_size: int | None) -> Iterator[Problem]:
+    if tokenizer_size is not None and tokenizer_size > target.vocab_size:
+        yield Problem(
             "the tokenizer gives ids that the target has no embedding for",
             f"ids up to {tokenizer_size - 1}",
             f"at most {target.vocab_size - 1}",
             "use the tokenizer that belongs to the target",
         )
-    ]
 
 
 @dataclass(frozen=True)
@@ -244,7 +203,7 @@ class _Rows:
 
 def _mask_problems(
     target: TargetFacts, embedding: _Rows, drafter: DrafterConfig, tokenizer_size: int | None
-) -> list[Problem]:
+) -> Iterator[Problem]:
     """The mask token needs an embedding row that means something.
 
     z-lab's Qwen3 and Qwen3.5 drafters use the first row after the tokenizer's own ids (151669, 248077): a row
@@ -256,36 +215,31 @@ def _mask_problems(
     remedy = "check mask_token_id against the drafter's model card and its revision"
     if mask >= target.vocab_size:
         found, expected = f"mask_token_id {mask}", f"below {target.vocab_size}"
-        return [Problem("the mask token is outside the target's vocabulary", found, expected, remedy)]
+        yield Problem("the mask token is outside the target's vocabulary", found, expected, remedy)
+        return
     row = embedding.row(mask)
     if row is None:
-        return []
+        return
     if not bool(row.any()):
         found = f"embedding row {mask} is all zeros"
-        return [Problem("the mask token has no embedding", found, "a row that was trained", remedy)]
-    known = tokenizer_size is not None and mask < tokenizer_size < target.vocab_size
-    if tokenizer_size is not None and known:
+        yield Problem("the mask token has no embedding", found, "a row that was trained", remedy)
+    elif tokenizer_size is not None and mask < tokenizer_size < target.vocab_size:
         padding = embedding.row(tokenizer_size)
         if padding is not None and torch.equal(row, padding):
             found = f"embedding row {mask} equals padding row {tokenizer_size}"
-            return [Problem("the mask token's embedding is padding", found, "a row that was trained", remedy)]
-    return []
+            yield Problem("the mask token's embedding is padding", found, "a row that was trained", remedy)
 
 
-def _template_problems(template: str | None, kwargs: Mapping[str, Any]) -> list[Problem]:
+def _template_problems(template: str | None, kwargs: Mapping[str, Any]) -> Iterator[Problem]:
     if template is None:
-        if not kwargs:
-            return []
-        found, expected = f"chat_template_kwargs {dict(kwargs)}", "none without a chat template"
-        return [Problem("there is no chat template to give arguments to", found, expected, "leave them out")]
-    if "enable_thinking" in template and "enable_thinking" not in kwargs:
-        return [
-            Problem(
-                "the chat template can think or not, and it isn't stated which the drafter was trained for",
-                "enable_thinking in the template, not in chat_template_kwargs",
-                "enable_thinking true or false",
-                "state it: z-lab's drafters for Qwen3-4B and 8B are trained with false, "
-                "those for Qwen3.5 with true; in the wrong mode less than half as many drafts are accepted",
-            )
-        ]
-    return []
+        if kwargs:
+            found, expected = f"chat_template_kwargs {dict(kwargs)}", "none without a chat template"
+            yield Problem("there is no chat template to give arguments to", found, expected, "leave them out")
+    elif "enable_thinking" in template and "enable_thinking" not in kwargs:
+        yield Problem(
+            "the chat template can think or not, and it isn't stated which the drafter was trained for",
+            "enable_thinking in the template, not in chat_template_kwargs",
+            "enable_thinking true or false",
+            "state it: z-lab's drafters for Qwen3-4B and 8B are trained with false, "
+            "those for Qwen3.5 with true; in the wrong mode less than half as many drafts are accepted",
+        )

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from dflash_export.drafters.config import DrafterConfig
 from dflash_export.drafters.read import read_drafter_config
-from dflash_export.errors import ExportError, RecipeError
+from dflash_export.errors import ExportError, RecipeError, pair_error
 from dflash_export.options import BuildOptions
-from dflash_export.sources.config_reader import Findings, raise_together
+from dflash_export.sources.config_reader import Findings
 from dflash_export.sources.resolve import Source, resolve_drafter, resolve_target
 from dflash_export.targets.config import TargetFacts, load_target_config, stop_token_ids, target_facts
 from dflash_rt.bundle.manifest import Limits
@@ -56,7 +56,16 @@ def read_pair(options: BuildOptions) -> Pair:
     """
     target = resolve_target(options.target, revision=options.target_revision)
     drafter = resolve_drafter(options.drafter, revision=options.drafter_revision)
-    config, drafter_config, findings = _read_configs(target, drafter)
+    # What is wrong with the drafter's config is reported with what is wrong with the pair, unless one of the
+    # two can't be used at all.
+    drafter_config, findings = read_drafter_config(drafter)
+    try:
+        config = load_target_config(target)
+    except ExportError as error:
+        errors = [error, *findings.errors]
+        raise pair_error([error.problem for error in errors], errors) from error.__cause__
+    if drafter_config is None:
+        raise pair_error([error.problem for error in findings.errors], findings.errors)
     facts = target_facts(config)
     limits = _limits(facts, drafter_config, config, options)
     return Pair(
@@ -71,22 +80,6 @@ def read_pair(options: BuildOptions) -> Pair:
         num_draft_tokens=_num_draft_tokens(options.num_draft_tokens, drafter_config.block_size, findings),
         measured_tokens=_measured_tokens(options.measure_tokens, limits),
     )
-
-
-def _read_configs(target: Source, drafter: Source) -> tuple[PreTrainedConfig, DrafterConfig, Findings]:
-    """Both configs. What is wrong with the drafter's is reported with what is wrong with the pair; there is
-    nothing to compare only where one of the two is of no use at all.
-    """
-    drafter_config, findings = read_drafter_config(drafter)
-    try:
-        config = load_target_config(target)
-    except ExportError as error:
-        raise_together([error, *findings.errors])
-        raise
-    if drafter_config is None:
-        raise_together(findings.errors)
-    assert drafter_config is not None
-    return config, drafter_config, findings
 
 
 def _limits(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,29 +32,27 @@ def target_tensor_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def target_tensor_problems(config: PreTrainedConfig, weights: Weights) -> list[Problem]:
+def target_tensor_problems(config: PreTrainedConfig, weights: Weights) -> Iterator[Problem]:
     """Tensors that a target lacks, has too many, or has in another shape than its config says."""
     expected = target_tensor_shapes(config)
     names = set(weights.names())
     tied = bool(config.tie_word_embeddings)
     if tied and _HEAD not in names:
         del expected[_HEAD]
-    problems = tensor_problems("target", expected, weights)
+    problems = list(tensor_problems("target", expected, weights))
+    yield from problems
     if tied and not problems and _HEAD in names and not _same_rows(weights, EMBEDDING, _HEAD):
-        problems.append(
-            Problem(
-                "the target says that its head is tied to the embedding, but stores another head",
-                f"{_HEAD} differs from {EMBEDDING}",
-                "equal tensors, or tie_word_embeddings false",
-                "set tie_word_embeddings to false in the target's config.json",
-            )
+        yield Problem(
+            "the target says that its head is tied to the embedding, but stores another head",
+            f"{_HEAD} differs from {EMBEDDING}",
+            "equal tensors, or tie_word_embeddings false",
+            "set tie_word_embeddings to false in the target's config.json",
         )
-    return problems
 
 
 def tensor_problems(
     owner: str, expected: Mapping[str, tuple[int, ...]], weights: Weights, no_floats: Collection[str] = ()
-) -> list[Problem]:
+) -> Iterator[Problem]:
     """``no_floats`` names tensors that aren't numbers to compute with, whose dtype is checked elsewhere."""
     names = set(weights.names())
     missing, unexpected = sorted(set(expected) - names), sorted(names - set(expected))
@@ -70,37 +68,29 @@ def tensor_problems(
         if name not in no_floats
         and (not weights.dtype(name).is_floating_point or weights.dtype(name).itemsize < 2)
     ]
-    problems = []
     if missing or unexpected:
         parts = [f"missing: {_some(missing)}"] if missing else []
         parts += [f"unexpected: {_some(unexpected)}"] if unexpected else []
-        problems.append(
-            Problem(
-                f"the {owner}'s checkpoint doesn't hold the tensors that its config asks for",
-                "; ".join(parts),
-                f"exactly {len(expected)} tensors",
-                f"use the config.json and the weights of one revision of the {owner}",
-            )
+        yield Problem(
+            f"the {owner}'s checkpoint doesn't hold the tensors that its config asks for",
+            "; ".join(parts),
+            f"exactly {len(expected)} tensors",
+            f"use the config.json and the weights of one revision of the {owner}",
         )
     if wrong:
-        problems.append(
-            Problem(
-                f"tensors of the {owner} have other shapes than its config asks for",
-                _some(wrong),
-                "the shapes that follow from the config",
-                f"use the config.json and the weights of one revision of the {owner}",
-            )
+        yield Problem(
+            f"tensors of the {owner} have other shapes than its config asks for",
+            _some(wrong),
+            "the shapes that follow from the config",
+            f"use the config.json and the weights of one revision of the {owner}",
         )
     if not_floats:
-        problems.append(
-            Problem(
-                f"tensors of the {owner} are not stored in floating point",
-                _some(not_floats),
-                "float32, float16 or bfloat16",
-                "use the checkpoint that was not quantised",
-            )
+        yield Problem(
+            f"tensors of the {owner} are not stored in floating point",
+            _some(not_floats),
+            "float32, float16 or bfloat16",
+            "use the checkpoint that was not quantised",
         )
-    return problems
 
 
 def _some(items: list[str]) -> str:

@@ -6,13 +6,13 @@ They are collected: whoever has to correct a file wants to know of all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from dflash_export.errors import CheckpointError, ExportError, PairError, UnsupportedModelError
+from dflash_export.errors import CheckpointError, ExportError, UnsupportedModelError, numbered
 
-__all__ = ["ConfigReader", "Findings", "raise_together"]
+__all__ = ["ConfigReader", "Findings"]
 
 _MISSING: Any = object()
 _T = TypeVar("_T")
@@ -37,20 +37,9 @@ class Findings:
             raise self.errors[0]
         if self.errors:
             unsupported = all(isinstance(error, UnsupportedModelError) for error in self.errors)
-            listed = "\n".join(f"{number}. {error.problem}" for number, error in enumerate(self.errors, 1))
             kind = UnsupportedModelError if unsupported else CheckpointError
-            raise kind(f"the drafter's config.json has {len(self.errors)} problems\n{listed}")
-
-
-def raise_together(errors: Sequence[ExportError]) -> None:
-    """Raise the one error as it is, and several as a ``PairError`` that lists them."""
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise PairError(
-            f"this target and drafter can't be exported together: {len(errors)} problems",
-            [error.problem for error in errors],
-        )
+            what = f"the drafter's config.json has {len(self.errors)} problems"
+            raise kind(numbered(what, [error.problem for error in self.errors]))
 
 
 class ConfigReader:
@@ -119,9 +108,9 @@ class ConfigReader:
     def indices(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
         """A list of integers of 0 or more, not empty."""
 
-        def accepts(value: object) -> bool:
+        def accepts(value: Any) -> bool:
             is_list = isinstance(value, list) and bool(value)
-            return is_list and all(type(item) is int and item >= 0 for item in value)  # type: ignore[attr-defined]
+            return is_list and all(type(item) is int and item >= 0 for item in value)
 
         expected = "a list of integers of 0 or more"
         return tuple(self._checked(name, list(default), accepts, expected, list(default)))
@@ -136,19 +125,15 @@ class ConfigReader:
 
     def number(self, name: str, default: float) -> float:
         """A finite number above 0."""
-
-        def accepts(value: Any) -> bool:
-            return _is_number(value) and bool(value > 0)
-
-        return float(self._checked(name, default, accepts, "a number above 0", default))
+        return float(
+            self._checked(name, default, lambda n: _is_number(n) and n > 0, "a number above 0", default)
+        )
 
     def optional_number(self, name: str) -> float | None:
         """A finite number, or ``None`` where it is null or absent."""
-
-        def accepts(value: Any) -> bool:
-            return value is None or _is_number(value)
-
-        value: Any = self._checked(name, None, accepts, "a number or null", None)
+        value: Any = self._checked(
+            name, None, lambda value: value is None or _is_number(value), "a number or null", None
+        )
         return None if value is None else float(value)
 
     def text(self, name: str, default: str) -> str:

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dflash_export.errors import CheckpointError, UnsupportedModelError
+from dflash_export.errors import CheckpointError, UnsupportedModelError, numbered
 from dflash_export.sources.files import is_file, read_json
 from dflash_export.sources.resolve import Source
 from dflash_export.targets.checks import (
     SUPPORTED_FAMILIES,
-    config_problems,
+    check_target,
     head_dim,
     raw_problems,
     sliding_windows,
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = [
     "SUPPORTED_FAMILIES",
     "TargetFacts",
-    "check_target",
     "load_target_config",
     "require_target",
     "sampling_defaults",
@@ -103,15 +102,10 @@ def load_target_config(source: Source) -> PreTrainedConfig:
     else:
         raw = read_json(source.path / "config.json")
         # Before transformers reads it: for a family that it doesn't know it would talk of remote code.
-        _raise_all(raw_problems(raw))
-        config = _build_config(source, {})
+        _raise_all(list(raw_problems(raw)))
+        config = _build_config(source)
     require_target(config)
     return config
-
-
-def check_target(config: PreTrainedConfig) -> list[Problem]:
-    """Every reason why this target can't be exported faithfully; empty when it can."""
-    return config_problems(config)
 
 
 def require_target(config: PreTrainedConfig) -> None:
@@ -214,13 +208,13 @@ def _config_from_gguf(source: Source) -> PreTrainedConfig:
     from dflash_export.sources.gguf import check_gguf_file
 
     check_gguf_file(source.path)
-    config = _build_config(source, {"gguf_file": source.path.name})
+    config = _build_config(source, gguf_file=source.path.name)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # tensors are dequantised as they are read
     return config
 
 
-def _build_config(source: Source, extra: dict[str, str]) -> PreTrainedConfig:
+def _build_config(source: Source, **extra: str) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
@@ -240,10 +234,7 @@ def _build_config(source: Source, extra: dict[str, str]) -> PreTrainedConfig:
 
 
 def _raise_all(problems: list[Problem]) -> None:
-    if not problems:
-        return
     if len(problems) == 1:
-        only = problems[0]
-        raise UnsupportedModelError(only.what, found=only.found, expected=only.expected, remedy=only.remedy)
-    listed = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems, 1))
-    raise UnsupportedModelError(f"this target can't be exported faithfully\n{listed}")
+        raise UnsupportedModelError(**vars(problems[0]))
+    if problems:
+        raise UnsupportedModelError(numbered("this target can't be exported faithfully", problems))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dflash_export.errors import CheckpointError
@@ -23,33 +23,44 @@ _KEYS: dict[str, frozenset[str]] = {
     "yarn": _COMMON | frozenset(_YARN) | {"original_max_position_embeddings", "truncate"},
 }
 _REQUIRED: dict[str, tuple[str, ...]] = {"linear": ("factor",), "llama3": _LLAMA3, "yarn": ("factor",)}
-_RUNNING_LENGTH = frozenset({"dynamic", "longrope"})
+_RUNNING_LENGTH = ("dynamic", "longrope")  # a tuple: what is looked up may be of any type
 
 
-def rope_problems(rope: Mapping[str, Any] | None, owner: str) -> list[Problem]:
+def rope_problems(rope: Mapping[str, Any] | None, owner: str) -> Iterator[Problem]:
     """Why RoPE with these parameters, in transformers 5's form, can't be exported."""
     if not rope:
-        return [
-            Problem(
-                f"the {owner} has no RoPE parameters",
-                "no rope_parameters and no rope_theta",
-                "rope_parameters with rope_type and rope_theta",
-                "add them to config.json",
-            )
-        ]
+        yield Problem(
+            f"the {owner} has no RoPE parameters",
+            "no rope_parameters and no rope_theta",
+            "rope_parameters with rope_type and rope_theta",
+            "add them to config.json",
+        )
+        return
     if any(isinstance(value, Mapping) for value in rope.values()):
-        return [
-            Problem(
-                f"the {owner} has other RoPE parameters for each kind of layer",
-                ", ".join(sorted(rope)),
-                "one set for all layers",
-                "this architecture isn't supported yet",
-            )
-        ]
+        yield Problem(
+            f"the {owner} has other RoPE parameters for each kind of layer",
+            ", ".join(sorted(rope)),
+            "one set for all layers",
+            "this architecture isn't supported yet",
+        )
+        return
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _KEYS:
-        return [_unknown_type(kind, owner)]
-    return _value_problems(rope, kind, owner)
+    if isinstance(kind, str) and kind in _KEYS:
+        yield from _value_problems(rope, kind, owner)
+    elif kind in _RUNNING_LENGTH:
+        yield Problem(
+            f"the {owner}'s RoPE can't be exported",
+            f"{kind!r}: frequencies that change with the running length, under rows already cached",
+            f"one of {', '.join(_KEYS)}",
+            "use a model with a fixed RoPE, or set rope_type to one of the listed if that is what you run",
+        )
+    else:
+        yield Problem(
+            f"the {owner}'s RoPE type is not known",
+            repr(kind),
+            f"one of {', '.join(_KEYS)}",
+            "check config.json, or wait for support of this type",
+        )
 
 
 def normalised_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> dict[str, Any]:
@@ -90,54 +101,31 @@ def normalised_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> dic
     return rope
 
 
-def _unknown_type(kind: object, owner: str) -> Problem:
-    if isinstance(kind, str) and kind in _RUNNING_LENGTH:
-        why = f"{kind!r}: frequencies that change with the running length, under rows already cached"
-        remedy = (
-            "use a model with a fixed RoPE, or set rope_type to one of the listed if that is what you run"
-        )
-        return Problem(f"the {owner}'s RoPE can't be exported", why, f"one of {', '.join(_KEYS)}", remedy)
-    return Problem(
-        f"the {owner}'s RoPE type is not known",
-        repr(kind),
-        f"one of {', '.join(_KEYS)}",
-        "check config.json, or wait for support of this type",
-    )
-
-
-def _value_problems(rope: Mapping[str, Any], kind: str, owner: str) -> list[Problem]:
-    problems = []
+def _value_problems(rope: Mapping[str, Any], kind: str, owner: str) -> Iterator[Problem]:
     if unknown := sorted(set(rope) - _KEYS[kind]):
-        problems.append(
-            Problem(
-                f"the {owner}'s RoPE has parameters that type {kind!r} doesn't use",
-                ", ".join(unknown),
-                ", ".join(sorted(_KEYS[kind])),
-                "remove them from config.json if they have no meaning",
-            )
+        yield Problem(
+            f"the {owner}'s RoPE has parameters that type {kind!r} doesn't use",
+            ", ".join(unknown),
+            ", ".join(sorted(_KEYS[kind])),
+            "remove them from config.json if they have no meaning",
         )
     needed = ("rope_theta", *_REQUIRED.get(kind, ()))
     wrong = [f"{key} = {rope.get(key)!r}" for key in needed if not _is_positive(rope.get(key))]
     if wrong:
-        problems.append(
-            Problem(
-                f"the {owner}'s RoPE parameters are incomplete or wrong",
-                ", ".join(wrong),
-                f"positive numbers for {', '.join(needed)}",
-                "take them from the model's own config.json",
-            )
+        yield Problem(
+            f"the {owner}'s RoPE parameters are incomplete or wrong",
+            ", ".join(wrong),
+            f"positive numbers for {', '.join(needed)}",
+            "take them from the model's own config.json",
         )
     partial = rope.get("partial_rotary_factor", 1.0)
     if kind != "proportional" and partial not in (None, 1, 1.0):
-        problems.append(
-            Problem(
-                f"the {owner} rotates only a part of each head",
-                f"partial_rotary_factor = {partial!r}",
-                "1.0",
-                "this architecture isn't supported yet",
-            )
+        yield Problem(
+            f"the {owner} rotates only a part of each head",
+            f"partial_rotary_factor = {partial!r}",
+            "1.0",
+            "this architecture isn't supported yet",
         )
-    return problems
 
 
 def _is_positive(value: object) -> bool:

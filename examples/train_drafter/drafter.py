@@ -17,8 +17,9 @@ from dflash_export.drafters.config import DrafterConfig
 from dflash_export.drafters.read import load_drafter_config, parse_drafter_config
 from dflash_export.drafters.zlab import build_target_layer_ids
 from dflash_export.errors import RecipeError, UnsupportedModelError
-from dflash_export.pairing.pair import require_pair
+from dflash_export.pairing.pair import check_pair, require_pair
 from dflash_export.reference import load_drafter
+from dflash_export.sources.config_reader import Findings
 from dflash_export.sources.open import open_weights
 from dflash_export.sources.resolve import Source, resolve_drafter
 from dflash_export.targets.config import load_target_config, target_facts
@@ -184,4 +185,6 @@ def check_written(folder: Path, target: Source, *, max_seq_len: int) -> None:
     source = resolve_drafter(folder)
     config = load_target_config(target)
     with open_weights(target, config) as target_weights, open_weights(source) as weights:
-        require_pair(config, target_weights, load_drafter_config(source), weights, max_seq_len=max_seq_len)
+        drafter = load_drafter_config(source)
+        problems = check_pair(config, target_weights, drafter, weights, max_seq_len=max_seq_len)
+        require_pair(problems, Findings())

@@ -16,6 +16,7 @@ from dflash_export.drafters.read import load_drafter_config
 from dflash_export.errors import PairError
 from dflash_export.pairing.pair import check_pair, require_pair
 from dflash_export.pairing.tensors import target_tensor_shapes
+from dflash_export.sources.config_reader import Findings
 from dflash_export.sources.open import open_weights
 from dflash_export.sources.resolve import resolve_drafter, resolve_target
 from dflash_export.sources.tokenizer import export_tokenizer
@@ -94,8 +95,9 @@ def test_fits(tmp_path: Path, family: str, tied: bool) -> None:
     drafter, drafter_weights = open_drafter(tmp_path / "drafter")
     with weights, drafter_weights:
         options: dict[str, Any] = {"max_seq_len": 128, "tokenizer_size": 258, "chat_template": "{{ x }}"}
-        assert check_pair(config, weights, drafter, drafter_weights, **options) == []
-        require_pair(config, weights, drafter, drafter_weights, **options)
+        problems = check_pair(config, weights, drafter, drafter_weights, **options)
+        assert problems == []
+        require_pair(problems, Findings())
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +309,7 @@ def test_everything_at_once(pair: Pair) -> None:
         drafter, vocab_size=5, num_target_layers=9, feature_layers=(7, 7), block_size=1, mask_token_id=400
     )
     with weights, drafter_weights, pytest.raises(PairError) as caught:
-        require_pair(
+        problems = check_pair(
             config,
             weights,
             drafter,
@@ -316,6 +318,7 @@ def test_everything_at_once(pair: Pair) -> None:
             tokenizer_size=500,
             chat_template=THINKING,
         )
+        require_pair(problems, Findings())
     assert len(caught.value.problems) == 11
     text = str(caught.value)
     assert "11 problems" in text
@@ -328,6 +331,6 @@ def test_wrong_drafter_for_the_demo_target(
     config, weights, _, _ = demo
     drafter, drafter_weights = open_drafter(pair.drafter)
     with drafter_weights, pytest.raises(PairError, match="3 problems") as caught:
-        require_pair(config, weights, drafter, drafter_weights, max_seq_len=64)
+        require_pair(check_pair(config, weights, drafter, drafter_weights, max_seq_len=64), Findings())
     for fragment in ("hidden_size = 16", "vocab_size = 300", "num_target_layers = 4", "matching revision"):
         assert fragment in str(caught.value)

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from dflash_export.errors import CheckpointError, UnsupportedModelError
 from dflash_export.sources.resolve import resolve_target
+from dflash_export.targets.checks import check_target
 from dflash_export.targets.config import (
     SUPPORTED_FAMILIES,
-    check_target,
     load_target_config,
     require_target,
     sampling_defaults,
