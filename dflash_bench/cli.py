@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,40 +25,30 @@ __all__ = ["main"]
 _PATH = click.Path(path_type=Path)
 
 
-class _Systems(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
-    """Names of systems to compare with, separated by commas."""
+class _Parsed(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A text that ``parse`` reads; what it refuses is wrong usage."""
 
-    name = "NAME,..."
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        """The names in the order given, each once, or a usage error."""
-        if isinstance(value, tuple):  # click may convert a value that is converted already
-            return value
-        from dflash_bench.systems.registry import find_factories
-
-        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
-        try:
-            find_factories(names)
-        except RequestError as error:
-            self.fail(str(error), param, ctx)
-        return names
-
-
-class _BackendSpec(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
-    """A backend of the GPU suite."""
-
-    name = "NAME"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> BackendSpec:
-        """The backend, or a usage error."""
-        if isinstance(value, BackendSpec):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """What was read, or a usage error."""
+        if not isinstance(value, str):  # click may convert a value that is converted already
             return value
         try:
-            return BackendSpec.parse(value)
-        except BackendUnavailableError as error:
+            return self._parse(value)
+        except (BackendUnavailableError, RequestError) as error:
             self.fail(str(error), param, ctx)
+
+
+def _systems(text: str) -> tuple[str, ...]:
+    """Names of systems to compare with, in the order given, each once."""
+    from dflash_bench.systems.registry import find_factories
+
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    find_factories(names)
+    return names
 
 
 _SHARED_OPTIONS = (
@@ -103,7 +93,7 @@ def main() -> None:
 @_shared_options
 @click.option(
     "--compare",
-    type=_Systems(),
+    type=_Parsed("NAME,...", _systems),
     default=(),
     help="Also run: hf (Hugging Face generate), reference (the PyTorch loop), genai (onnxruntime-genai), "
     "genai-int4 (its own int4); all skips what can't run here.",
@@ -120,30 +110,20 @@ def main() -> None:
 @click.option("--cache-folder", type=_PATH, help="Keeps what was converted for genai.")
 def run(as_json: bool, **options: Any) -> None:
     """Measure drafted against plain decoding, and both against others. Ends with one line of JSON."""
-    arguments = _arguments(**options)
-
     from dflash_bench.run.measure import run_bench
-    from dflash_bench.run.table import render
+    from dflash_bench.run.report import render
 
-    report = run_bench(**arguments)
-    if not as_json:
-        echo(render(report))
-    echo_json(report.to_dict())
+    _measure(run_bench, render, as_json, **options)
 
 
 @main.command()
 @_shared_options
 def widths(as_json: bool, **options: Any) -> None:
     """Measure the number of draft tokens that adapts against fixed ones, over a mix of prompts."""
-    arguments = _arguments(**options)
-
     from dflash_bench.widths.measure import run_widths
-    from dflash_bench.widths.table import render
+    from dflash_bench.widths.report import render
 
-    report = run_widths(**arguments)
-    if not as_json:
-        echo(render(report))
-    echo_json(report.to_dict())
+    _measure(run_widths, render, as_json, **options)
 
 
 @main.command()
@@ -158,7 +138,7 @@ def widths(as_json: bool, **options: Any) -> None:
 @click.option(
     "--backend",
     "backends",
-    type=_BackendSpec(),
+    type=_Parsed("NAME", BackendSpec.parse),
     multiple=True,
     help=f"NAME, NAME{FUSED} or NAME{NO_GRAPH}. May be repeated: pairs are measured on the first that works.",
 )
@@ -200,7 +180,10 @@ def gpu(dry_run: bool, **options: Any) -> None:
     sys.exit(0 if done else 1)
 
 
-def _arguments(
+def _measure(
+    measure: Callable[..., Any],
+    render: Callable[[Any], str],
+    as_json: bool,
     *,
     bundle: Path,
     prompts: Path | None,
@@ -209,24 +192,26 @@ def _arguments(
     verify_files: bool,
     backend_options: tuple[tuple[str, Any], ...],
     **options: Any,
-) -> dict[str, Any]:
-    """Arguments of a run in Python from the options of its command."""
+) -> None:
     if prompts is None and (limit is not None or chat):
         raise click.UsageError("--limit and --chat are about a file: give --prompts as well")
-    asked: list[Prompt] | None = None
+    asked: Sequence[Prompt] | None = None
     if prompts is not None:
         texts = read_prompts(prompts, limit)
-        asked = [*as_chats(texts)] if chat else [*texts]
+        asked = as_chats(texts) if chat else texts
     if verify_files:
         from dflash_rt.bundle.folder import Bundle
 
         for folder in (bundle, options.get("baseline")):
             if folder is not None:
                 Bundle.open(folder, verify_files=True)
-    return {
-        "bundle": bundle,
-        "prompts": asked,
-        "backend_options": dict(backend_options),
-        "progress": lambda line: click.echo(line, err=True),
+    report = measure(
+        bundle=bundle,
+        prompts=asked,
+        backend_options=dict(backend_options),
+        progress=lambda line: click.echo(line, err=True),
         **options,
-    }
+    )
+    if not as_json:
+        echo(render(report))
+    echo_json(report.to_dict())

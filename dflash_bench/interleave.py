@@ -1,18 +1,18 @@
 """Runs every system on every prompt in turn, so that what disturbs the machine disturbs all of them.
 
 For each repeat and each prompt every system decodes, and each time another one begins; systems that can stop
-between two steps (:class:`StepDecoder`) take turns step by step. docs/benchmark.md has the method.
+between two steps take turns step by step. docs/reference/benchmark.md has the method.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Protocol, TypeAlias, TypeGuard, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from dflash_bench.budget import Budget, SkippedError
 
-__all__ = ["Decoder", "Say", "StepDecoder", "SteppedRun", "Timed", "measure", "silent"]
+__all__ = ["Decoder", "Say", "Timed", "measure", "silent"]
 
 Say: TypeAlias = Callable[[str], None]
 
@@ -36,7 +36,13 @@ _Prompt_contra = TypeVar("_Prompt_contra", contravariant=True)
 
 
 class Decoder(Protocol[_Prompt_contra, _Result_co]):
-    """What :func:`measure` needs of a system."""
+    """What :func:`measure` needs of a system.
+
+    One that can stop between two steps while others run says so: its ``apart`` is true as long as no other
+    system has its buffers. Its ``start``, called like :meth:`decode`, then returns a run: ``advance()`` takes
+    the next step and says whether there was one, ``tokens`` counts the new tokens so far, and ``outcome`` is
+    the result once there are no more steps (:class:`~dflash_bench.systems.own.OwnRun`).
+    """
 
     @property
     def name(self) -> str:
@@ -46,30 +52,9 @@ class Decoder(Protocol[_Prompt_contra, _Result_co]):
         """Decode until a stop token, or until there are ``max_new_tokens``."""
 
 
-class SteppedRun(Protocol[_Result_co]):
-    """A prompt that is decoded step by step."""
-
-    @property
-    def tokens(self) -> int:
-        """New tokens so far."""
-
-    def advance(self) -> bool:
-        """Take the next step; whether there was one."""
-
-    @property
-    def outcome(self) -> _Result_co:
-        """The result, once there are no more steps."""
-
-
-class StepDecoder(Decoder[_Prompt_contra, _Result_co], Protocol[_Prompt_contra, _Result_co]):
-    """A system that can stop between two steps while others run."""
-
-    @property
-    def apart(self) -> bool:
-        """Whether it may: whether no other system has its buffers."""
-
-    def start(self, prompt: _Prompt_contra, max_new_tokens: int, /) -> SteppedRun[_Result_co]:
-        """The same as :meth:`decode`, step by step."""
+def silent(line: str) -> None:
+    """Progress that nobody sees."""
+    del line
 
 
 def measure(
@@ -78,7 +63,7 @@ def measure(
     *,
     max_new_tokens: int,
     repeats: int,
-    say: Say | None = None,
+    say: Say = silent,
     pause_seconds: float = _PAUSE_SECONDS,
     warm_up_tokens: int = _WARM_UP_TOKENS,
     budget: Budget | None = None,
@@ -121,9 +106,9 @@ def measure(
                 break
         for number, prompt in enumerate(prompts):
             order = [one for one in (*systems[first:], *systems[:first]) if one.name in results]
-            together = [system for system in order if _is_apart(system)]
+            together = [system for system in order if getattr(system, "apart", False)]
             for system in order:
-                if system in together and system is not together[0]:
+                if system in together[1:]:
                     continue
                 time.sleep(pause_seconds)
                 if system in together:
@@ -132,21 +117,16 @@ def measure(
                 elif (result := attempt(system, prompt, max_new_tokens)) is not None:
                     results[system.name][number, repeat] = result
             first = (first + 1) % len(systems)
-            if say is not None:
-                speeds = ", ".join(f"{name} {done[number, repeat].speed}" for name, done in results.items())
-                say(f"repeat {repeat + 1}/{repeats}, prompt {number + 1}/{len(prompts)}: {speeds}")
+            speeds = ", ".join(f"{name} {done[number, repeat].speed}" for name, done in results.items())
+            say(f"repeat {repeat + 1}/{repeats}, prompt {number + 1}/{len(prompts)}: {speeds}")
     if budget is not None and not any(results.values()):
         raise SkippedError(f"no time: a repeat takes {longest:.0f} s, and {budget.left:.0f} s are left")
     return results
 
 
-def _is_apart(system: Decoder[_Prompt, Result]) -> TypeGuard[StepDecoder[_Prompt, Result]]:
-    return getattr(system, "apart", False)
-
-
 def _decode_together(
-    systems: Sequence[StepDecoder[_Prompt, Result]], prompt: _Prompt, max_new_tokens: int
-) -> Iterator[tuple[StepDecoder[_Prompt, Result], Result]]:
+    systems: Sequence[Any], prompt: object, max_new_tokens: int
+) -> Iterator[tuple[Any, Any]]:
     """Let all decode a prompt, always the one that has the fewest tokens: they end at about the same time."""
     runs = [system.start(prompt, max_new_tokens) for system in systems]
     running = list(runs)
@@ -155,8 +135,3 @@ def _decode_together(
         if not last.advance():
             running.remove(last)
     return zip(systems, (run.outcome for run in runs), strict=True)
-
-
-def silent(line: str) -> None:
-    """Progress that nobody sees."""
-    del line

@@ -11,9 +11,9 @@ from dflash_rt.errors import OutputError, RequestError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dflash_bench.conditions import Conditions
+    from dflash_bench.report import Conditions
 
-__all__ = ["FAINT", "INK", "check_plot", "new_figure", "save", "tidy", "title"]
+__all__ = ["FAINT", "INK", "check_plot", "new_figure", "save", "tidy"]
 
 INK, FAINT = "#222222", "#dddddd"
 
@@ -67,11 +67,6 @@ def new_figure(width: float, height: float, conditions: Conditions, more: str = 
     return figure
 
 
-def title(axes: Any, text: str) -> None:
-    """The title of one part of a figure."""
-    axes.set_title(text, fontsize=11, color=INK)
-
-
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG. Raises OutputError."""
     try:
@@ -80,8 +75,11 @@ def save(figure: Figure, path: Path) -> None:
         raise _cannot_write(path, error) from error
 
 
-def tidy(axes: Any, *, grid: str) -> None:
-    """No frame, and faint lines behind what is drawn."""
+def tidy(axes: Any, title: str, *, grid: str, x: str = "", y: str = "") -> None:
+    """Titles of one part of a figure and of its axes; no frame, and faint lines behind what is drawn."""
+    axes.set_title(title, fontsize=11, color=INK)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.grid(axis=grid, color=FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

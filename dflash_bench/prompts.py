@@ -69,12 +69,7 @@ _MIX = (
 
 def default_prompts(bundle: Bundle) -> list[Prompt]:
     """A few prompts that suit a bundle: chats, texts, or random ids if there is no tokenizer."""
-    tokenizer = bundle.manifest.tokenizer
-    if tokenizer is None:
-        return _random_prompts(bundle, len(_QUESTIONS))
-    if tokenizer.chat_template is None:
-        return list(_QUESTIONS)
-    return [_as_chat(question) for question in _QUESTIONS]
+    return _suited(bundle, [(question, True) for question in _QUESTIONS])
 
 
 def mixed_prompts(bundle: Bundle) -> list[tuple[str, Prompt, SamplingParams]]:
@@ -82,17 +77,11 @@ def mixed_prompts(bundle: Bundle) -> list[tuple[str, Prompt, SamplingParams]]:
 
     Without a chat template questions become plain texts, and without a tokenizer all are random ids.
     """
-    tokenizer = bundle.manifest.tokenizer
-    prompts: list[Prompt]
-    if tokenizer is None:
-        prompts = _random_prompts(bundle, len(_MIX))
-        return [
-            (f"random ids {i}", prompt, item.sampling)
-            for i, (prompt, item) in enumerate(zip(prompts, _MIX, strict=True))
-        ]
-    chats = tokenizer.chat_template is not None
-    prompts = [_as_chat(item.text) if item.chat and chats else item.text for item in _MIX]
-    return [(item.kind, prompt, item.sampling) for item, prompt in zip(_MIX, prompts, strict=True)]
+    kinds = [item.kind for item in _MIX]
+    if bundle.manifest.tokenizer is None:
+        kinds = [f"random ids {number}" for number in range(len(_MIX))]
+    prompts = _suited(bundle, [(item.text, item.chat) for item in _MIX])
+    return [(kind, prompt, item.sampling) for kind, prompt, item in zip(kinds, prompts, _MIX, strict=True)]
 
 
 def encode_prompts(generator: Generator, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
@@ -110,11 +99,11 @@ def encode_prompts(generator: Generator, prompts: Sequence[Prompt], max_new_toke
     return encoded
 
 
-def _as_chat(text: str) -> Prompt:
-    return [{"role": "user", "content": text}]
-
-
-def _random_prompts(bundle: Bundle, count: int) -> list[Prompt]:
-    vocabulary = bundle.manifest.target.vocab_size
-    numbers = np.random.default_rng(0).integers(vocabulary, size=(count, _RANDOM_PROMPT_TOKENS))
-    return [list(map(int, row)) for row in numbers]
+def _suited(bundle: Bundle, texts: Sequence[tuple[str, bool]]) -> list[Prompt]:
+    """Prompts of texts, each with whether it is a question for a chat."""
+    tokenizer, vocabulary = bundle.manifest.tokenizer, bundle.manifest.target.vocab_size
+    if tokenizer is None:
+        numbers = np.random.default_rng(0).integers(vocabulary, size=(len(texts), _RANDOM_PROMPT_TOKENS))
+        return list(numbers.tolist())
+    chats = tokenizer.chat_template is not None
+    return [[{"role": "user", "content": text}] if chats and chat else text for text, chat in texts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from statistics import median, median_low, quantiles
 from typing import TypeAlias
 
@@ -35,6 +36,9 @@ OUTSIDE = "outside"
 
 Outcomes: TypeAlias = "Mapping[tuple[int, int], Outcome]"
 """What one system did, by (prompt, repeat)."""
+
+tokens_per_second: Callable[[Outcome], float] = attrgetter("tokens_per_second")
+seconds_per_step: Callable[[Outcome], float] = attrgetter("seconds_per_step")
 
 
 @dataclass(frozen=True)
@@ -149,16 +153,6 @@ def summarise(outcomes: Outcomes) -> Summary:
     )
 
 
-def tokens_per_second(outcome: Outcome) -> float:
-    """Decode rate of a measurable outcome."""
-    return outcome.tokens_per_second
-
-
-def seconds_per_step(outcome: Outcome) -> float:
-    """Mean time of a step of a measurable outcome."""
-    return outcome.seconds_per_step
-
-
 def ratio(numerator: Outcomes, denominator: Outcomes, of: Callable[[Outcome], float]) -> Ratio | None:
     """Ratio of ``of(outcome)`` over the pairs where both are measurable; ``None`` if there is none."""
     return quartiles(
@@ -184,15 +178,15 @@ def as_dict(value: Ratio | None) -> dict[str, float | None] | None:
     return {key: item if isinstance(item, int) else rounded(item) for key, item in asdict(value).items()}
 
 
-def agreement(outcomes: Outcomes, expected: Outcomes) -> Agreement:
-    """Compare a system's answers with those expected for the same pairs."""
-    equal_tokens = tokens = equal_answers = 0
-    for pair, outcome in outcomes.items():
-        wanted = expected[pair].token_ids
-        equal_tokens += equal_prefix(outcome.token_ids, wanted)
-        tokens += len(wanted)
-        equal_answers += outcome.token_ids == wanted
-    return Agreement(equal_tokens, tokens, equal_answers, len(outcomes))
+def agreement(pairs: Iterable[tuple[Outcome, Outcome]]) -> Agreement:
+    """Compare answers, each with the one that is expected."""
+    equal_tokens = tokens = equal_answers = answers = 0
+    for outcome, expected in pairs:
+        equal_tokens += equal_prefix(outcome.token_ids, expected.token_ids)
+        tokens += len(expected.token_ids)
+        equal_answers += outcome.token_ids == expected.token_ids
+        answers += 1
+    return Agreement(equal_tokens, tokens, equal_answers, answers)
 
 
 def _median_outcome(repeats: Sequence[Outcome]) -> Outcome:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-__all__ = ["aligned", "cell", "markdown", "rounded"]
+__all__ = ["aligned", "cell", "joined", "markdown", "rounded"]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -21,9 +21,14 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
 
 
-def cell(value: float | None, form: str, unit: str = "", *, missing: str = "-") -> str:
+def cell(value: object, form: str = "", unit: str = "", *, missing: str = "-") -> str:
     """A cell; ``missing`` is what couldn't be measured."""
     return missing if value is None else f"{value:{form}}{unit}"
+
+
+def joined(sections: Iterable[Iterable[str]]) -> str:
+    """Sections of lines, with an empty line between them."""
+    return "\n\n".join(map("\n".join, sections))
 
 
 def rounded(value: float | None) -> float | None:

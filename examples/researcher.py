@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from dflash_bench.run.measure import run_bench
-from dflash_bench.run.table import render as render_bench
+from dflash_bench.run.report import render as render_bench
 from dflash_export import build, render, verify
 from dflash_rt import Bundle
 

@@ -1,4 +1,4 @@
-"""Time on the device: of whole steps in the running loop, and of the operations of one step.
+"""Times of steps through the public loop, of the operations of one step, and of copies on a device.
 
 The host doesn't see when a device works. On a GPU events in the backend's own stream do; on the host's
 stand-in for a device, which works off a queue, an entry of the queue that looks at the clock.
@@ -12,30 +12,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 
+from dflash_bench.gpu.plan import WARM_STEPS, rows_needed
+from dflash_bench.gpu.rows import Sample
 from dflash_rt.arrays import IntArray
-from dflash_rt.backends.base import Backend, StepOutput
+from dflash_rt.backends.base import Backend
 from dflash_rt.backends.device.backend import DeviceBackend
 from dflash_rt.backends.device.plan import Copy, Operation, Run
 from dflash_rt.backends.device.protocols import Device
+from dflash_rt.decoding.loop import decode
+from dflash_rt.decoding.sequence import Sequence as Tokens
 
-__all__ = ["Clocked", "drafting_ends", "measure_draft_share", "prefill"]
+__all__ = ["Clocked", "copy_bandwidth", "drafting_ends", "measure_draft_share", "prefill", "time_steps"]
 
 _ROUNDS = 8
-
-
-class _Moment(Protocol):
-    """A place in the stream, and when the device got there."""
-
-    def until(self, later: Any) -> float:
-        """Seconds from here to ``later``; both were reached."""
+_Moment: TypeAlias = "_HostMoment | _CudaMoment"
 
 
 class _HostMoment:
+    """A place in the stream. ``until`` gives seconds from here to a later one, once both were reached."""
+
     def __init__(self, device: Device) -> None:
         self._at: float | None = None
         device.call(self._reach)
@@ -48,7 +48,9 @@ class _HostMoment:
 
 
 class _CudaMoment:
-    def __init__(self, stream: Any) -> None:
+    """The same on a GPU."""
+
+    def __init__(self, stream: Any = None) -> None:
         cuda: Any = torch.cuda  # its types are incomplete
         self._event = cuda.Event(enable_timing=True)
         self._event.record(stream)
@@ -85,10 +87,6 @@ class Clocked:
         self._backend.launch(verify_len, anchors, start)
         self._launches.append((before, self._now()))
 
-    def collect(self) -> StepOutput:
-        """As the backend's."""
-        return self._backend.collect()
-
     @property
     def sees_device(self) -> bool:
         """Whether moments pass by themselves. The host's queue stands still while nobody waits for it."""
@@ -99,6 +97,42 @@ class Clocked:
         device = self._backend._device
         device.wait(device.record_event())
         return [begin.until(end) for begin, end in self._launches[first : first + count]]
+
+
+def time_steps(
+    backend: Backend, prompt: Sequence[int], *, width: int, steps: int, prefill_chunk: int
+) -> Sample:
+    """Prefill, then the median over ``steps`` steps of ``width`` rows.
+
+    The clock runs from one step's tokens to the next one's: everything between two tokens counts. Steps of a
+    backend that runs ahead on a GPU are also timed there; of another one, the time inside its runs counts.
+    """
+    clocked = Clocked(backend) if isinstance(backend, DeviceBackend) and backend.runs_ahead else None
+    runner = backend if clocked is None else cast(Backend, clocked)
+    sequence = Tokens(np.array(prompt, np.int64))
+    room = rows_needed(0, steps, width)
+    running = decode(runner, sequence, max_new_tokens=room, verify_len=width, prefill_chunk=prefill_chunk)
+    walls, runs = [], []
+    try:
+        for _ in range(1 + WARM_STEPS):
+            next(running)
+        for _ in range(steps):
+            before = sum(backend.run_seconds.values())
+            began = time.perf_counter()
+            next(running)
+            walls.append(time.perf_counter() - began)
+            runs.append(sum(backend.run_seconds.values()) - before)
+    finally:
+        running.close()
+    if clocked is not None and clocked.sees_device:
+        # Step n of the loop is launch n; the last launch may have been one step further ahead.
+        runs = clocked.seconds(WARM_STEPS, steps)
+    return Sample(
+        step_seconds=median(walls),
+        run_seconds=median(runs),
+        # Of sums: the host reads a step while the device is at the next one, so single steps don't match.
+        gap_seconds=(sum(walls) - sum(runs)) / steps,
+    )
 
 
 def measure_draft_share(
@@ -147,3 +181,21 @@ def drafting_ends(operations: Sequence[Operation]) -> int:
     return max(
         place for place, item in enumerate(operations) if isinstance(item, Run) and item.graph == "embed"
     )
+
+
+def copy_bandwidth(device: str, size: int, rounds: int) -> float:
+    """Bytes per second, read and written, of copying ``size`` bytes within a PyTorch device.
+
+    Nothing but the copy counts: the median of ``rounds``, by events on a GPU.
+    """
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    goal = torch.empty_like(source)
+    seconds = []
+    for _ in range(rounds + 2):
+        began = time.perf_counter() if device == "cpu" else _CudaMoment()
+        goal.copy_(source)
+        if isinstance(began, _CudaMoment):
+            seconds.append(began.until(_CudaMoment()))
+        else:
+            seconds.append(time.perf_counter() - began)
+    return 2 * size / median(seconds[2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,26 +10,34 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
+import torch
+
 from dflash_bench.budget import Budget, SkippedError
 from dflash_bench.floor import StepFloor, step_floor
 from dflash_bench.gpu.backend_spec import BackendSpec
-from dflash_bench.gpu.bundles import DTYPES, Made, compile_for, is_made, make_bundle, seconds_to_make
-from dflash_bench.gpu.device_clock import measure_draft_share
+from dflash_bench.gpu.bundles import (
+    DTYPES,
+    Made,
+    checkpoint_bytes,
+    compile_for,
+    is_made,
+    load_random_drafter,
+    load_random_target,
+    make_bundle,
+    seconds_to_make,
+)
+from dflash_bench.gpu.device_clock import measure_draft_share, time_steps
 from dflash_bench.gpu.plan import Plan
-from dflash_bench.gpu.random_models import load_random_drafter, load_random_target, needed_bytes
 from dflash_bench.gpu.rows import DRAFTED, HF, PLAIN, REFERENCE, Sample, make_row
 from dflash_bench.gpu.shapes import PairShape
-from dflash_bench.gpu.timing import time_steps
-from dflash_bench.gpu.torch_device import free_bytes, release_memory
 from dflash_bench.interleave import measure
-from dflash_bench.systems.huggingface import HuggingFace
-from dflash_bench.systems.reference_loop import ReferenceLoop
+from dflash_bench.systems.pytorch import HuggingFace, ReferenceLoop
 from dflash_export.reference import reference_version
 from dflash_rt import Bundle
 from dflash_rt.backends.base import Backend
 from dflash_rt.errors import BackendError
 
-__all__ = ["Measured", "measure_row", "seconds_to_measure"]
+__all__ = ["Measured", "measure_row", "release_memory", "seconds_to_measure"]
 
 
 @dataclass
@@ -54,26 +63,23 @@ class Measured:
         made = make_bundle(
             shape, precision, plan.scratch, max_seq_len=plan.max_seq_len, progress=plan.progress
         )
-        compile_for(backend.name, made.bundle, budget, progress=plan.progress)
+        compile_for(backend.name, made.bundle, progress=plan.progress)
         measured = cls(made, backend.open(made.bundle), str(backend), shape, folder=made.target.parent)
-        measured._load_torch(plan, precision)
+        measured._load_torch(plan, shape)
         return measured
 
     @classmethod
-    def open(
-        cls, plan: Plan, budget: Budget, folder: Path, usable: Mapping[str, Sequence[BackendSpec]]
-    ) -> Self:
+    def open(cls, plan: Plan, folder: Path, usable: Mapping[str, Sequence[BackendSpec]]) -> Self:
         """A bundle that is there already; PyTorch doesn't run on it."""
         bundle = Bundle.open(folder)
         names = usable.get(bundle.manifest.precision, ())
         if not names:
             raise SkippedError(f"no backend decodes the small pair in {bundle.manifest.precision}")
-        compile_for(names[0].name, bundle, budget, progress=plan.progress)
+        compile_for(names[0].name, bundle, progress=plan.progress)
         reason = (
             "only pairs of random weights are compared with PyTorch; for real ones see `dflash-bench run`"
         )
-        missing = {HF: reason, REFERENCE: reason}
-        made = Made(bundle, folder, folder)
+        made, missing = Made(bundle, folder, folder), dict.fromkeys((HF, REFERENCE), reason)
         return cls(made, names[0].open(bundle), str(names[0]), None, missing=missing)
 
     def close(self) -> None:
@@ -87,28 +93,35 @@ class Measured:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _load_torch(self, plan: Plan, precision: str) -> None:
-        assert self.shape is not None
+    def _load_torch(self, plan: Plan, shape: PairShape) -> None:
         dtype = DTYPES[self.made.bundle.manifest.precision]
-        free = free_bytes(plan.device)
-        needed = needed_bytes(self.shape, dtype)
-        if free is not None and free < needed:
-            reason = (
-                f"{needed / 1e9:.0f} GB of GPU memory needed, {free / 1e9:.0f} GB free beside the backend"
-            )
-            self.missing |= {HF: reason, REFERENCE: reason}
-            return
+        if plan.device != "cpu":
+            # A fifth more for caches and activations.
+            needed, free = checkpoint_bytes(shape, dtype) * 6 // 5, torch.cuda.mem_get_info(plan.device)[0]
+            if free < needed:
+                reason = (
+                    f"{needed / 1e9:.0f} GB of GPU memory needed, {free / 1e9:.0f} GB free beside the backend"
+                )
+                self.missing |= dict.fromkeys((HF, REFERENCE), reason)
+                return
         try:
-            target = load_random_target(self.shape, dtype, plan.device)
+            target = load_random_target(shape, dtype, plan.device)
             drafter = None
             if reference_version() is None:
                 self.missing[REFERENCE] = "PyPI dflash isn't installed"
             else:
-                drafter = load_random_drafter(self.shape, dtype, plan.device)
+                drafter = load_random_drafter(shape, dtype, plan.device)
         except Exception as error:  # noqa: BLE001  # the backend's steps are still worth measuring
             self.missing |= dict.fromkeys((HF, REFERENCE), f"{type(error).__name__}: {error}")
         else:
             self.torch_models = (target, drafter)
+
+
+def release_memory() -> None:
+    """Give back what PyTorch keeps of a GPU's memory for itself: others need it next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def seconds_to_measure(shape: PairShape, context: int) -> float:
@@ -174,13 +187,10 @@ def _floor(bundle: Bundle, width: int, context: int) -> StepFloor:
 
 @dataclass(frozen=True)
 class _Timed:
-    """A system whose steps are timed: ``take`` gives a sample of so many steps after a prompt."""
+    """A system whose steps are timed: ``decode`` gives a sample of so many steps after a prompt."""
 
     name: str
-    take: Callable[[Sequence[int], int], Sample]
-
-    def decode(self, prompt: Sequence[int], steps: int, /) -> Sample:
-        return self.take(prompt, steps)
+    decode: Callable[[Sequence[int], int], Sample]
 
 
 def _systems(measured: Measured) -> list[_Timed]:
@@ -188,29 +198,24 @@ def _systems(measured: Measured) -> list[_Timed]:
     block_size, chunk = manifest.drafter.block_size, manifest.limits.prefill_chunk
 
     def own(name: str, width: int) -> _Timed:
-        return _Timed(
-            name,
-            lambda prompt, steps: time_steps(
-                measured.backend, prompt, width=width, steps=steps, prefill_chunk=chunk
-            ),
-        )
+        def decode(prompt: Sequence[int], steps: int) -> Sample:
+            return time_steps(measured.backend, prompt, width=width, steps=steps, prefill_chunk=chunk)
+
+        return _Timed(name, decode)
+
+    def plainly(prompt: Sequence[int], steps: int) -> Sample:
+        return Sample(median(plain.decode(prompt, steps + 1).step_seconds or ()))
+
+    def by_reference(prompt: Sequence[int], steps: int) -> Sample:
+        # Most of its blocks are whole: the last ones are clipped to the tokens still wanted.
+        return Sample(loop.decode(prompt, steps + block_size).seconds_per_step)
 
     systems = [own(DRAFTED, block_size), own(PLAIN, 1)]
     if measured.torch_models is not None:
         target, drafter = measured.torch_models
         plain = HuggingFace(target)
-        systems.append(
-            _Timed(
-                HF, lambda prompt, steps: Sample(median(plain.decode(prompt, steps + 1).step_seconds or ()))
-            )
-        )
+        systems.append(_Timed(HF, plainly))
         if drafter is not None:
             loop = ReferenceLoop(drafter, target, block_size - 1)
-            # Most of its blocks are whole: the last ones are clipped to the tokens still wanted.
-            systems.append(
-                _Timed(
-                    REFERENCE,
-                    lambda prompt, steps: Sample(loop.decode(prompt, steps + block_size).seconds_per_step),
-                )
-            )
+            systems.append(_Timed(REFERENCE, by_reference))
     return systems

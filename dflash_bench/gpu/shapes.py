@@ -8,23 +8,12 @@ without thinking, temperature 0, block size 16, measured on an H200 with Transfo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = [
-    "PAIRS",
-    "PARITY",
-    "PRECISIONS",
-    "PUBLISHED_SOURCE",
-    "TINY",
-    "PairShape",
-    "drafter_tensors",
-    "target_tensors",
-]
+__all__ = ["PAIRS", "PARITY", "PRECISIONS", "PUBLISHED_SOURCE", "TINY", "PairShape"]
 
 PUBLISHED_SOURCE = "arXiv 2602.06036v2, temperature 0"
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -118,15 +107,11 @@ QWEN3_8B = PairShape(
     tied=False,
     published={"GSM8K": 6.54, "MATH500": 7.87, "HumanEval": 6.50, "MT-Bench": 4.24, "average": 6.49},
 )
-QWEN3_4B = PairShape(
+QWEN3_4B = replace(
+    QWEN3_8B,
     name="qwen3-4b",
     hidden=2560,
     inner=9728,
-    layers=36,
-    draft_layers=5,
-    taps=(1, 9, 17, 25, 33),
-    vocab=151936,
-    mask_token_id=151669,
     tied=True,
     published={"MT-Bench": 4.35, "average": 6.54},
 )
@@ -156,41 +141,16 @@ PARITY = PairShape(
 )
 """Small enough for PyTorch in fp32 anywhere. Of 8 tokens some are drafted right by chance."""
 
-TINY = PairShape(
+TINY = replace(
+    PARITY,
     name="tiny",
     hidden=64,
     inner=96,
     layers=3,
-    draft_layers=2,
     taps=(0, 1),
-    vocab=8,
-    mask_token_id=7,
     tied=False,
-    heads=4,
-    kv_heads=2,
     head_dim=16,
     block_size=4,
-    positions=1024,
-    rope_theta=1e4,
-    spread=0.2,
     published={"nothing: an invented number": 2.0},
 )
 """What a dry run takes in place of :data:`PAIRS` and :data:`PARITY`."""
-
-
-def target_tensors(shape: PairShape) -> Shapes:
-    """Names and shapes of the target's checkpoint, as transformers names them; no memory is taken."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    with torch.device("meta"):
-        model: Any = Qwen3ForCausalLM(Qwen3Config(**shape.target_config()))
-    # Parameters, not the state dict: that has a tied embedding twice.
-    return {name: tuple(value.shape) for name, value in model.named_parameters()}
-
-
-def drafter_tensors(shape: PairShape) -> Shapes:
-    """The same of the drafter's."""
-    from dflash_export.drafters.read import parse_drafter_config
-
-    return parse_drafter_config(shape.drafter_config()).tensor_shapes()

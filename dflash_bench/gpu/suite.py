@@ -11,17 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from dflash_bench.budget import Budget
+from dflash_bench.budget import Budget, Parts
 from dflash_bench.gpu.backend_spec import BackendSpec
 from dflash_bench.gpu.bundles import Made, compile_for, make_bundle
-from dflash_bench.gpu.goals import GOAL_CONTEXT, GOAL_PAIR, GOAL_PRECISION, judge_goals
-from dflash_bench.gpu.measure import Measured, measure_row, seconds_to_measure
+from dflash_bench.gpu.device_clock import copy_bandwidth
+from dflash_bench.gpu.measure import Measured, measure_row, release_memory, seconds_to_measure
 from dflash_bench.gpu.parity import run_parity
-from dflash_bench.gpu.parts import Parts
 from dflash_bench.gpu.plan import Plan, rows_needed
 from dflash_bench.gpu.report import FORMAT, write_report
+from dflash_bench.gpu.rows import GOAL_CONTEXT, GOAL_PAIR, GOAL_PRECISION, judge_goals
 from dflash_bench.gpu.shapes import PairShape
-from dflash_bench.gpu.torch_device import copy_bandwidth, release_memory
 from dflash_bench.machine import environment
 from dflash_rt.errors import DFlashError
 from dflash_rt.files import utc_now
@@ -93,8 +92,7 @@ class _Suite:
 
     def _write(self) -> None:
         self._report["parts"] = [asdict(part) for part in self._parts.parts]
-        judged = judge_goals(self._report["rows"], dry_run=self._plan.dry_run)
-        self._report["goals"] = [asdict(goal) for goal in judged]
+        self._report["goals"] = judge_goals(self._report["rows"], dry_run=self._plan.dry_run)
         write_report(self._plan.output, self._report)
 
     def _make_small(self, precision: str) -> Made:
@@ -126,7 +124,7 @@ class _Suite:
         found = {"backend": str(backend), "precision": precision, "loads": True, "error": None}
         self._report["backends"].append(found)
         try:
-            compile_for(backend.name, made.bundle, self._budget, progress=self._plan.progress)
+            compile_for(backend.name, made.bundle, progress=self._plan.progress)
             backend.open(made.bundle).close()
         except DFlashError as error:
             found |= {"loads": False, "error": str(error)}
@@ -137,8 +135,9 @@ class _Suite:
         """Compare tokens; true when it came to its end, whatever the tokens were."""
         vocab = made.bundle.manifest.target.vocab_size
         prompts = [_random_ids(vocab, rows, rows) for rows in (1, 7, 40)]
-        found = run_parity(made, backend, self._plan.device, prompts=prompts, max_new_tokens=48)
-        self._report["parity"] += [result.as_dict() for result in found]
+        self._report["parity"] += run_parity(
+            made, backend, self._plan.device, prompts=prompts, max_new_tokens=48
+        )
         release_memory()
         return True
 
@@ -173,7 +172,7 @@ class _Suite:
 
     def _measure_demo(self, folder: Path, usable: dict[str, list[BackendSpec]]) -> None:
         plan, parts = self._plan, self._parts
-        measured = parts.run("open the demo bundle", 5, Measured.open, plan, self._budget, folder, usable)
+        measured = parts.run("open the demo bundle", 5, Measured.open, plan, folder, usable)
         if measured is None:
             return
         with closing(measured):

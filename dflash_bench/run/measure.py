@@ -12,12 +12,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from dflash_bench.conditions import check_counts, conditions_of
 from dflash_bench.floor import measure_read_bandwidth, step_floor
 from dflash_bench.interleave import Say, measure, silent
 from dflash_bench.machine import load_average
 from dflash_bench.plots import check_plot
 from dflash_bench.prompts import default_prompts, encode_prompts
+from dflash_bench.report import check_counts, conditions_of
 from dflash_bench.run.plot import draw_plot
 from dflash_bench.run.report import BASELINE, BenchReport
 from dflash_bench.systems.base import BenchSetup, System

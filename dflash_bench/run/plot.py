@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dflash_bench.plots import INK, new_figure, save, tidy, title
+from dflash_bench.plots import INK, new_figure, save, tidy
 from dflash_bench.run.report import BenchReport
 from dflash_bench.stats import OUTSIDE
 from dflash_bench.systems.own import PLAIN
@@ -67,14 +67,17 @@ def _draw_acceptance(axes: Any, report: BenchReport) -> None:
         if len(names) <= 3:  # more would be too narrow for numbers
             labels = [f"{value:.1f}" if 0 < value < 1 else f"{value:.0f}" for value in percent]
             axes.bar_label(bars, labels, padding=2, fontsize=8, color=INK)
-    title(axes, "Drafts accepted, by position")
-    axes.set_xlabel("position of the draft after the anchor")
-    axes.set_ylabel("% of steps")
     axes.set_xticks(range(1, positions + 1))
     axes.set_ylim(0, min(105, 20 * (1.08 * highest // 20 + 1)))
     if names:
         axes.legend(frameon=False, fontsize=9)
-    tidy(axes, grid="y")
+    tidy(
+        axes,
+        "Drafts accepted, by position",
+        grid="y",
+        x="position of the draft after the anchor",
+        y="% of steps",
+    )
 
 
 def _draw_stages(axes: Any, report: BenchReport) -> None:
@@ -107,13 +110,11 @@ def _draw_stages(axes: Any, report: BenchReport) -> None:
             axes.vlines(
                 [floor, floor], [row - half - 0.13, row + half], [row - half, row + half + 0.13], color=INK
             )
-    title(axes, "Time of a step, by stage")
-    axes.set_xlabel("milliseconds")
     axes.set_yticks(range(len(splits)), list(splits))
     axes.set_ylim(len(splits) - 0.45, -0.55)
     axes.set_xlim(0, 1.33 * longest)
     _add_stage_legend(axes, {stage for split in splits.values() for stage in split}, bool(report.floors))
-    tidy(axes, grid="x")
+    tidy(axes, "Time of a step, by stage", grid="x", x="milliseconds")
 
 
 def _add_stage_legend(axes: Any, stages: set[str], with_floor: bool) -> None:

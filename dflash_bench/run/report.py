@@ -1,33 +1,22 @@
-"""The result of a benchmark, and its numbers as one JSON object for scripts.
+"""The result of a benchmark: as one JSON object for scripts, and as a table for people.
 
 docs/reference/benchmark.md says how each number is measured, and lists every key of the JSON object.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from dflash_bench.conditions import Conditions
 from dflash_bench.floor import StepFloor
-from dflash_bench.stats import (
-    Agreement,
-    Outcomes,
-    Ratio,
-    Summary,
-    agreement,
-    as_dict,
-    ratio,
-    seconds_per_step,
-    summarise,
-    tokens_per_second,
-)
+from dflash_bench.report import Report
+from dflash_bench.stats import OUTSIDE, STAGES, Agreement, agreement, as_dict
 from dflash_bench.systems.own import PLAIN
-from dflash_bench.tables import rounded
+from dflash_bench.tables import aligned, cell, joined, rounded
 
-__all__ = ["BASELINE", "BenchReport"]
+__all__ = ["BASELINE", "BenchReport", "render"]
 
 BASELINE = "baseline-"
 """What the rows of another bundle begin with."""
@@ -36,34 +25,27 @@ _FORMAT, _FORMAT_VERSION = "dflash-bench", 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchReport:
-    """What every system did, and what follows from it.
+class BenchReport(Report):
+    """What every system did, and what follows from it. ``num_draft_tokens`` lists those that draft.
 
     Attributes:
-        conditions: what was run, where.
-        outcomes: each system's outcomes; :data:`PLAIN` is among them.
-        num_draft_tokens: drafted tokens of each system that drafts; the others aren't listed.
         floors: floor of a step of the bundle's systems where it is known.
         bytes_per_second: what memory delivers.
         skipped: systems that were left out, with the reason.
     """
 
-    conditions: Conditions
-    outcomes: Mapping[str, Outcomes]
-    num_draft_tokens: Mapping[str, int]
     floors: Mapping[str, StepFloor] = field(default_factory=dict)
     bytes_per_second: float = 0.0
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
-    def summaries(self) -> dict[str, Summary]:
-        """Totals by system."""
-        return {name: summarise(outcomes) for name, outcomes in self.outcomes.items()}
-
-    @cached_property
     def agreements(self) -> dict[str, Agreement]:
         """How far each system's tokens are those of plain decoding."""
-        return {name: agreement(outcomes, self.outcomes[PLAIN]) for name, outcomes in self.outcomes.items()}
+        plain = self.outcomes[PLAIN]
+        return {
+            name: agreement((outcome, plain[pair]) for pair, outcome in outcomes.items())
+            for name, outcomes in self.outcomes.items()
+        }
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -74,14 +56,6 @@ class BenchReport:
     def drafted(self) -> tuple[str, ...]:
         """Those that draft; not the baseline bundle's, whose plain steps cost something else."""
         return tuple(n for n in self.own if n in self.num_draft_tokens and not n.startswith(BASELINE))
-
-    def speed_ratio(self, name: str, other: str) -> Ratio | None:
-        """Tokens per second of one over another."""
-        return ratio(self.outcomes[name], self.outcomes[other], tokens_per_second)
-
-    def step_cost(self, name: str) -> Ratio | None:
-        """Time of a step over that of a plain step, on the same prompts and so at the same contexts."""
-        return ratio(self.outcomes[name], self.outcomes[PLAIN], seconds_per_step)
 
     def expected_gain(self, name: str) -> float | None:
         """Tokens per step over all prompts, divided by the median cost of a step."""
@@ -152,3 +126,115 @@ class BenchReport:
             "operations": operations,
             "operations_per_second": rounded(1e3 * operations / measured) if measured else None,
         }
+
+
+def render(report: BenchReport) -> str:
+    """The table. A cell of "-" is what couldn't be measured."""
+    return joined(_sections(report))
+
+
+def _sections(report: BenchReport) -> Iterator[list[str]]:
+    yield _heading(report)
+    yield _speeds(report)
+    if len(report.outcomes) > len(report.own):
+        yield _ratios(report)
+    if report.drafted:
+        yield _drafting(report)
+    yield _stages(report)
+    if report.floors:
+        yield _floors(report)
+    notes = [f"{name} was skipped: {reason}" for name, reason in report.skipped.items()]
+    notes += [
+        f"{name} gave other tokens than {PLAIN} in {same.answers - same.equal_answers} of "
+        f"{same.answers} answers; its rate is that of its own tokens"
+        for name, same in report.agreements.items()
+        if not same.exact
+    ]
+    if notes:
+        yield notes
+
+
+def _heading(report: BenchReport) -> list[str]:
+    c = report.conditions
+    shortest, longest = min(c.prompt_tokens), max(c.prompt_tokens)
+    loads = [f"{load:.1f}" for load in (c.load_before, c.load_after) if load is not None]
+    stored = ", ".join(part for part in (c.precision, c.quantization) if part)
+    return [
+        f"{c.bundle} ({stored}) on {c.backend}, {c.threads} threads, {c.cpu}",
+        *([f"baseline: {c.baseline}"] if c.baseline else []),
+        f"{len(c.prompt_tokens)} prompts of {shortest} to {longest} tokens, at most {c.max_new_tokens} "
+        f"new tokens, {c.repeats} repeats" + (f"; load {' before, '.join(loads)} after" if loads else ""),
+    ]
+
+
+def _speeds(report: BenchReport) -> list[str]:
+    rows = [["", "tokens/s", "ms/step", "tokens/step", "first token", "outside run", "equal tokens"]]
+    for name, total in report.summaries.items():
+        same = report.agreements[name]
+        rows.append(
+            [
+                name,
+                cell(total.tokens_per_second, ".1f"),
+                cell(total.ms_per_step, ".2f"),
+                cell(total.tokens_per_step, ".2f"),
+                cell(1e3 * total.prefill_seconds, ".0f", " ms"),
+                cell(total.outside_share, ".1%"),
+                "all" if same.exact else f"{same.equal_tokens} of {same.tokens}",
+            ]
+        )
+    return aligned(rows)
+
+
+def _ratios(report: BenchReport) -> list[str]:
+    others = [name for name in report.summaries if name not in report.drafted]
+    rows = [["tokens/s of … over", *others]]
+    for name in report.own:
+        ratios = [None if other == name else report.speed_ratio(name, other) for other in others]
+        rows.append([name, *map(cell, ratios)])
+    return [*aligned(rows), "(median and quartiles over the pairs of runs)"]
+
+
+def _drafting(report: BenchReport) -> list[str]:
+    rows = [["", "draft tokens", "step cost", "tokens/step", "expected gain", "measured gain"]]
+    for name in report.drafted:
+        rows.append(
+            [
+                name,
+                str(report.num_draft_tokens[name]),
+                cell(report.step_cost(name)),
+                cell(report.summaries[name].tokens_per_step, ".2f"),
+                cell(report.expected_gain(name), ".2f"),
+                cell(report.speed_ratio(name, PLAIN)),
+            ]
+        )
+    return [*aligned(rows), "(cost of a step and gain are relative to plain decoding)"]
+
+
+def _stages(report: BenchReport) -> list[str]:
+    splits = {name: report.summaries[name].stage_ms or {} for name in report.own}
+    found = {stage for split in splits.values() for stage in split}
+    order = [*(s for s in STAGES if s in found), *sorted(found - {*STAGES, OUTSIDE}), OUTSIDE]
+    rows = [["ms of a step", *order]]
+    rows += [[name, *(cell(split.get(s), ".2f") for s in order)] for name, split in splits.items()]
+    return aligned(rows)
+
+
+def _floors(report: BenchReport) -> list[str]:
+    rows = [["", "weights read", "floor", "measured", "floor/measured", "arithmetic"]]
+    for name, floor in report.floors.items():
+        measured, floor_ms = report.summaries[name].ms_per_step, floor.milliseconds(report.bytes_per_second)
+        rows.append(
+            [
+                name,
+                f"{floor.weight_bytes / 1e6:.0f} MB",
+                f"{floor_ms:.1f} ms",
+                cell(measured, ".1f", " ms"),
+                cell(floor_ms / measured if measured else None, ".0%"),
+                cell(1e-6 * (floor.operations or 0) / measured if measured else None, ".0f", " GFLOP/s"),
+            ]
+        )
+    bandwidth = report.bytes_per_second / 1e9
+    return [
+        *aligned(rows),
+        f"(reading memory at {bandwidth:.1f} GB/s; the more rows, the more arithmetic counts)",
+    ]

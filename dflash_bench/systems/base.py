@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from dflash_bench.interleave import Decoder, Say, silent
+from dflash_rt.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
     from dflash_rt.bundle.folder import Bundle
 
-__all__ = ["BenchSetup", "Outcome", "System", "SystemFactory"]
+__all__ = ["BenchSetup", "Outcome", "System", "SystemFactory", "missing", "require_fp32"]
 
 
 @dataclass(frozen=True)
@@ -116,3 +117,25 @@ class BenchSetup:
 
 SystemFactory: TypeAlias = Callable[[BenchSetup], Sequence[System]]
 """Makes one system, or one for each number of draft tokens. Raises a DFlashError when it can't."""
+
+
+def require_fp32(setup: BenchSetup, name: str) -> None:
+    """Raise BackendUnavailableError for a bundle of another precision."""
+    precision = setup.bundle.manifest.precision
+    if precision != "fp32":
+        raise BackendUnavailableError(
+            f"{name} decodes in fp32 and the bundle doesn't",
+            found=f"a bundle of precision {precision}",
+            expected="fp32: anything else would compare two different things",
+            remedy=f"leave {name} out of --compare, or build the bundle with --precision fp32",
+        )
+
+
+def missing(name: str, package: str, remedy: str) -> BackendUnavailableError:
+    """The error for a system whose package isn't installed."""
+    return BackendUnavailableError(
+        f"{name} can't be compared with",
+        found=f"{package} isn't installed",
+        expected=f"the package {package}",
+        remedy=f"{remedy}; or leave it out of --compare",
+    )

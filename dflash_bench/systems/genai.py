@@ -1,22 +1,32 @@
-"""Plain decoding by onnxruntime-genai."""
+"""Plain decoding by onnxruntime-genai, of the target as its own builder converts it."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import importlib
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from dflash_bench.systems.base import BenchSetup, Outcome, System
-from dflash_bench.systems.checkpoints import missing, require_fp32, target_model
-from dflash_bench.systems.genai_model import Precision, genai_model
-from dflash_rt.errors import BackendUnavailableError
+from dflash_bench.systems.base import BenchSetup, Outcome, System, missing, require_fp32
+from dflash_bench.systems.pytorch import target_model
+from dflash_export.publish import new_folder
+from dflash_rt.errors import BackendUnavailableError, OutputError
 
-__all__ = ["make_genai", "make_genai_int4"]
+__all__ = ["make_genai", "make_genai_int4", "run_builder"]
+
+Precision: TypeAlias = Literal["fp32", "int4"]
+_NAMES: dict[Precision, str] = {"fp32": "genai", "int4": "genai-int4"}
 
 
 def make_genai(setup: BenchSetup) -> Sequence[System]:
@@ -29,7 +39,7 @@ def make_genai(setup: BenchSetup) -> Sequence[System]:
         OutputError: the cache folder can't be written.
         DFlashError: the target can't be found or loaded, or isn't the one that the bundle was built from.
     """
-    return _make("genai", setup, "fp32")
+    return _make(setup, "fp32")
 
 
 def make_genai_int4(setup: BenchSetup) -> Sequence[System]:
@@ -38,17 +48,18 @@ def make_genai_int4(setup: BenchSetup) -> Sequence[System]:
     Raises:
         As :func:`make_genai`.
     """
-    return _make("genai-int4", setup, "int4")
+    return _make(setup, "int4")
 
 
-def _make(name: str, setup: BenchSetup, precision: Precision) -> Sequence[System]:
+def _make(setup: BenchSetup, precision: Precision) -> Sequence[System]:
+    name = _NAMES[precision]
     require_fp32(setup, name)
     try:
         library = importlib.import_module("onnxruntime_genai")
     except ImportError as error:
         remedy = "pip install --no-deps onnxruntime-genai==0.18.0"
         raise missing(name, "onnxruntime-genai", remedy) from error
-    folder = genai_model(setup, lambda: target_model(setup, name), precision)
+    folder = _model_folder(setup, lambda: target_model(setup, name), precision)
     return [_GenAI(name, library, folder, setup)]
 
 
@@ -100,3 +111,93 @@ class _GenAI:
     def close(self) -> None:
         """Let go of the model."""
         self._model = None
+
+
+def _model_folder(setup: BenchSetup, load_target: Callable[[], Any], precision: Precision) -> Path:
+    """Folder of the target in genai's own format; made from ``load_target()`` if the cache doesn't have it.
+
+    ``int4`` is what the builder makes of it by default: in version 0.18 layers, head and embedding in blocks
+    of 32, and activations rounded to 8 bits.
+
+    Raises:
+        BackendUnavailableError: genai's builder can't convert the target.
+        OutputError: the cache folder can't be written.
+    """
+    folder = _cache_folder(setup) / f"{_NAMES[precision]}-{_key(setup)}"
+    if (folder / "genai_config.json").is_file():
+        return folder
+    setup.say("converting the target with onnxruntime-genai's builder")
+    model = load_target()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.hf-") as checkpoint:
+            _save_checkpoint(model, Path(checkpoint))
+            with new_folder(folder, force=False) as output:
+                run_builder(Path(checkpoint), output, precision)
+    except OSError as error:
+        raise OutputError(
+            f"can't write {folder}",
+            found=error.strerror or error,
+            expected="a writable folder with room for two copies of the target",
+            remedy="free disk space, or name another folder with --cache-folder",
+        ) from error
+    return folder
+
+
+def _key(setup: BenchSetup) -> str:
+    """Changes with the target's files and with the package that converts them."""
+    files = setup.bundle.manifest.target.source.files
+    facts = [
+        version("onnxruntime-genai"),
+        *(f"{name} {record.sha256}" for name, record in sorted(files.items())),
+    ]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def _cache_folder(setup: BenchSetup) -> Path:
+    if setup.cache_folder is not None:
+        return setup.cache_folder
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dflash-export"
+
+
+def _save_checkpoint(model: Any, folder: Path) -> None:
+    """Save a model, however transformers loaded it, as a checkpoint that genai's builder takes.
+
+    The builder insists on a tokenizer. Ids go in and come out here, so any will do.
+    """
+    import torch
+    from tokenizers import Tokenizer, models
+
+    from dflash_export.reference import _quiet_transformers
+
+    config = copy.deepcopy(model.config)
+    # A model that came from GGUF still calls itself quantised, and would refuse to be saved.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    transformers = importlib.import_module("transformers")
+    with torch.device("meta"):
+        plain = transformers.AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    with _quiet_transformers():
+        plain.save_pretrained(folder)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(
+            folder
+        )
+
+
+def run_builder(checkpoint: Path, output: Path, precision: Precision = "fp32") -> None:
+    """In a process of its own, since it changes the import path; without a network, since all is here."""
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", precision, "-e", "cpu"]
+    command += ["-i", str(checkpoint), "-o", str(output), "-c", str(checkpoint / "cache")]
+    done = subprocess.run(
+        command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0 or not (output / "genai_config.json").is_file():
+        lines = done.stderr.strip().splitlines()
+        raise BackendUnavailableError(
+            "onnxruntime-genai's builder can't convert the target",
+            found=lines[-1] if lines else f"exit code {done.returncode}",
+            expected=f"a target that onnxruntime-genai {version('onnxruntime-genai')} knows",
+            remedy=f"leave {_NAMES[precision]} out of --compare",
+        )

@@ -42,22 +42,20 @@ class OwnSystem:
         self.num_draft_tokens = count or None
         self.name = prefix + (ADAPTIVE if generator.limits.adaptive else drafted(count))
 
-    def decode(self, prompt: Sequence[int], max_new_tokens: int, /) -> Outcome:
-        """See :class:`~dflash_bench.systems.base.System`."""
-        # Greedy, whatever the bundle's own defaults are: every system has to find the same tokens.
-        return self.sample(prompt, max_new_tokens, SamplingParams())
-
-    def sample(self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingParams) -> Outcome:
-        """The same with other sampling; with a seed, all systems on one bundle find the same tokens."""
+    def decode(
+        self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingParams | None = None, /
+    ) -> Outcome:
+        """See :class:`~dflash_bench.systems.base.System`; with a seed, all systems find the same tokens."""
         run = self.start(prompt, max_new_tokens, sampling)
         while run.advance():
             pass
         return run.outcome
 
     def start(
-        self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingParams | None = None
+        self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingParams | None = None, /
     ) -> OwnRun:
         """The same step by step."""
+        # Greedy, whatever the bundle's own defaults are: every system has to find the same tokens.
         sampling = sampling or SamplingParams()
         return OwnRun(self.generator.stream(list(prompt), max_new_tokens=max_new_tokens, sampling=sampling))
 

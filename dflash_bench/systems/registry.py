@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from dflash_bench.systems.base import BenchSetup, System, SystemFactory
 from dflash_bench.systems.genai import make_genai, make_genai_int4
-from dflash_bench.systems.huggingface import make_hf
-from dflash_bench.systems.reference_loop import make_reference
+from dflash_bench.systems.pytorch import make_hf, make_reference
 from dflash_rt.errors import DFlashError, RequestError
 
 __all__ = ["ALL", "FACTORIES", "find_factories", "make_systems"]
@@ -29,12 +28,10 @@ def find_factories(names: Iterable[str]) -> dict[str, SystemFactory]:
     Raises:
         RequestError: there is no system of a name.
     """
-    wanted = list(dict.fromkeys(names))
+    wanted = dict.fromkeys(names)
     if ALL in wanted:
-        wanted = [
-            *(name for name in wanted if name != ALL),
-            *(name for name in FACTORIES if name not in wanted),
-        ]
+        del wanted[ALL]
+        wanted |= dict.fromkeys(FACTORIES)
     if unknown := [name for name in wanted if name not in FACTORIES]:
         raise RequestError(
             "there is nothing of that name to compare with",

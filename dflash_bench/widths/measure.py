@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from dflash_bench.conditions import check_counts, conditions_of
 from dflash_bench.interleave import Say, measure, silent
 from dflash_bench.machine import load_average
 from dflash_bench.plots import check_plot
 from dflash_bench.prompts import encode_prompts, mixed_prompts
+from dflash_bench.report import check_counts, conditions_of
 from dflash_bench.systems.base import Outcome
 from dflash_bench.systems.own import OwnRun, OwnSystem, checked_draft_tokens, drafted, own_systems
 from dflash_bench.widths.plot import draw_widths
@@ -30,10 +29,7 @@ from dflash_rt.text.prompts import Prompt
 __all__ = ["run_widths"]
 
 
-@dataclass(frozen=True)
-class _Case:
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
+_Case: TypeAlias = tuple[Sequence[int], SamplingParams]
 
 
 class _Sampling:
@@ -41,14 +37,15 @@ class _Sampling:
 
     def __init__(self, system: OwnSystem) -> None:
         self._system = system
-        self.name = system.name
-        self.apart = system.apart
+        self.name, self.apart = system.name, system.apart
 
     def decode(self, case: _Case, max_new_tokens: int, /) -> Outcome:
-        return self._system.sample(case.prompt, max_new_tokens, case.sampling)
+        prompt, sampling = case
+        return self._system.decode(prompt, max_new_tokens, sampling)
 
     def start(self, case: _Case, max_new_tokens: int, /) -> OwnRun:
-        return self._system.start(case.prompt, max_new_tokens, case.sampling)
+        prompt, sampling = case
+        return self._system.start(prompt, max_new_tokens, sampling)
 
 
 def run_widths(
@@ -66,19 +63,11 @@ def run_widths(
 ) -> WidthsReport:
     """Decode a mix of prompts plainly, with fixed numbers of draft tokens, and with the number that adapts.
 
-    Args:
-        bundle: a bundle's folder, or an open bundle.
+    Args as of :func:`dflash_bench.run.measure.run_bench`, but for:
         prompts: texts, chats or token ids, decoded greedily; ``None`` for the built-in mix, of which some are
             sampled.
-        max_new_tokens: tokens of an answer at most; at least 2.
-        repeats: runs over all prompts.
         num_draft_tokens: fixed numbers to measure, each at least 1; empty for 1, 2, 3, 5, 7, 11, … and as
             many as the drafter drafts.
-        backend: what runs the bundle.
-        backend_options: options of that backend, as :class:`Generator` takes them.
-        threads: CPU threads; ``None`` for one per core that this process may use.
-        plot: PNG file to write.
-        progress: takes lines about how far it is; ``None`` for silence.
 
     Raises:
         RequestError: an argument is wrong, or matplotlib is missing for ``plot``.
@@ -101,7 +90,7 @@ def run_widths(
         say(f"loading {opened.manifest.name}")
         systems = own_systems(opened, (0, *counts, "auto"), backend, backend_options, threads, stack)
         encoded = encode_prompts(systems[0].generator, [prompt for _, prompt, _ in mix], max_new_tokens)
-        cases = [_Case(tuple(ids), sampling) for ids, (_, _, sampling) in zip(encoded, mix, strict=True)]
+        cases = [(ids, sampling) for ids, (_, _, sampling) in zip(encoded, mix, strict=True)]
         load_before = load_average()
         outcomes = measure(
             [_Sampling(system) for system in systems],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dflash_bench.plots import INK, new_figure, save, tidy, title
+from dflash_bench.plots import INK, new_figure, save, tidy
 from dflash_bench.systems.own import ADAPTIVE, PLAIN
 from dflash_bench.widths.report import WidthsReport
 
@@ -34,12 +34,10 @@ def _draw_costs(axes: Any, report: WidthsReport) -> None:
     axes.plot(
         list(measured), [c.median for c in measured.values()], "x", color=_OTHER, label="in this run, median"
     )
-    title(axes, "Cost of a step, in plain steps")
-    axes.set_xlabel("draft tokens")
     axes.set_xticks(counts)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
-    tidy(axes, grid="y")
+    tidy(axes, "Cost of a step, in plain steps", grid="y", x="draft tokens")
 
 
 def _draw_accepted(axes: Any, report: WidthsReport) -> None:
@@ -47,13 +45,16 @@ def _draw_accepted(axes: Any, report: WidthsReport) -> None:
     for name, color in ((widest, _OTHER), (ADAPTIVE, _OWN)):
         percent = [100 * share for share in report.accepted(name)]
         axes.plot(range(1, len(percent) + 1), percent, "o-", color=color, label=name)
-    title(axes, "Drafts accepted, by position")
-    axes.set_xlabel("position of the draft after the anchor")
-    axes.set_ylabel("% of the steps that drafted it")
     axes.set_xticks(range(1, report.costs.widest))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
-    tidy(axes, grid="y")
+    tidy(
+        axes,
+        "Drafts accepted, by position",
+        grid="y",
+        x="position of the draft after the anchor",
+        y="% of the steps that drafted it",
+    )
 
 
 def _draw_chosen(axes: Any, report: WidthsReport) -> None:
@@ -71,11 +72,9 @@ def _draw_chosen(axes: Any, report: WidthsReport) -> None:
                 row, share, left=begin, height=0.7, color=shade, label=f"{count} drafts" if not row else None
             )
             begin += share
-    title(axes, "Draft tokens chosen")
-    axes.set_xlabel("% of steps")
     _prompt_axis(axes, report)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, frameon=False, fontsize=9)
-    tidy(axes, grid="x")
+    tidy(axes, "Draft tokens chosen", grid="x", x="% of steps")
 
 
 def _draw_result(axes: Any, report: WidthsReport) -> None:
@@ -89,10 +88,9 @@ def _draw_result(axes: Any, report: WidthsReport) -> None:
         if plain and fixed:
             axes.plot(fixed / plain, row, "D", color=_OTHER, label=None if row else f"{best}, best fixed")
     axes.axvline(1.0, color=INK, linewidth=0.8)
-    title(axes, "Tokens per second over plain decoding")
     _prompt_axis(axes, report)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=9)
-    tidy(axes, grid="x")
+    tidy(axes, "Tokens per second over plain decoding", grid="x")
 
 
 def _prompt_axis(axes: Any, report: WidthsReport) -> None:

@@ -1,60 +1,39 @@
-"""The result of ``dflash-rt bench --widths`` as a table and as JSON values (docs/guide/width.md)."""
+"""The result of ``dflash-bench widths`` as JSON values and as a table (docs/guide/width.md)."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from statistics import median
 from typing import Any
 
-from dflash_bench.conditions import Conditions
-from dflash_bench.stats import (
-    Agreement,
-    Outcomes,
-    Ratio,
-    Summary,
-    agreement,
-    as_dict,
-    ratio,
-    seconds_per_step,
-    summarise,
-    tokens_per_second,
-)
+from dflash_bench.report import Report
+from dflash_bench.stats import Agreement, Ratio, agreement, as_dict, ratio, tokens_per_second
 from dflash_bench.systems.own import ADAPTIVE, PLAIN
-from dflash_bench.tables import rounded
+from dflash_bench.tables import aligned, cell, joined, rounded
 from dflash_rt.speculation.width_correction import StepCosts
 
-__all__ = ["WidthsReport"]
+__all__ = ["WidthsReport", "render", "shares_text"]
 
 _FORMAT, _FORMAT_VERSION = "dflash-bench-widths", 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class WidthsReport:
+class WidthsReport(Report):
     """Outcomes of plain decoding, of each fixed number of draft tokens and of the number that adapts.
 
+    ``num_draft_tokens`` lists ``plain`` (0) and the fixed numbers; all outcomes are on the same prompts.
+
     Attributes:
-        conditions: what was run, where.
         kinds: what each prompt is an example of; no two are the same.
         sampled: for each prompt, whether its answer was sampled.
-        outcomes: by system: ``plain``, ``drafted-N``, and ``adaptive``; all on the same prompts.
-        num_draft_tokens: of those with a fixed number; 0 of ``plain``.
         costs: of a step by draft tokens, from 0 on, as they were measured at load.
     """
 
-    conditions: Conditions
     kinds: tuple[str, ...]
     sampled: tuple[bool, ...]
-    outcomes: Mapping[str, Outcomes]
-    num_draft_tokens: Mapping[str, int]
     costs: StepCosts
-
-    @cached_property
-    def summaries(self) -> dict[str, Summary]:
-        """Totals by system, over all prompts."""
-        return {name: summarise(outcomes) for name, outcomes in self.outcomes.items()}
 
     @property
     def widest(self) -> str:
@@ -93,24 +72,13 @@ class WidthsReport:
 
     def agreement(self, *, sampled: bool) -> Agreement:
         """How far greedy answers, or sampled ones, of all systems are those of plain decoding."""
-        every = [
-            agreement(
-                {pair: found for pair, found in outcomes.items() if self.sampled[pair[0]] == sampled}, plain
-            )
-            for plain in [self.outcomes[PLAIN]]
+        plain = self.outcomes[PLAIN]
+        return agreement(
+            (outcome, plain[pair])
             for name, outcomes in self.outcomes.items()
-            if name != PLAIN
-        ]
-        return Agreement(
-            equal_tokens=sum(one.equal_tokens for one in every),
-            tokens=sum(one.tokens for one in every),
-            equal_answers=sum(one.equal_answers for one in every),
-            answers=sum(one.answers for one in every),
+            for pair, outcome in outcomes.items()
+            if name != PLAIN and self.sampled[pair[0]] == sampled
         )
-
-    def step_cost(self, name: str) -> Ratio | None:
-        """Time of a step with a fixed number over that of a plain step, in this run."""
-        return ratio(self.outcomes[name], self.outcomes[PLAIN], seconds_per_step)
 
     def accepted(self, name: str) -> list[float]:
         """By position, the share of the steps with a draft there that accepted it; up to the last drafted."""
@@ -184,3 +152,112 @@ class WidthsReport:
             "over_plain_by_costs": rounded(self.by_costs(ADAPTIVE, number)),
             "steps_by_draft_tokens": {str(n): rounded(share) for n, share in self.chosen(number).items()},
         }
+
+
+def render(report: WidthsReport) -> str:
+    """The table. A cell of "-" is what couldn't be measured."""
+    return joined(_sections(report))
+
+
+def _sections(report: WidthsReport) -> Iterator[list[str]]:
+    c = report.conditions
+    yield [
+        f"{c.bundle} ({c.precision}) on {c.backend}, {c.threads} threads, {c.cpu}",
+        f"{len(report.kinds)} prompts, at most {c.max_new_tokens} new tokens, {c.repeats} repeats",
+    ]
+    yield _by_system(report)
+    yield _by_position(report)
+    yield _by_prompt(report)
+    yield _result(report)
+
+
+def _by_system(report: WidthsReport) -> list[str]:
+    rows = [["", "cost at load", "cost in the run", "tokens/step", "tokens/s", "over plain"]]
+    for name, total in report.summaries.items():
+        count = report.num_draft_tokens.get(name)
+        at_load, cost = "-", None
+        if count is not None:
+            at_load = f"{1e3 * report.costs.seconds[count]:.1f} ms, {report.costs.relative[count]:.2f}"
+            cost = report.step_cost(name)
+        rows.append(
+            [
+                name,
+                at_load,
+                cell(cost),
+                cell(total.tokens_per_step, ".2f"),
+                cell(total.tokens_per_second, ".1f"),
+                cell(report.speed_ratio(name, PLAIN)),
+            ]
+        )
+    return [
+        *aligned(rows),
+        "(costs are relative to plain steps; medians and quartiles over pairs of runs)",
+    ]
+
+
+def _by_position(report: WidthsReport) -> list[str]:
+    shares = {name: report.accepted(name) for name in dict.fromkeys((report.widest, ADAPTIVE))}
+    positions = max(map(len, shares.values()))
+    rows = [["drafts accepted", *(str(position + 1) for position in range(positions))]]
+    for name, values in shares.items():
+        cells = [f"{value:.0%}" for value in values]
+        rows.append([name, *cells, *["-"] * (positions - len(cells))])
+    return aligned(rows)
+
+
+def _by_prompt(report: WidthsReport) -> list[str]:
+    rows = [
+        ["tokens/s", "plain", "best fixed", "adaptive", "over plain", "by costs", "steps by draft tokens"]
+    ]
+    over_plain = report.over_plain
+    for number, kind in enumerate(report.kinds):
+        rates = {name: report.rate(name, number) or 0.0 for name in report.num_draft_tokens}
+        best = max(rates, key=rates.__getitem__)
+        rows.append(
+            [
+                kind,
+                cell(rates[PLAIN], ".1f"),
+                f"{rates[best]:.1f} ({report.num_draft_tokens[best]})",
+                cell(report.rate(ADAPTIVE, number), ".1f"),
+                cell(over_plain.get(kind), ".2f"),
+                cell(report.by_costs(ADAPTIVE, number), ".2f"),
+                shares_text(report.chosen(number)),
+            ]
+        )
+    return [*aligned(rows), "(by costs: over plain, had each step taken what it cost at load)"]
+
+
+def _result(report: WidthsReport) -> list[str]:
+    over_plain, lines = report.over_plain, []
+    costs = {
+        kind: value
+        for number, kind in enumerate(report.kinds)
+        if (value := report.by_costs(ADAPTIVE, number)) is not None
+    }
+    for what, values in (("", over_plain), (" by costs", costs)):
+        if values:
+            lowest = min(values, key=values.__getitem__)
+            lines.append(f"adaptive over plain{what}: at least {values[lowest]:.3f} ({lowest})")
+    if report.over_best_fixed is not None:
+        lines.append(
+            f"adaptive over the best fixed number ({report.best_fixed}), all prompts: "
+            f"{report.over_best_fixed:.3f}"
+        )
+    by_costs = {name: report.by_costs(name) or 0.0 for name in report.num_draft_tokens}
+    best = max(by_costs, key=by_costs.__getitem__)
+    adaptive = report.by_costs(ADAPTIVE)
+    if adaptive is not None and by_costs[best]:
+        lines.append(f"the same by costs ({best}): {adaptive / by_costs[best]:.3f}")
+    greedy, sampled = report.agreement(sampled=False), report.agreement(sampled=True)
+    if greedy.answers:
+        what = "as in plain decoding" + ("" if greedy.exact else ": a near tie, or a bug")
+        lines.append(f"greedy: {greedy.equal_answers} of {greedy.answers} answers {what}")
+    if sampled.answers:
+        lines.append(f"sampled: {sampled.equal_answers} of {sampled.answers} answers (rounding may move one)")
+    return lines
+
+
+def shares_text(shares: Mapping[int, float]) -> str:
+    """Such as ``1: 80%, 4: 20%``, the most frequent three."""
+    largest = sorted(shares, key=lambda count: -shares[count])[:3]
+    return ", ".join(f"{count}: {shares[count]:.0%}" for count in sorted(largest))

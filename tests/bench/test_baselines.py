@@ -17,10 +17,8 @@ from click.testing import CliRunner
 from dflash_bench.cli import main
 from dflash_bench.run.measure import run_bench
 from dflash_bench.systems.base import BenchSetup, System
-from dflash_bench.systems.genai import make_genai, make_genai_int4
-from dflash_bench.systems.genai_model import run_builder
-from dflash_bench.systems.huggingface import make_hf
-from dflash_bench.systems.reference_loop import make_reference
+from dflash_bench.systems.genai import make_genai, make_genai_int4, run_builder
+from dflash_bench.systems.pytorch import make_hf, make_reference
 from dflash_bench.systems.registry import FACTORIES as REGISTRY
 from dflash_export import build
 from dflash_export.errors import VerifyError

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dflash_bench.conditions import Conditions
 from dflash_bench.floor import StepFloor
 from dflash_bench.interleave import measure
 from dflash_bench.plots import check_plot
 from dflash_bench.prompts import default_prompts
+from dflash_bench.report import Conditions
 from dflash_bench.run.measure import run_bench
 from dflash_bench.run.plot import draw_plot
-from dflash_bench.run.report import BenchReport
-from dflash_bench.run.table import render
+from dflash_bench.run.report import BenchReport, render
 from dflash_bench.systems import own
 from dflash_bench.systems.base import Outcome, System
 from dflash_bench.systems.own import OwnSystem, own_systems

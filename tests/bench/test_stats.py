@@ -112,10 +112,11 @@ def test_stages_are_in_the_order_of_a_step() -> None:
 
 def test_agreement_counts_up_to_the_first_difference() -> None:
     wanted = answers((1, 2, 3, 4), (1, 2, 3, 4), (1, 2), (1, 2))
-    same = agreement(answers((1, 2, 9, 4), (1, 2, 3), (1, 2), (1, 2, 3)), wanted)
+    found = answers((1, 2, 9, 4), (1, 2, 3), (1, 2), (1, 2, 3))
+    same = agreement(zip(found.values(), wanted.values(), strict=True))
     assert (same.equal_tokens, same.tokens, same.equal_answers, same.answers) == (2 + 3 + 2 + 2, 12, 1, 4)
     assert not same.exact
-    assert agreement(wanted, wanted).exact
+    assert agreement(zip(wanted.values(), wanted.values(), strict=True)).exact
 
 
 def test_answers_without_a_step_have_no_ratio() -> None:

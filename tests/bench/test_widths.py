@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from dflash_bench.conditions import Conditions
 from dflash_bench.prompts import mixed_prompts
+from dflash_bench.report import Conditions
 from dflash_bench.systems.base import Outcome
 from dflash_bench.systems.own import ADAPTIVE
 from dflash_bench.widths.measure import _some_counts, run_widths
 from dflash_bench.widths.plot import draw_widths
-from dflash_bench.widths.report import WidthsReport
-from dflash_bench.widths.table import render, shares_text
+from dflash_bench.widths.report import WidthsReport, render, shares_text
 from dflash_rt.backends.scripted import ScriptedBackend
 from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import OutputError, PromptError, RequestError

@@ -11,17 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from dflash_bench.budget import Budget, SkippedError
+from dflash_bench.budget import Budget, Parts, SkippedError
 from dflash_bench.floor import StepFloor
 from dflash_bench.gpu.backend_spec import BackendSpec
+from dflash_bench.gpu.bundles import drafter_tensors, target_tensors
 from dflash_bench.gpu.device_clock import drafting_ends
-from dflash_bench.gpu.goals import GOALS, judge_goals
-from dflash_bench.gpu.parity import Run, classify_run
-from dflash_bench.gpu.parts import Parts
+from dflash_bench.gpu.parity import classify_gaps
 from dflash_bench.gpu.plan import make_plan
 from dflash_bench.gpu.report import DRY_RUN_WARNING, default_name, to_markdown, write_report
-from dflash_bench.gpu.rows import DRAFTED, HF, PLAIN, REFERENCE, Sample, make_row
-from dflash_bench.gpu.shapes import PAIRS, TINY, drafter_tensors, target_tensors
+from dflash_bench.gpu.rows import DRAFTED, GOALS, HF, PLAIN, REFERENCE, Sample, judge_goals, make_row
+from dflash_bench.gpu.shapes import PAIRS, TINY
 from dflash_bench.gpu.watch import mark_cut_off
 from dflash_bench.interleave import measure
 from dflash_bench.stats import quartiles
@@ -133,15 +132,15 @@ def test_a_row_without_pytorch_claims_nothing_about_it() -> None:
 
 def test_goals_are_met_and_missed() -> None:
     good = row(**OURS, **{HF: [Sample(0.030)], REFERENCE: [Sample(0.060)]})
-    assert [goal.verdict for goal in judge_goals([good], dry_run=False)] == ["met", "met", "missed", "met"]
-    assert [goal.value for goal in judge_goals([good], dry_run=False)][1] == 0.1
+    assert [goal["verdict"] for goal in judge_goals([good], dry_run=False)] == ["met", "met", "missed", "met"]
+    assert [goal["value"] for goal in judge_goals([good], dry_run=False)][1] == 0.1
 
 
 def test_goals_need_their_own_pair_and_no_dry_run() -> None:
     good = row(**OURS)
     other = {**good, "context": 8192}
     for rows, dry in (([good], True), ([other], False), ([], False)):
-        assert {goal.verdict for goal in judge_goals(rows, dry_run=dry)} == {"not measured"}
+        assert {goal["verdict"] for goal in judge_goals(rows, dry_run=dry)} == {"not measured"}
 
 
 def test_what_is_not_a_number_misses() -> None:
@@ -149,9 +148,8 @@ def test_what_is_not_a_number_misses() -> None:
 
 
 def test_tokens_are_sorted_by_the_bound() -> None:
-    run = Run("plain", (1, 2, 3, 4), (0.0, 0.5, 1.0, 1.1))
-    assert classify_run(run, 1.0) == (1, 2, 1)
-    assert classify_run(Run("plain", (1,), (float("nan"),)), 1.0) == (0, 0, 1)
+    assert classify_gaps((0.0, 0.5, 1.0, 1.1), 1.0) == (1, 2, 1)
+    assert classify_gaps((float("nan"),), 1.0) == (0, 0, 1)
 
 
 def test_drafting_ends_where_the_target_embeds_its_block() -> None:
@@ -275,8 +273,7 @@ def test_names_tell_dry_runs_from_others() -> None:
 
 def test_the_page_has_every_number_beside_its_verdict() -> None:
     found = row(**OURS, **{HF: [Sample(0.030)], REFERENCE: [Sample(0.048)]})
-    goals = [vars(goal) for goal in judge_goals([found], dry_run=False)]
-    page = to_markdown(report(rows=[found], goals=goals))
+    page = to_markdown(report(rows=[found], goals=judge_goals([found], dry_run=False)))
     assert (
         "| qwen3-8b | bf16 | tensorrt | 1024 | 12.00 | 10.00 | 1.20 | 10.00 | 8.00 | 1.25 | 100.0 |" in page
     )

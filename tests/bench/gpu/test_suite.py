@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 
 from dflash_bench.floor import cache_bytes, step_floor, weight_bytes
-from dflash_bench.gpu.bundles import make_bundle
-from dflash_bench.gpu.checkpoint import write_pair
-from dflash_bench.gpu.device_clock import Clocked, measure_draft_share
+from dflash_bench.gpu.bundles import drafter_tensors, make_bundle, target_tensors, write_pair
+from dflash_bench.gpu.device_clock import Clocked, measure_draft_share, time_steps
 from dflash_bench.gpu.plan import WARM_STEPS
-from dflash_bench.gpu.shapes import TINY, drafter_tensors, target_tensors
-from dflash_bench.gpu.timing import time_steps
+from dflash_bench.gpu.shapes import TINY
 from dflash_export.engines.devices import present_gpu
 from dflash_rt import Bundle
 from dflash_rt.backends import create_backend

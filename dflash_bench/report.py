@@ -1,18 +1,21 @@
-"""What a run depends on besides the code: its arguments, checked, and the machine."""
+"""What reports have in common: what a run depends on besides the code, and numbers of its systems."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from dflash_bench.machine import load_average, package_versions
+from dflash_bench.stats import Outcomes, Ratio, Summary, ratio, seconds_per_step, summarise, tokens_per_second
+from dflash_bench.systems.own import PLAIN
 from dflash_rt.bundle.folder import Bundle
 from dflash_rt.errors import RequestError
 from dflash_rt.files import utc_now
 from dflash_rt.machine import cpu_name
 from dflash_rt.request import check_count
 
-__all__ = ["Conditions", "check_counts", "conditions_of"]
+__all__ = ["Conditions", "Report", "check_counts", "conditions_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,34 @@ class Conditions:
     load_after: float | None = None
     quantization: str | None = None
     baseline: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What every system did.
+
+    Attributes:
+        conditions: what was run, where.
+        outcomes: each system's outcomes; :data:`PLAIN` is among them.
+        num_draft_tokens: tokens that a step drafts, of the systems of which it is known.
+    """
+
+    conditions: Conditions
+    outcomes: Mapping[str, Outcomes]
+    num_draft_tokens: Mapping[str, int]
+
+    @cached_property
+    def summaries(self) -> dict[str, Summary]:
+        """Totals by system, over all prompts."""
+        return {name: summarise(outcomes) for name, outcomes in self.outcomes.items()}
+
+    def speed_ratio(self, name: str, other: str) -> Ratio | None:
+        """Tokens per second of one over another."""
+        return ratio(self.outcomes[name], self.outcomes[other], tokens_per_second)
+
+    def step_cost(self, name: str) -> Ratio | None:
+        """Time of a step over that of a plain step, on the same prompts and so at the same contexts."""
+        return ratio(self.outcomes[name], self.outcomes[PLAIN], seconds_per_step)
 
 
 def check_counts(max_new_tokens: int, repeats: int) -> None:
