@@ -16,7 +16,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -56,7 +56,7 @@ def record(
 ) -> Answer:
     """Decode one answer. Each step counts as if all its drafts had failed: the next begins one token on.
 
-    The protocol has no such steps, as whoever accepts drafts goes on behind them. This backend takes them:
+    The protocol has no such steps: a loop that accepts drafts goes on behind them. This backend takes them:
     rows of drafts lie behind those that are used, and are overwritten.
     """
     backend.clear()
@@ -161,9 +161,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "record":
         answers = _record_all(Bundle.open(options.bundle), options.prompts, options.limit)
-        lines = ",\n".join(
-            json.dumps({"kind": answer.kind, "confirmed": list(answer.confirmed)}) for answer in answers
-        )
+        lines = ",\n".join(json.dumps(asdict(answer)) for answer in answers)
         options.answers.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     else:
         read = json.loads(options.answers.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What reports have in common: what a run depends on besides the code, and numbers of its systems."""
+"""The common part of reports: the conditions of a run, and numbers of its systems."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +49,6 @@ class Measured:
     shape: PairShape | None
     torch_models: tuple[Any, Any] | None = None
     missing: dict[str, str] = field(default_factory=dict)
-    folder: Path | None = None
 
     @classmethod
     def make(cls, plan: Plan, budget: Budget, shape: PairShape, precision: str, backend: BackendSpec) -> Self:
@@ -64,7 +62,7 @@ class Measured:
             shape, precision, plan.scratch, max_seq_len=plan.max_seq_len, progress=plan.progress
         )
         compile_for(backend.name, made.bundle, progress=plan.progress)
-        measured = cls(made, backend.open(made.bundle), str(backend), shape, folder=made.target.parent)
+        measured = cls(made, backend.open(made.bundle), str(backend), shape)
         measured._load_torch(plan, shape)
         return measured
 
@@ -87,11 +85,6 @@ class Measured:
         self.backend.close()
         self.torch_models = None
         release_memory()
-
-    def remove(self) -> None:
-        """Free the disk. Only what was made here goes."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _load_torch(self, plan: Plan, shape: PairShape) -> None:
         dtype = DTYPES[self.made.bundle.manifest.precision]

@@ -162,7 +162,7 @@ class _Suite:
                 seconds = seconds_to_measure(pair, context) if not plan.dry_run else 1.0
                 self._parts.run(f"{title} at {context}", seconds, self._row, measured, precision, context)
         if not plan.keep:
-            measured.remove()
+            shutil.rmtree(measured.made.target.parent, ignore_errors=True)
 
     def _row(self, measured: Measured, precision: str, context: int) -> None:
         prompt = _random_ids(measured.made.bundle.manifest.target.vocab_size, context, _PROMPT_SEED)

@@ -1,4 +1,4 @@
-"""What a benchmark compares: systems that decode a prompt, what they are made from, and what they measure."""
+"""Systems that decode a prompt: their protocol, their setup, their outcomes and their refusals."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ class ReferenceLoop:
 
 
 def target_model(setup: BenchSetup, name: str) -> Any:
-    """The target as transformers loads it, in fp32, once for all systems. ``name`` is whom it is for."""
+    """The target as transformers loads it, in fp32, once for all systems. The system ``name`` needs it."""
     with _needs_torch(name):
         from dflash_export.reference import load_target
 
