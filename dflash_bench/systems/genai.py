@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -59,7 +59,7 @@ def _make(setup: BenchSetup, precision: Precision) -> Sequence[System]:
     except ImportError as error:
         remedy = "pip install --no-deps onnxruntime-genai==0.18.0"
         raise missing(name, "onnxruntime-genai", remedy) from error
-    folder = _model_folder(setup, lambda: target_model(setup, name), precision)
+    folder = _model_folder(setup, precision)
     return [_GenAI(name, library, folder, setup)]
 
 
@@ -113,8 +113,8 @@ class _GenAI:
         self._model = None
 
 
-def _model_folder(setup: BenchSetup, load_target: Callable[[], Any], precision: Precision) -> Path:
-    """Folder of the target in genai's own format; made from ``load_target()`` if the cache doesn't have it.
+def _model_folder(setup: BenchSetup, precision: Precision) -> Path:
+    """Folder of the target in genai's own format; made if the cache doesn't have it.
 
     ``int4`` is what the builder makes of it by default: in version 0.18 layers, head and embedding in blocks
     of 32, and activations rounded to 8 bits.
@@ -123,11 +123,13 @@ def _model_folder(setup: BenchSetup, load_target: Callable[[], Any], precision: 
         BackendUnavailableError: genai's builder can't convert the target.
         OutputError: the cache folder can't be written.
     """
-    folder = _cache_folder(setup) / f"{_NAMES[precision]}-{_key(setup)}"
+    caches = os.environ.get("XDG_CACHE_HOME")
+    cache = setup.cache_folder or Path(caches or Path.home() / ".cache") / "dflash-export"
+    folder = cache / f"{_NAMES[precision]}-{_key(setup)}"
     if (folder / "genai_config.json").is_file():
         return folder
     setup.say("converting the target with onnxruntime-genai's builder")
-    model = load_target()
+    model = target_model(setup, _NAMES[precision])
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.hf-") as checkpoint:
@@ -152,12 +154,6 @@ def _key(setup: BenchSetup) -> str:
         *(f"{name} {record.sha256}" for name, record in sorted(files.items())),
     ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
-
-
-def _cache_folder(setup: BenchSetup) -> Path:
-    if setup.cache_folder is not None:
-        return setup.cache_folder
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dflash-export"
 
 
 def _save_checkpoint(model: Any, folder: Path) -> None:
