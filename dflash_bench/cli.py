@@ -166,9 +166,9 @@ def gpu(dry_run: bool, **options: Any) -> None:
     from dflash_bench.gpu.plan import make_plan
     from dflash_bench.gpu.report import DRY_RUN_WARNING
     from dflash_bench.gpu.watch import run_in_time
-    from dflash_bench.machine import gpu_name
+    from dflash_export.engines.devices import present_gpu
 
-    if not dry_run and gpu_name() is None:
+    if not dry_run and present_gpu() is None:
         raise click.UsageError("There is no GPU here. --dry-run shows on a CPU that the suite runs.")
     plan = make_plan(dry_run=dry_run, **options)
     done = run_in_time(plan)

@@ -13,7 +13,7 @@ from dflash_export.engines.devices import present_gpu
 from dflash_rt.machine import cpu_name, physical_cores
 from dflash_rt.version import __version__
 
-__all__ = ["environment", "gpu_name", "load_average", "package_versions"]
+__all__ = ["environment", "load_average", "package_versions"]
 
 _PACKAGES = (
     "cuda-bindings",
@@ -47,12 +47,6 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def gpu_name() -> str | None:
-    """The first GPU's name; ``None`` without one."""
-    gpu = present_gpu()
-    return None if gpu is None else gpu.name
 
 
 def environment() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from dflash_bench.gpu.backend_spec import FUSED, NO_GRAPH, BackendSpec
 from dflash_bench.gpu.report import default_name
 from dflash_bench.gpu.shapes import PAIRS, PARITY, TINY, PairShape
-from dflash_bench.machine import gpu_name
+from dflash_export.engines.devices import present_gpu
 from dflash_export.progress import SILENT, Progress
 from dflash_rt.files import utc_now
 
@@ -92,7 +92,8 @@ def make_plan(
 ) -> Plan:
     """A plan from the command's options; a dry run has tiny pairs, short contexts and backends for a CPU."""
     if output is None:
-        output = RESULTS / f"{default_name(utc_now(), None if dry_run else gpu_name(), dry_run=dry_run)}.json"
+        gpu = None if dry_run else present_gpu()
+        output = RESULTS / f"{default_name(utc_now(), gpu.name if gpu else None, dry_run=dry_run)}.json"
     if scratch is None:
         scratch = Path(tempfile.gettempdir()) / f"dflash-gpu-suite-{os.getuid()}"
     return Plan(
