@@ -17,80 +17,62 @@ if TYPE_CHECKING:
 __all__ = ["BACKEND_NAMES", "create_backend", "takes_threads"]
 
 
-def _onnxruntime(bundle: Bundle, threads: int | None, options: Mapping[str, Any]) -> Backend:
-    _refuse_options("onnxruntime", options, ("fast_plain", "fused", "integer_activations"))
+def _on_cpu(name: str, bundle: Bundle, threads: int | None, options: Mapping[str, Any]) -> Backend:
+    _refuse_options(name, options, ("fast_plain", "fused", "integer_activations"))
     for option, value in options.items():
         if type(value) is not bool:
             raise _wrong_option(option, value, "true or false")
-    with _importing("onnxruntime", "onnxruntime"):
+    with _importing("onnxruntime", name):
         from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
     return OnnxRuntimeBackend(bundle, threads=threads, **options)
 
 
-def _onnxruntime_device(bundle: Bundle, threads: int | None, options: Mapping[str, Any]) -> Backend:
-    from dflash_rt.backends.device.backend import DeviceBackend
-    from dflash_rt.backends.device.host import HostDevice
-
-    checked = _device_options("onnxruntime-device", options)
-    with _importing("onnxruntime", "onnxruntime-device"):
-        import onnxruntime  # noqa: F401
-
-        from dflash_rt.backends.device.onnxruntime import OnnxRuntimeEngines
-    engines = OnnxRuntimeEngines(bundle, cuda=False, threads=threads, fused=checked.fused)
-    return DeviceBackend(bundle, HostDevice(), engines, name="onnxruntime-device", options=checked)
-
-
-def _onnxruntime_cuda(bundle: Bundle, threads: int | None, options: Mapping[str, Any]) -> Backend:
+def _on_device(name: str, bundle: Bundle, threads: int | None, options: Mapping[str, Any]) -> Backend:
     from dflash_rt.backends.device.backend import DeviceBackend
     from dflash_rt.backends.device.cuda import CudaDevice
+    from dflash_rt.backends.device.host import HostDevice
 
-    checked = _device_options("onnxruntime-cuda", options)
-    with _importing("onnxruntime-gpu", "onnxruntime-cuda"):
-        import onnxruntime  # noqa: F401
-
+    checked = _device_options(name, options)
+    on_gpu = name == "onnxruntime-cuda"
+    with _importing("onnxruntime-gpu" if on_gpu else "onnxruntime", name):
         from dflash_rt.backends.device.onnxruntime import OnnxRuntimeEngines
-    engines = OnnxRuntimeEngines(bundle, cuda=True, threads=threads, fused=checked.fused)
-    device = CudaDevice("onnxruntime-cuda")
-    return DeviceBackend(bundle, device, engines, name="onnxruntime-cuda", options=checked)
+    engines = OnnxRuntimeEngines(bundle, cuda=on_gpu, threads=threads, fused=checked.fused)
+    return DeviceBackend(
+        bundle, CudaDevice(name) if on_gpu else HostDevice(), engines, name=name, options=checked
+    )
 
 
-def _tensorrt(name: str) -> Callable[[Bundle, int | None, Mapping[str, Any]], Backend]:
-    def factory(bundle: Bundle, _: int | None, options: Mapping[str, Any]) -> Backend:
-        from dflash_rt.backends.device.backend import DeviceBackend
-        from dflash_rt.backends.device.cuda import CudaDevice
-        from dflash_rt.backends.device.tensorrt import TensorRTEngines
+def _tensorrt(name: str, bundle: Bundle, _: int | None, options: Mapping[str, Any]) -> Backend:
+    from dflash_rt.backends.device.backend import DeviceBackend
+    from dflash_rt.backends.device.cuda import CudaDevice
+    from dflash_rt.backends.device.tensorrt import TensorRTEngines
 
-        checked = _device_options(name, options)
-        engines = TensorRTEngines(bundle, name)
-        device = CudaDevice(name)
-        try:
-            engines.find(device, max_seq_len=checked.max_seq_len)
-        except BaseException:
-            device.close()
-            raise
-        return DeviceBackend(bundle, device, engines, name=name, options=checked)
-
-    return factory
+    checked = _device_options(name, options)
+    engines = TensorRTEngines(bundle, name)
+    device = CudaDevice(name)
+    try:
+        engines.find(device, max_seq_len=checked.max_seq_len)
+    except BaseException:
+        device.close()
+        raise
+    return DeviceBackend(bundle, device, engines, name=name, options=checked)
 
 
-_FACTORIES: dict[str, Callable[[Bundle, int | None, Mapping[str, Any]], Backend]] = {
-    "onnxruntime": _onnxruntime,
-    "onnxruntime-cuda": _onnxruntime_cuda,
-    "onnxruntime-device": _onnxruntime_device,
-    "tensorrt": _tensorrt("tensorrt"),
-    "tensorrt-rtx": _tensorrt("tensorrt-rtx"),
+_FACTORIES: dict[str, Callable[[str, Bundle, int | None, Mapping[str, Any]], Backend]] = {
+    "onnxruntime": _on_cpu,
+    "onnxruntime-cuda": _on_device,
+    "onnxruntime-device": _on_device,
+    "tensorrt": _tensorrt,
+    "tensorrt-rtx": _tensorrt,
 }
-_FUSES = ("onnxruntime-cuda", "onnxruntime-device")
-# Their kernels run on the GPU alone.
-_WITHOUT_THREADS = ("tensorrt", "tensorrt-rtx")
 
 BACKEND_NAMES = tuple(sorted(_FACTORIES))
 """Every name that :func:`create_backend` knows; also the choices of the command line."""
 
 
 def takes_threads(name: str) -> bool:
-    """Whether the number of CPU threads means anything to a backend."""
-    return name not in _WITHOUT_THREADS
+    """Whether a backend has kernels on the CPU; TensorRT's run on the GPU alone."""
+    return _FACTORIES.get(name) is not _tensorrt
 
 
 def create_backend(
@@ -124,15 +106,16 @@ def create_backend(
             expected="no number of CPU threads",
             remedy="leave it out",
         )
-    return factory(bundle, threads, dict(options or {}))
+    return factory(name, bundle, threads, dict(options or {}))
 
 
 def _device_options(name: str, options: Mapping[str, Any]) -> DeviceOptions:
     from dflash_rt.backends.device.backend import DeviceOptions
 
     known = (field.name for field in fields(DeviceOptions))
-    # Engines are made of the plain graphs.
-    _refuse_options(name, options, tuple(option for option in known if option != "fused" or name in _FUSES))
+    # TensorRT's engines are made of the plain graphs.
+    fuses = _FACTORIES[name] is not _tensorrt
+    _refuse_options(name, options, tuple(option for option in known if option != "fused" or fuses))
     for option, value in options.items():
         if option in ("cuda_graph", "fused", "run_ahead"):
             right, expected = type(value) is bool, "true or false"

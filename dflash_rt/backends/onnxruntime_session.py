@@ -1,16 +1,19 @@
-"""Sessions of ONNX Runtime, made in one place."""
+"""Sessions of ONNX Runtime: loading and running them, with errors that say what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 
 from dflash_rt.errors import BackendError
 
-__all__ = ["open_session"]
+if TYPE_CHECKING:
+    from dflash_rt.bundle.folder import Bundle
+
+__all__ = ["open_graph", "open_session", "require_fused", "run_bound"]
 
 _CPU = ("CPUExecutionProvider",)
 
@@ -47,4 +50,51 @@ def open_session(
             found=str(error),
             expected=f"a graph of opset 24 whose operators have {kind} of its precision",
             remedy=f"use {package} or newer; on a CPU, build the bundle with --precision fp32",
+        ) from error
+
+
+def open_graph(
+    bundle: Bundle, graph: str, *, fused: bool, threads: int | None, on_gpu: bool = False, **options: Any
+) -> ort.InferenceSession:
+    """Load a graph of ``bundle``, with ``fused`` in its fused form if it has one.
+
+    ``options`` are those of :func:`open_session`. Raises BackendError.
+    """
+    path = bundle.fused_path(graph, on_gpu=on_gpu) if fused else None
+    return open_session(
+        graph,
+        path or bundle.graph_path(graph),
+        threads=1 if bundle.manifest.graphs[graph].is_lookup else threads,
+        **options,
+    )
+
+
+def require_fused(bundle: Bundle, *, on_gpu: bool) -> None:
+    """Raise BackendError unless the bundle has a fused target for this kind of device."""
+    if bundle.fused_path("target", on_gpu=on_gpu) is None:
+        raise BackendError(
+            f"the bundle has no fused target for a {'GPU' if on_gpu else 'CPU'}",
+            found=f"{bundle.manifest.target.model_type} in {bundle.manifest.precision}",
+            expected=f"a target in {'fp16 or bf16' if on_gpu else 'fp32'} of a form that can be fused "
+            "(docs/reference/bundle.md)",
+            remedy="leave the option fused out, or build the bundle in that precision",
+        )
+
+
+def run_bound(
+    session: ort.InferenceSession,
+    graph: str,
+    binding: ort.IOBinding,
+    expected: str,
+    options: ort.RunOptions | None = None,
+) -> None:
+    """Run over bound tensors; ``expected`` says over which shapes. Raises BackendError."""
+    try:
+        session.run_with_iobinding(binding, options)
+    except Exception as error:  # ONNX Runtime's own classes share no public base
+        raise BackendError(
+            f"ONNX Runtime failed in graph {graph}",
+            found=str(error),
+            expected=f"a run over {expected}",
+            remedy="check the bundle with `dflash-export inspect`; if it is whole, report this",
         ) from error

@@ -134,14 +134,12 @@ class ScriptedBackend(Backend):
         return self._closed
 
     def reserve(self, rows: int) -> None:
-        """See :class:`~dflash_rt.backends.base.Backend`."""
         with self._entered("reserve"):
             most = self._max_rows
             _expect(most is None or rows <= most, "reserve", rows, f"at most {most}")
             self._reserved = max(self._reserved, rows)
 
     def prefill(self, token_ids: IntArray, start: IntArray, *, inject: bool) -> IntArray:
-        """See :class:`~dflash_rt.backends.base.Backend`."""
         with self._entered("prefill"):
             tokens = _integers("token_ids", token_ids, axes=2)
             first = _integers("start", start, axes=1)[0]
@@ -219,12 +217,10 @@ class ScriptedBackend(Backend):
             return np.array([rows], dtype=np.float32)
 
     def clear(self) -> None:
-        """See :class:`~dflash_rt.backends.base.Backend`."""
         with self._entered("clear"):
             self._reset()
 
     def close(self) -> None:
-        """See :class:`~dflash_rt.backends.base.Backend`."""
         if not self._closed:
             with self._entered("close"):
                 self._closed = True

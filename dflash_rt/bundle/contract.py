@@ -1,35 +1,8 @@
-"""The graph contract: which graphs a bundle has, and the name, dtype and shape of each of their tensors.
+"""Which graphs a bundle has, and the name, dtype and shape of each of their tensors.
 
-Axes: ``batch`` (slots), ``rows`` (token positions of one call), ``capacity`` (rows that a cache holds); ``H``
-hidden size, ``V`` vocabulary, ``Vd`` the drafter's own, ``C`` candidates of a selector, ``K`` tapped layers,
-``Hkv`` key/value heads, ``D`` head size. Below, b and r are batch and rows::
-
-    embed          input_ids[b,r]                               -> embeddings[b,r,H]
-    target         embeddings[b,r,H], start[b], caches          -> hidden[b,r,H], features[b,r,K*H], caches
-    lm_head        hidden[b,r,H]                                -> logits[b,r,V], token_ids[b,r]
-    inject         features[b,r,K*H], start[b], draft caches    -> draft caches
-    draft          embeddings[b,r,H], start[b], draft caches    -> hidden[b,r,H], draft caches
-    draft_logits   logits[b,r,V]                                -> logits.out[b,r,V], token_ids[b,r]
-    draft_embed    input_ids[b,r]                               -> embeddings[b,r,H]
-    draft_lm_head  hidden[b,r,H]                                -> logits[b,r,Vd], token_ids[b,r]
-    select         hidden[b,r,H], logits[b,r,V], anchors[b],
-                   temperature[b], uniforms[b,r]                -> token_ids[b,r], candidates[b,r,C],
-                                                                   probabilities[b,r,C]
-    accept         block[b,r], token_ids[b,r], logits[b,r,V],
-                   start[b]                                     -> accepted[b], anchors[b], start.out[b],
-                                                                   finite[b]
-    draft_check    logits[b,r,Vd]                               -> finite[b]
-
-A cache is ``key.{i}`` and ``value.{i}`` per layer, ``[b,Hkv,capacity,D]``; its output is ``key.{i}.out`` and
-lies in the same memory. Four exist only for drafters that need them (dflash_rt/drafters says which kind has
-which): ``draft_logits`` for one that changes the logits after the head, ``draft_embed`` and ``draft_lm_head``
-for one with a vocabulary of its own, ``select`` for one that chooses among candidates. ``token_ids`` are
-always ids of the target. ``accept`` and ``draft_check`` have no weights: they are for a step that stays on a
-device, and a bundle may lack them.
-
-A drafter whose layers all slide needs no cache much longer than its window. Its ``inject`` and ``draft`` take
-one input more, ``offset[b]``: the position of row 0 of the caches, added to that of ``start``. A backend that
-drops rows from the beginning of the caches moves the others there and adds the number dropped to ``offset``.
+The tables are in docs/reference/bundle.md, "Tensors of each graph". Axes: ``batch`` (slots), ``rows`` (token
+positions of one call), ``capacity`` (rows of a cache). A cache is ``key.{i}`` or ``value.{i}`` of a layer,
+``[batch, heads, capacity, head_dim]``; its output has ``.out`` behind the name and lies in the same memory.
 """
 
 from __future__ import annotations
@@ -61,7 +34,7 @@ _FLOAT32 = ("float32",)
 
 
 def drafter_of(manifest: Manifest) -> Drafter:
-    """How a bundle's drafter drafts."""
+    """The drafter of a bundle, which plans its draft steps."""
     kind = DRAFTERS[manifest.drafter.kind]
     return kind(manifest.graphs, samples_from_anchor=manifest.drafter.samples_from_anchor)
 
@@ -88,17 +61,17 @@ def slot_state(target: TargetInfo, drafter: DrafterInfo) -> tuple[StateSpec, ...
 
 
 def state_tensors(graph: str, state: tuple[StateSpec, ...]) -> dict[str, str]:
-    """Inputs of a graph that a slot keeps, and the name of the state that each belongs to."""
+    """Inputs of a graph that a slot keeps between calls: tensor name -> name of its state."""
     return {tensor: kept.name for kept in state if graph in kept.graphs for tensor in kept.tensors}
 
 
 def links(manifest: Manifest) -> tuple[Link, ...]:
-    """Buffers that are handed from graph to graph, caches apart."""
+    """Buffers that one graph writes and another reads, without the caches."""
     return (*_LINKS, *DRAFTERS[manifest.drafter.kind].links)
 
 
 def expected_tensors(graph: str, manifest: Manifest) -> tuple[Tensors, Tensors]:
-    """Inputs and outputs that the contract wants of one graph, for the sizes that the manifest states."""
+    """Inputs and outputs that a graph must have, for the sizes that the manifest states."""
     target, drafter = manifest.target, manifest.drafter
     rows: Shape = ("batch", "rows")
     hidden_size = target.hidden_size

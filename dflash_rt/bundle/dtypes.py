@@ -1,4 +1,4 @@
-"""What the dtypes of a manifest are in numpy and in ONNX."""
+"""The dtypes of a manifest in numpy and in ONNX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUMPY_TYPES: dict[str, type[np.generic]] = {
     "float16": np.float16,
     "bfloat16": np.uint16,
 }
-# The numbers that onnx.TensorProto gives them.
+# Members of onnx.TensorProto.DataType.
 ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 
 
@@ -24,7 +24,7 @@ def item_size(dtype: str) -> int:
 
 
 def as_float32(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
-    """Floats of any of these types by value; a bfloat16's bits are the upper half of a float32's."""
+    """Convert floats of any of these types; a bfloat16's bits are the upper half of a float32's."""
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32, copy=False)

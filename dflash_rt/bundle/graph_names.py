@@ -1,4 +1,4 @@
-"""The names of graphs and of their tensors; contract.py says what each graph takes and gives."""
+"""Names of graphs and of their tensors; contract.py has the inputs and outputs of each graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = [
 ]
 
 REQUIRED_GRAPHS = ("embed", "target", "lm_head", "inject", "draft")
-# What a device does between the models. Bundles that were exported before there was a need lack them.
+# A step that stays on a device needs them. A bundle without them runs on the CPU only.
 STEP_GRAPHS = ("accept", "draft_check")
 _OF_DRAFTERS = (
     name for drafter in DRAFTERS.values() for name in (*drafter.optional_graphs, *drafter.required_graphs)
@@ -34,7 +34,7 @@ def value_name(layer: int) -> str:
 
 
 def output_name(name: str) -> str:
-    """Output name of what a graph takes in and gives back changed: a cache, ``logits``, a ``start``."""
+    """Name of the output that is the changed form of an input: of a cache, ``logits`` or ``start``."""
     return f"{name}.out"
 
 

@@ -25,5 +25,5 @@ BACKEND_OPTION = click.option(
     "backend_options",
     type=JsonPair(),
     multiple=True,
-    help="Option of the backend, like cuda_graph=false. May be repeated; docs/gpu.md has them.",
+    help="Option of the backend, like cuda_graph=false. May be repeated; docs/guide/gpu.md has them.",
 )

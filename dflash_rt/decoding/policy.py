@@ -35,7 +35,6 @@ class FixedWidth:
     widest: int
 
     def choose(self) -> int:
-        """Always :attr:`widest`."""
         return self.widest
 
     def observe(self, width: int, accepted: int, seconds: float | None = None) -> None:

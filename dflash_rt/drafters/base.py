@@ -109,6 +109,8 @@ class Drafter(ABC):
         kind: what the manifest calls it.
         required_graphs: graphs that its bundles have besides those of every bundle.
         optional_graphs: graphs that its bundles may have besides.
+        embed: the graph that embeds the block's token ids.
+        head: the graph that gives the logits of hidden rows, and the best token of each.
         links: see :data:`Link`.
         has_own_vocabulary: whether its head may know fewer tokens than the target's, and whether
             ``samples_from_anchor`` is possible.
@@ -118,6 +120,8 @@ class Drafter(ABC):
     kind: ClassVar[str]
     required_graphs: ClassVar[tuple[str, ...]] = ()
     optional_graphs: ClassVar[tuple[str, ...]] = ()
+    embed: ClassVar[str] = "embed"
+    head: ClassVar[str] = "lm_head"
     links: ClassVar[tuple[Link, ...]] = ()
     has_own_vocabulary: ClassVar[bool] = False
     samples: ClassVar[bool] = False
@@ -136,23 +140,31 @@ class Drafter(ABC):
         """Rows of a draft pass that proposes that many tokens."""
         return num_draft_tokens + self._silent_rows
 
-    @abstractmethod
     def step(self, num_draft_tokens: int) -> tuple[Operation, ...]:
-        """What drafts that many tokens, at least one, once the features of earlier passes are injected."""
+        """Operations that draft so many tokens, at least one, after earlier passes' features are injected."""
+        _, _, operations = self._best(num_draft_tokens)
+        return operations
 
     def graphs(self, num_draft_tokens: int) -> tuple[tuple[str, int], ...]:
         """The graphs that :meth:`step` runs, and the rows of each: what it reads and computes at least."""
         step = self.step(num_draft_tokens)
         return tuple((run.graph, run.rows) for run in step if isinstance(run, GraphRun))
 
-    def _hidden_rows(self, num_draft_tokens: int, embed: str) -> tuple[str, tuple[Operation, ...]]:
-        """Run the block; the buffer in which a hidden row lies for each draft, and the operations."""
-        rows, hidden = self.rows(num_draft_tokens), "draft_hidden"
+    def _best(self, num_draft_tokens: int) -> tuple[str, str, tuple[Operation, ...]]:
+        """Buffers of the hidden rows and of their logits, and the operations up to the best tokens."""
+        rows, hidden, logits = self.rows(num_draft_tokens), "draft_hidden", "draft_logits"
         operations: tuple[Operation, ...] = (
-            GraphRun(embed, rows, "embed", (("input_ids", "draft_ids"),)),
+            GraphRun(self.embed, rows, "embed", (("input_ids", "draft_ids"),)),
             GraphRun("draft", rows, "draft", (("hidden", hidden),)),
         )
-        if not self._silent_rows:
-            return hidden, operations
-        copy = CopyRows(hidden, rows, self._silent_rows, "head_hidden", num_draft_tokens)
-        return "head_hidden", (*operations, copy)
+        if self._silent_rows:
+            operations += (CopyRows(hidden, rows, self._silent_rows, "head_hidden", num_draft_tokens),)
+            hidden = "head_hidden"
+        drafted = ("token_ids", "drafted")
+        names = (("hidden", hidden), ("logits", logits), drafted)
+        operations += (GraphRun(self.head, num_draft_tokens, "draft_head", names),)
+        if "draft_logits" in self._graphs:
+            names = (("logits", logits), ("logits.out", "draft_logits.out"), drafted)
+            operations += (GraphRun("draft_logits", num_draft_tokens, "draft_head", names),)
+            logits = "draft_logits.out"
+        return hidden, logits, (*operations, CheckFinite(logits, num_draft_tokens))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dflash_rt.drafters.base import CheckFinite, Drafter, GraphRun, Link, Operation, Sizes, Tensors
+from dflash_rt.drafters.base import Drafter, Link, Sizes, Tensors
 
 __all__ = ["BlockDrafter"]
 
@@ -18,24 +18,6 @@ class BlockDrafter(Drafter):
 
     @classmethod
     def tensors(cls, sizes: Sizes) -> dict[str, tuple[Tensors, Tensors]]:
-        """``draft_logits``; see :meth:`Drafter.tensors`."""
         logits = ("float32",), ("batch", "rows", sizes.vocab)
         token_ids = ("int64",), ("batch", "rows")
         return {"draft_logits": ({"logits": logits}, {"logits.out": logits, "token_ids": token_ids})}
-
-    def step(self, num_draft_tokens: int) -> tuple[Operation, ...]:
-        """See :meth:`Drafter.step`."""
-        _, _, operations = self._best(num_draft_tokens)
-        return operations
-
-    def _best(self, num_draft_tokens: int) -> tuple[str, str, tuple[Operation, ...]]:
-        """Buffers of the hidden rows and of their logits, and the operations up to the best tokens."""
-        hidden, block = self._hidden_rows(num_draft_tokens, "embed")
-        logits, drafted = "draft_logits", ("token_ids", "drafted")
-        head = (("hidden", hidden), ("logits", logits), drafted)
-        operations = (*block, GraphRun("lm_head", num_draft_tokens, "draft_head", head))
-        if "draft_logits" in self._graphs:
-            names = (("logits", logits), ("logits.out", "draft_logits.out"), drafted)
-            operations += (GraphRun("draft_logits", num_draft_tokens, "draft_head", names),)
-            logits = "draft_logits.out"
-        return hidden, logits, (*operations, CheckFinite(logits, num_draft_tokens))

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dflash_rt.drafters.base import (
-    FLOAT_DTYPES,
-    CheckFinite,
-    Drafter,
-    GraphRun,
-    Link,
-    Operation,
-    Sizes,
-    Tensors,
-)
+from dflash_rt.drafters.base import FLOAT_DTYPES, Drafter, Link, Sizes, Tensors
 
 __all__ = ["OwnVocabularyDrafter"]
 
@@ -23,6 +14,8 @@ class OwnVocabularyDrafter(Drafter):
 
     kind: ClassVar[str] = "speculators"
     required_graphs: ClassVar[tuple[str, ...]] = ("draft_embed", "draft_lm_head")
+    embed: ClassVar[str] = "draft_embed"
+    head: ClassVar[str] = "draft_lm_head"
     links: ClassVar[tuple[Link, ...]] = (
         ("draft_embed", "embeddings", "draft", "embeddings"),
         ("draft", "hidden", "draft_lm_head", "hidden"),
@@ -31,7 +24,6 @@ class OwnVocabularyDrafter(Drafter):
 
     @classmethod
     def tensors(cls, sizes: Sizes) -> dict[str, tuple[Tensors, Tensors]]:
-        """``draft_embed`` and ``draft_lm_head``; see :meth:`Drafter.tensors`."""
         ids = ("int64",), ("batch", "rows")
         row = FLOAT_DTYPES, ("batch", "rows", sizes.hidden)
         logits = ("float32",), ("batch", "rows", sizes.own_vocab)
@@ -39,13 +31,3 @@ class OwnVocabularyDrafter(Drafter):
             "draft_embed": ({"input_ids": ids}, {"embeddings": row}),
             "draft_lm_head": ({"hidden": row}, {"logits": logits, "token_ids": ids}),
         }
-
-    def step(self, num_draft_tokens: int) -> tuple[Operation, ...]:
-        """See :meth:`Drafter.step`."""
-        hidden, block = self._hidden_rows(num_draft_tokens, "draft_embed")
-        names = (("hidden", hidden), ("logits", "draft_logits"), ("token_ids", "drafted"))
-        return (
-            *block,
-            GraphRun("draft_lm_head", num_draft_tokens, "draft_head", names),
-            CheckFinite("draft_logits", num_draft_tokens),
-        )

@@ -20,7 +20,6 @@ class SelectorDrafter(BlockDrafter):
 
     @classmethod
     def tensors(cls, sizes: Sizes) -> dict[str, tuple[Tensors, Tensors]]:
-        """``select``, and what a block drafter has; see :meth:`Drafter.tensors`."""
         per_candidate = "batch", "rows", sizes.candidates
         inputs: Tensors = {
             "hidden": (FLOAT_DTYPES, ("batch", "rows", sizes.hidden)),
@@ -37,7 +36,6 @@ class SelectorDrafter(BlockDrafter):
         return {**super().tensors(sizes), "select": (inputs, outputs)}
 
     def step(self, num_draft_tokens: int) -> tuple[Operation, ...]:
-        """See :meth:`Drafter.step`."""
         hidden, logits, operations = self._best(num_draft_tokens)
         names = (("hidden", hidden), ("logits", logits), ("token_ids", "drafted"))
         return (*operations, GraphRun("select", num_draft_tokens, "draft_head", names))

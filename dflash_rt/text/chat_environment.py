@@ -42,7 +42,6 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.globals["dict"] = _Dict()
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        """Called for ``*`` and ``**``."""
         if operator == "**" and _bits(left) * abs(right if isinstance(right, int) else 1) > _MAX_NUMBER_BITS:
             raise OverflowError("the template computes a number that is too large")
         if operator == "*" and _bits(left) + _bits(right) > _MAX_NUMBER_BITS:
@@ -93,7 +92,6 @@ class _Dict:
         return dict(*args, **kwargs)
 
     def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
-        """As ``dict.fromkeys``."""
         return dict.fromkeys(keys, value)
 
 

@@ -1,5 +1,1 @@
-"""ONNX Runtime on the CPU, graph by graph.
-
-- ``backend``: :class:`OnnxRuntimeBackend`.
-- ``sessions``: its ONNX Runtime sessions, one for each graph.
-"""
+"""ONNX Runtime on the CPU, graph by graph: ``backend.OnnxRuntimeBackend``."""

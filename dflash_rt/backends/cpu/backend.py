@@ -32,8 +32,8 @@ import onnxruntime as ort
 
 from dflash_rt.arrays import FloatArray, IntArray
 from dflash_rt.backends.base import Backend, Inject, StepOutput
-from dflash_rt.backends.cpu.sessions import load_sessions
 from dflash_rt.backends.host_arrays import HostBuffer, check_finite
+from dflash_rt.backends.onnxruntime_session import open_graph, require_fused, run_bound
 from dflash_rt.backends.state import make_states
 from dflash_rt.bundle.contract import drafter_of, state_tensors
 from dflash_rt.bundle.dtypes import NUMPY_TYPES, ONNX_TYPES
@@ -97,13 +97,8 @@ class OnnxRuntimeBackend(Backend):
                 expected="a quantised bundle whose activations are rounded",
                 remedy="leave it out: plain steps are as fast as they can be, and equal to drafted ones",
             )
-        if fused and bundle.fused_path("target") is None:
-            raise BackendError(
-                "the bundle has no fused target",
-                found=f"{manifest.target.model_type} in {manifest.precision}",
-                expected="an fp32 target of a form that can be fused (docs/reference/bundle.md)",
-                remedy="leave fused out: it is used wherever it is there",
-            )
+        if fused:
+            require_fused(bundle, on_gpu=False)
         # What kept step costs are told apart by.
         self.name = "onnxruntime" + ("-fast-plain" if fast_plain else "")
         if manifest.quantization is not None and not integer_activations:
@@ -123,9 +118,14 @@ class OnnxRuntimeBackend(Backend):
         }
         self._owners = {name: state_tensors(name, manifest.state) for name in self._graphs}
         self._states_of = {name: dict.fromkeys(owners.values()) for name, owners in self._owners.items()}
-        self._sessions = load_sessions(
-            bundle, self._graphs, threads=threads, fused=fused, integer_activations=integer_activations
-        )
+        if integer_activations:
+            config = {"session.qdq_matmulnbits_accuracy_level": "4"}  # int8
+        else:
+            config = {"session.disable_quant_qdq": "1"}  # constants are folded
+        self._sessions = {
+            name: open_graph(bundle, name, fused=fused is not False, threads=threads, config=config)
+            for name in self._graphs
+        }
         self._batch = 1
         # A prompt isn't longer than max_seq_len, whatever a chunk may be, nor is what waits to be injected.
         chunk = min(manifest.limits.prefill_chunk, manifest.limits.max_seq_len)
@@ -133,7 +133,6 @@ class OnnxRuntimeBackend(Backend):
         self._allocate()
 
     def share_weights(self) -> OnnxRuntimeBackend:
-        """Another backend on the same sessions; see the protocol."""
         other = copy.copy(self)
         other._sessions = dict(self._sessions)
         other._allocate()
@@ -188,7 +187,6 @@ class OnnxRuntimeBackend(Backend):
         self._grow(min(-(-wanted // _BUCKET) * _BUCKET, self._limit))
 
     def prefill(self, token_ids: IntArray, start: IntArray, *, inject: bool) -> IntArray:
-        """Feed prompt rows; see the protocol."""
         batch, rows = token_ids.shape
         for state in self._states.values():
             state.restart(start == 0)
@@ -207,7 +205,6 @@ class OnnxRuntimeBackend(Backend):
         inject: Inject | None,
         sampling: DraftSampling | None = None,
     ) -> StepOutput:
-        """Run inject, draft and verify; see the protocol."""
         batch = anchors.shape[0]
         block = np.full((batch, verify_len), self._mask_token_id, np.int64)
         block[:, 0] = anchors
@@ -231,7 +228,6 @@ class OnnxRuntimeBackend(Backend):
         return self._buffers["logits"].view(*self._head_shape)
 
     def clear(self) -> None:
-        """Zero caches and buffers."""
         for state in self._states.values():
             state.clear()
         # Features of a failed step must not be injected by the next sequence either.
@@ -239,7 +235,6 @@ class OnnxRuntimeBackend(Backend):
             buffer.clear()
 
     def close(self) -> None:
-        """Free sessions and memory."""
         self._bindings.clear()
         self._sessions.clear()
         self._states.clear()
@@ -311,17 +306,8 @@ class OnnxRuntimeBackend(Backend):
         binding = self._bindings.get((run, batch))
         if binding is None:
             binding = self._bindings[run, batch] = self._bind(run, batch)
-        session = self._sessions[run.graph]
         begin = time.perf_counter()
-        try:
-            session.run_with_iobinding(binding)
-        except Exception as error:  # ONNX Runtime's own classes share no public base
-            raise BackendError(
-                f"ONNX Runtime failed in graph {run.graph}",
-                found=str(error),
-                expected=f"a run of {batch} x {run.rows} rows",
-                remedy="check the bundle with `dflash-export inspect`; if it is whole, report this",
-            ) from error
+        run_bound(self._sessions[run.graph], run.graph, binding, f"{batch} x {run.rows} rows")
         seconds = time.perf_counter() - begin
         self._stage_seconds[run.stage] = self._stage_seconds.get(run.stage, 0.0) + seconds
 

@@ -181,7 +181,6 @@ class DeviceBackend(Backend):
     # --- Passes ---
 
     def prefill(self, token_ids: IntArray, start: IntArray, *, inject: bool) -> IntArray:
-        """Feed prompt rows; see the protocol."""
         self._forget()
         at = int(start.max())
         self._check_room(at + token_ids.shape[1])
@@ -223,7 +222,6 @@ class DeviceBackend(Backend):
         return StepOutput(output.drafted, output.verified, self._proposal(verify_len - 1))
 
     def launch(self, verify_len: int, anchors: IntArray | None = None, start: IntArray | None = None) -> None:
-        """Enqueue a greedy step; see the protocol."""
         if len(self._launched) >= _DEPTH:
             raise BackendError(
                 "too many steps were launched",
@@ -255,7 +253,6 @@ class DeviceBackend(Backend):
             self._furthest += verify_len
 
     def collect(self) -> StepOutput:
-        """Read the oldest step that was launched; see the protocol."""
         with self._timed():
             launched = self._launched.popleft()
             readback, verify_len = self._wait(launched), launched.verify_len
@@ -266,7 +263,6 @@ class DeviceBackend(Backend):
         return StepOutput(readback.rows("block", verify_len)[:, 1:], readback.rows("token_ids", verify_len))
 
     def logits(self) -> FloatArray:
-        """A copy; see the protocol."""
         rows = self._logit_rows
         if not rows:
             raise BackendError(
@@ -289,7 +285,6 @@ class DeviceBackend(Backend):
         self._write_constants()
 
     def close(self) -> None:
-        """Free everything."""
         self._device.drain()
         runner: Runner | None = getattr(self, "_runner", None)  # none if loading failed
         if runner is not None:

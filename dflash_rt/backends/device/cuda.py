@@ -79,14 +79,12 @@ class CudaDevice:
         return int(self.check("cudaMemGetInfo"))  # and the total
 
     def allocate(self, nbytes: int) -> int:
-        """Zeroed memory; see the protocol."""
         address = int(self.check("cudaMalloc", nbytes))
         self._memory.append(address)
         self.zero(address, nbytes)
         return address
 
     def pinned(self, nbytes: int) -> Bytes:
-        """Page-locked memory; see the protocol."""
         address = int(self.check("cudaHostAlloc", nbytes, self._runtime.cudaHostAllocDefault))
         self._pinned.append(address)
         array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
@@ -94,19 +92,16 @@ class CudaDevice:
         return array
 
     def upload(self, address: int, source: Bytes) -> None:
-        """Enqueue; see the protocol."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.check("cudaMemcpyAsync", address, source.ctypes.data, source.nbytes, kind, self.handle)
 
     def download(self, target: Bytes, address: int) -> None:
-        """Enqueue; see the protocol."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.check("cudaMemcpyAsync", target.ctypes.data, address, target.nbytes, kind, self.handle)
 
     def copy(
         self, source: int, source_pitch: int, target: int, target_pitch: int, width: int, height: int
     ) -> None:
-        """Enqueue; see the protocol."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         if height == 1:  # a pitch has a limit of its own, and isn't needed
             self.check("cudaMemcpyAsync", target, source, width, kind, self.handle)
@@ -124,7 +119,6 @@ class CudaDevice:
             )
 
     def zero(self, address: int, nbytes: int) -> None:
-        """Enqueue; see the protocol."""
         self.check("cudaMemsetAsync", address, 0, nbytes, self.handle)
 
     def call(self, work: Work) -> None:
@@ -132,7 +126,6 @@ class CudaDevice:
         work()
 
     def capture(self, record: Work) -> Captured:
-        """Capture the stream, and make an executable graph; see the protocol."""
         modes = self._runtime.cudaStreamCaptureMode
         # Relaxed: ONNX Runtime's arena may still ask for memory, which the other modes forbid. The graph may
         # use it: an arena keeps what it got, and the stream runs one thing at a time.
@@ -152,7 +145,6 @@ class CudaDevice:
         return _Graph(self, executable)
 
     def record_event(self) -> Event:
-        """Record an event."""
         if self._idle_events:
             handle = self._idle_events.pop()
         else:
@@ -163,7 +155,6 @@ class CudaDevice:
         return event
 
     def wait(self, event: Event) -> None:
-        """Wait for an event."""
         assert isinstance(event, _CudaEvent)
         self.check("cudaEventSynchronize", event.handle)
 

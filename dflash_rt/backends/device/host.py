@@ -35,7 +35,6 @@ class Recorded:
     work: tuple[Work, ...]
 
     def launch(self) -> None:
-        """Enqueue it."""
         self.queue.extend(self.work)
 
 
@@ -56,7 +55,6 @@ class HostDevice:
         return None if self._limit is None else self._limit - sum(array.nbytes for array in self._memory)
 
     def allocate(self, nbytes: int) -> int:
-        """Zeroed memory; see the protocol."""
         free = self.free_bytes()
         if free is not None and nbytes > free:
             raise BackendError(
@@ -74,17 +72,14 @@ class HostDevice:
         return np.zeros(nbytes, np.uint8)
 
     def upload(self, address: int, source: Bytes) -> None:
-        """Enqueue; see the protocol."""
         self._add(lambda: _move(address, source.ctypes.data, source.nbytes))
 
     def download(self, target: Bytes, address: int) -> None:
-        """Enqueue; see the protocol."""
         self._add(lambda: _move(target.ctypes.data, address, target.nbytes))
 
     def copy(
         self, source: int, source_pitch: int, target: int, target_pitch: int, width: int, height: int
     ) -> None:
-        """Enqueue; see the protocol."""
 
         def work() -> None:
             for index in range(height):
@@ -93,15 +88,12 @@ class HostDevice:
         self._add(work)
 
     def zero(self, address: int, nbytes: int) -> None:
-        """Enqueue; see the protocol."""
         self._add(lambda: _zero(address, nbytes))
 
     def call(self, work: Work) -> None:
-        """Enqueue; see the protocol."""
         self._add(work)
 
     def capture(self, record: Work) -> Captured:
-        """Record; see the protocol."""
         recorded: list[Work] = []
         self._recording = recorded
         try:
@@ -111,7 +103,6 @@ class HostDevice:
         return Recorded(self._queue, tuple(recorded))
 
     def record_event(self) -> Event:
-        """Enqueue an event."""
         event = _HostEvent()
         self._add(event)
         return event
@@ -131,7 +122,6 @@ class HostDevice:
         self._queue.clear()
 
     def close(self) -> None:
-        """Forget everything."""
         self._queue.clear()
         self._memory.clear()
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import onnxruntime as ort
 
 from dflash_rt.backends.device.plan import Run
 from dflash_rt.backends.device.protocols import Device, Work
+from dflash_rt.backends.onnxruntime_session import open_graph, require_fused, run_bound
 from dflash_rt.bundle.dtypes import ONNX_TYPES
 from dflash_rt.bundle.onnx_scan import weight_bytes
 from dflash_rt.errors import BackendError
@@ -30,14 +34,8 @@ class OnnxRuntimeEngines:
     def __init__(
         self, bundle: Bundle, *, cuda: bool, threads: int | None = None, fused: bool = False
     ) -> None:
-        if fused and bundle.fused_path("target", on_gpu=cuda) is None:
-            raise BackendError(
-                f"the bundle has no fused target for a {'GPU' if cuda else 'CPU'}",
-                found=f"{bundle.manifest.target.model_type} in {bundle.manifest.precision}",
-                expected=f"a target in {'fp16 or bf16' if cuda else 'fp32'} of a form that can be fused "
-                "(docs/reference/bundle.md)",
-                remedy="leave the option fused out, or build the bundle in that precision",
-            )
+        if fused:
+            require_fused(bundle, on_gpu=cuda)
         self._fused = fused
         self._bundle = bundle
         self._cuda = cuda
@@ -54,63 +52,41 @@ class OnnxRuntimeEngines:
         return 0
 
     def prepare(self, run: Run, address: Callable[[str], int], scratch: int) -> Work:
-        """Bind every tensor; see the protocol."""
-        import onnxruntime as ort
-
         session = self._sessions[run.graph]
         binding = session.io_binding()
         place = "cuda" if self._cuda else "cpu"
-        for item in run.inputs:
-            binding.bind_input(
-                item.tensor, place, 0, ONNX_TYPES[item.dtype], item.shape, address(item.buffer)
-            )
-        for item in run.outputs:
-            binding.bind_output(
-                item.tensor, place, 0, ONNX_TYPES[item.dtype], item.shape, address(item.buffer)
-            )
+        for bind, items in ((binding.bind_input, run.inputs), (binding.bind_output, run.outputs)):
+            for item in items:
+                bind(item.tensor, place, 0, ONNX_TYPES[item.dtype], item.shape, address(item.buffer))
         options = ort.RunOptions()
         if self._cuda:
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             options.add_run_config_entry("gpu_graph_id", "-1")  # no capture by ONNX Runtime itself
-
-        def work() -> None:
-            try:
-                session.run_with_iobinding(binding, options)
-            except Exception as error:  # ONNX Runtime's own classes share no public base
-                raise BackendError(
-                    f"ONNX Runtime failed in graph {run.graph}",
-                    found=str(error),
-                    expected="a run over "
-                    + ", ".join(f"{item.tensor} {item.shape}" for item in run.inputs[:2]),
-                    remedy="check the bundle with `dflash-export inspect`; if it is whole, report this",
-                ) from error
-
-        return work
+        shapes = ", ".join(f"{item.tensor} {item.shape}" for item in run.inputs[:2])
+        return partial(run_bound, session, run.graph, binding, shapes, options)
 
     def require_capturable(self) -> None:
         """ONNX Runtime doesn't tell."""
 
     def close(self) -> None:
-        """Drop the sessions."""
         self._sessions.clear()
 
     def _load(self, graph: str, device: Device) -> Any:
-        from dflash_rt.backends.onnxruntime_session import open_session
-
-        path = self._bundle.fused_path(graph, on_gpu=self._cuda) if self._fused else None
-        lookup = self._bundle.manifest.graphs[graph].is_lookup
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._cuda:
             cuda = {"device_id": "0", "user_compute_stream": str(device.stream)}
-            # Graphs are captured by us, and still it has to think that it does. Otherwise it frees pinned
-            # buffers in callbacks on the stream, which a captured graph would call again at each launch, and
-            # which end the process when they outlive the session. Its own arena only grows by what is asked.
+            # The backend captures graphs, and ONNX Runtime has to believe that it does so itself. Otherwise
+            # it frees pinned buffers in callbacks on the stream, which a captured graph would call again at
+            # each launch, and which end the process when they outlive the session. Its own arena grows by
+            # what is asked for.
             cuda |= {"enable_cuda_graph": "1", "arena_extend_strategy": "kSameAsRequested"}
             providers.insert(0, ("CUDAExecutionProvider", cuda))
-        session = open_session(
+        session = open_graph(
+            self._bundle,
             graph,
-            path or self._bundle.graph_path(graph),
-            threads=1 if lookup else self._threads,
+            fused=self._fused,
+            on_gpu=self._cuda,
+            threads=self._threads,
             config={},
             providers=providers,
             # Errors alone: each load warns that shapes are computed on the CPU. They are the same in each run

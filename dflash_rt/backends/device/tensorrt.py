@@ -80,7 +80,6 @@ class TensorRTEngines:
         return self._scratch_bytes
 
     def prepare(self, run: Run, address: Callable[[str], int], scratch: int) -> Work:
-        """A context for one graph and shape, with every tensor bound; see the protocol."""
         context = self._new_context(run.graph)
         if context is None:
             raise self._failed(f"no execution context for {run.graph}")
@@ -104,7 +103,6 @@ class TensorRTEngines:
         return work
 
     def require_capturable(self) -> None:
-        """Ask each context once; see the protocol."""
         while self._unasked:
             graph, context = self._unasked.pop()
             asked = getattr(context, "is_stream_capturable", None)  # not in every version
