@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, cast
+from typing import Annotated, Any, Literal, TypeAlias
 
 from dflash_rt.bundle.folder import Bundle
 from dflash_rt.bundle.manifest import (
@@ -27,7 +27,17 @@ from dflash_rt.bundle.manifest import (
     Text,
     UtcTime,
 )
-from dflash_rt.bundle.schema import Bounds, Pattern, Problems, dump_json, parse_json, plain, read, shown
+from dflash_rt.bundle.schema import (
+    Bounds,
+    Broken,
+    Pattern,
+    Problems,
+    dump_json,
+    load,
+    parse_json,
+    plain,
+    shown,
+)
 from dflash_rt.errors import EngineError
 
 __all__ = [
@@ -143,21 +153,9 @@ class EngineSet:
     @classmethod
     def from_json(cls, text: str) -> EngineSet:
         """Read and check a record. Raises EngineError naming every problem."""
-        if len(text) > MAX_BYTES:
-            raise EngineError(
-                f"{ENGINES_NAME} is too large",
-                found=f"{len(text)} characters",
-                expected=f"at most {MAX_BYTES} bytes",
-                remedy=_REMEDY,
-            )
-        document = parse_json(text, ENGINES_NAME, _REMEDY, EngineError)
+        document = parse_json(text, ENGINES_NAME, _REMEDY, EngineError, max_bytes=MAX_BYTES)
         _check_version(document)
-        problems = Problems(ENGINES_NAME, _REMEDY, EngineError)
-        engines = cast(EngineSet, read(cls, document, "", problems))
-        problems.raise_if_any()
-        _check(engines, problems)
-        problems.raise_if_any()
-        return engines
+        return load(cls, document, Problems(ENGINES_NAME, _REMEDY, EngineError), _broken_rules)
 
     def to_json(self) -> str:
         """JSON text that :meth:`from_json` reads back as an equal record, or EngineError."""
@@ -188,25 +186,23 @@ def _check_version(document: Any) -> None:
         )
 
 
-def _check(engines: EngineSet, problems: Problems) -> None:
+def _broken_rules(engines: EngineSet) -> Iterator[Broken]:
     """Rules between fields."""
     if engines.files.keys() != engines.engines.keys():
-        problems.add("files", ", ".join(engines.files), "one file for each of engines")
+        yield "files", ", ".join(engines.files), "one file for each of engines"
     if not engines.build.compute_capabilities:
-        problems.add("build.compute_capabilities", "an empty list", "at least one")
+        yield "build.compute_capabilities", "an empty list", "at least one"
     for graph, spec in engines.engines.items():
         if spec.capacity not in (None, engines.limits.capacity):
-            problems.add(
-                f"engines.{graph}.capacity", str(spec.capacity), f"{engines.limits.capacity} or null"
-            )
+            expected = f"{engines.limits.capacity} or null"
+            yield f"engines.{graph}.capacity", str(spec.capacity), expected
         if not spec.profiles:
-            problems.add(f"engines.{graph}.profiles", "an empty list", "at least one")
+            yield f"engines.{graph}.profiles", "an empty list", "at least one"
         for i, profile in enumerate(spec.profiles):
-            for axis in ("batch", "rows"):
-                sizes: AxisRange = getattr(profile, axis)
+            for axis, sizes in (("batch", profile.batch), ("rows", profile.rows)):
                 if not sizes.min <= sizes.opt <= sizes.max:
                     where = f"engines.{graph}.profiles[{i}].{axis}"
-                    problems.add(where, f"{sizes.min}, {sizes.opt}, {sizes.max}", "min <= opt <= max")
+                    yield where, f"{sizes.min}, {sizes.opt}, {sizes.max}", "min <= opt <= max"
 
 
 def read_engines(folder: Path) -> EngineSet:

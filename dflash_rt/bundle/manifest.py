@@ -11,12 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 from dflash_rt.bundle.graph_names import GRAPH_NAMES
-from dflash_rt.bundle.schema import (
-    Bounds,
-    OneOf,
-    Pattern,
-    Range,
-)
+from dflash_rt.bundle.schema import Bounds, OneOf, Pattern, Range
 from dflash_rt.drafters import DRAFTERS
 
 __all__ = [
@@ -49,7 +44,6 @@ FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 REPORTS_FOLDER = "reports"
 ENGINES_FOLDER = "engines"
-
 
 DType: TypeAlias = Literal["int64", "float32", "float16", "bfloat16", "bool"]
 JsonScalar: TypeAlias = str | int | float | bool | None
@@ -156,11 +150,6 @@ class DrafterInfo:
         """Whether all layers slide: the caches then hold a window, and row 0 of them is at an ``offset``."""
         return set(self.layer_types) == {"sliding_attention"}
 
-    @property
-    def draft_length(self) -> int:
-        """Tokens that one whole block proposes: every row but the anchor."""
-        return self.block_size - 1
-
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -188,6 +177,10 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     aliases: Mapping[str, str]
+
+    def tensor(self, name: str) -> TensorSpec:
+        """The input or output of that name."""
+        return next(tensor for tensor in (*self.inputs, *self.outputs) if tensor.name == name)
 
     @property
     def is_lookup(self) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from dflash_rt.bundle.manifest import FORMAT, FORMAT_VERSION, Manifest
-from dflash_rt.bundle.rules import check_manifest
-from dflash_rt.bundle.schema import Problems, dump_json, parse_json, plain, read, shown
+from dflash_rt.bundle.rules import broken_rules
+from dflash_rt.bundle.schema import Problems, dump_json, load, parse_json, plain, shown
 from dflash_rt.errors import ManifestError
 
 __all__ = ["MAX_MANIFEST_BYTES", "manifest_json", "read_manifest"]
@@ -19,24 +19,12 @@ def read_manifest(text: str) -> Manifest:
 
     Raises:
         ManifestError: it is not JSON, of another format or version, or breaks a rule of
-            docs/reference/bundle.md.
-            All broken rules are reported together; rules between fields wait until each is readable.
+            docs/reference/bundle.md. All broken rules are reported together; rules between fields are
+            checked once each field is readable.
     """
-    if len(text) > MAX_MANIFEST_BYTES:
-        raise ManifestError(
-            "manifest.json is too large",
-            found=f"{len(text)} characters",
-            expected=f"at most {MAX_MANIFEST_BYTES} bytes",
-            remedy="check that this is a bundle's manifest",
-        )
-    document = parse_json(text)
+    document = parse_json(text, max_bytes=MAX_MANIFEST_BYTES)
     _check_format(document)
-    problems = Problems()
-    manifest = cast(Manifest, read(Manifest, document, "", problems))
-    problems.raise_if_any()
-    check_manifest(manifest, problems)
-    problems.raise_if_any()
-    return manifest
+    return load(Manifest, document, Problems(), broken_rules)
 
 
 def manifest_json(manifest: Manifest) -> str:

@@ -14,13 +14,14 @@ import re
 import types
 import typing
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from dflash_rt.errors import DFlashError, ManifestError
 
 __all__ = [
     "Bounds",
+    "Broken",
     "Check",
     "OneOf",
     "Pattern",
@@ -28,11 +29,17 @@ __all__ = [
     "Range",
     "child",
     "dump_json",
+    "load",
     "parse_json",
     "plain",
     "read",
     "shown",
 ]
+
+Broken: TypeAlias = tuple[str, str, str]
+"""A broken rule: JSON path, what was found there, what was expected."""
+
+T = TypeVar("T")
 
 MAX_STRING = 4096
 _MAX_REPORTED = 20
@@ -44,11 +51,11 @@ _INVALID = object()
 
 @runtime_checkable
 class Check(Protocol):
-    """A limit in an ``Annotated`` type. Other metadata of such a type is its reader's own."""
+    """A limit in an ``Annotated`` type. Metadata of other classes is ignored here."""
 
     @property
     def expected(self) -> str:
-        """What a good value looks like, for messages and for docs/reference/bundle.md."""
+        """A good value in words, for messages and for docs/reference/bundle.md."""
 
     def accepts(self, value: Any) -> bool:
         """True if the value, already of the right type, is within the limit."""
@@ -110,12 +117,12 @@ class OneOf:
 
 
 class Problems:
-    """Collects what is wrong, so that one error can report it all."""
+    """Collects the problems of a document, so that one error can report all of them."""
 
     def __init__(
         self, document: str = "manifest.json", remedy: str = _REMEDY, error: type[DFlashError] = ManifestError
     ) -> None:
-        self._items: list[tuple[str, str, str]] = []
+        self._items: list[Broken] = []
         self._document, self._remedy, self._error = document, remedy, error
 
     def __len__(self) -> int:
@@ -140,7 +147,7 @@ class Problems:
 
 
 def shown(value: object) -> str:
-    """A short, printable picture of any value for an error message."""
+    """Any value in at most 100 printable characters, for an error message."""
     if isinstance(value, Mapping):
         return f"an object with {len(value)} keys"
     if isinstance(value, list | tuple):
@@ -164,12 +171,17 @@ def parse_json(
     document: str = "manifest.json",
     remedy: str = _REMEDY,
     error: type[DFlashError] = ManifestError,
+    *,
+    max_bytes: int = 2**63,
 ) -> Any:
     """Parse JSON text without the leniencies of :func:`json.loads`.
 
-    Raises the document's error (default: ManifestError) for malformed text, repeated keys, NaN, infinities,
-    and nesting or numbers that are too large to read.
+    Raises the document's error (default: ManifestError) for malformed or too long text, repeated keys, NaN,
+    infinities, and nesting or numbers that are too large to read.
     """
+    if len(text) > max_bytes:
+        found, expected = f"{len(text)} characters", f"at most {max_bytes} bytes"
+        raise error(f"{document} is too large", found=found, expected=expected, remedy=remedy)
     try:
         return json.loads(
             text,
@@ -228,6 +240,19 @@ def read(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
     }
     default = _read_object if dataclasses.is_dataclass(annotation) else _read_scalar
     return readers.get(typing.get_origin(annotation), default)(annotation, value, path, problems)
+
+
+def load(cls: type[T], document: Any, problems: Problems, rules: Callable[[T], Iterable[Broken]]) -> T:
+    """Read a parsed document as ``cls``, then check ``rules`` between its fields.
+
+    Raises the error of ``problems`` with every wrong field, or else with every broken rule.
+    """
+    loaded: T = read(cls, document, "", problems)
+    problems.raise_if_any()
+    for broken in rules(loaded):
+        problems.add(*broken)
+    problems.raise_if_any()
+    return loaded
 
 
 def _refuse(problems: Problems, path: str, value: object, expected: str) -> object:
@@ -346,7 +371,7 @@ def plain(value: Any) -> Any:
 
 
 def dump_json(value: Any, indent: str = "") -> str:
-    """JSON in which whatever fits stays on one line: a tensor is a line, not seven."""
+    """JSON in which a value that fits into a line stays on one: a tensor is a line, not seven."""
     line = json.dumps(value, ensure_ascii=False, allow_nan=False)
     if not isinstance(value, dict | list) or len(indent) + len(line) <= 110:
         return line

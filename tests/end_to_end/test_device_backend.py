@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_rt import Bundle, Generator, SamplingParams
+from dflash_rt.backends.base import Inject
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.backends.device.backend import DeviceBackend, DeviceOptions
 from dflash_rt.backends.device.host import HostDevice
@@ -28,6 +29,7 @@ from dflash_rt.cli.main import main
 from dflash_rt.decoding.loop import decode
 from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.errors import BackendError, NumericalError
+from dflash_rt.sampling.greedy import accept_greedy
 from tests.end_to_end.device_pairs import (
     CHUNK,
     LENGTH,
@@ -190,6 +192,32 @@ def test_too_many_launches_are_refused(bundle: Bundle) -> None:
         backend.logits()
     backend.collect()
     assert backend.logits().shape == (1, 2, 6)
+
+
+def test_a_restart_while_steps_run_ahead(bundle: Bundle, expected: OnnxRuntimeBackend) -> None:
+    """The step takes anchor and start from the call, not from the device; the next one goes on from there."""
+    backend = on_device(bundle)
+    backend.warm_up([4])
+    assert backend._runner.is_warm(4, inject=True)  # captured, compared and trusted
+    prompt = np.array([PROMPT[:CHUNK]])
+    for anchor, start in ((2, CHUNK), (5, CHUNK - 3), (0, 1)):
+        at, anchors = np.array([start]), np.array([anchor])
+        for each in (backend, expected):
+            each.prefill(prompt, np.array([0]), inject=True)
+        backend.launch(4, np.array([1]), np.array([CHUNK]))
+        backend.launch(4)
+        backend.collect()
+        backend.launch(4, anchors, at)  # the step before it isn't read
+        backend.launch(4)
+        wanted = expected.step(anchors, at, verify_len=4, inject=None)
+        accepted = int(accept_greedy(wanted.drafted, wanted.verified)[0])
+        following = expected.step(
+            wanted.verified[:, accepted], at + accepted + 1, verify_len=4, inject=Inject(at, 4)
+        )
+        for right in (wanted, following):
+            found = backend.collect()
+            assert np.array_equal(found.drafted, right.drafted)
+            assert np.array_equal(found.verified, right.verified)
 
 
 # --- Few runs and few graphs ---

@@ -1,1 +1,4 @@
-"""ONNX Runtime on the CPU, graph by graph: ``backend.OnnxRuntimeBackend``."""
+"""ONNX Runtime on the CPU, graph by graph.
+
+- ``backend``: :class:`OnnxRuntimeBackend`.
+"""

@@ -315,9 +315,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _make_buffers(self, rows: int) -> dict[str, HostBuffer]:
         def make(graph: str, tensor: str, max_rows: int) -> HostBuffer:
-            spec = self._graphs[graph]
-            (found,) = (t for t in (*spec.inputs, *spec.outputs) if t.name == tensor)
-            return HostBuffer(found, self._batch, max_rows)
+            return HostBuffer(self._graphs[graph].tensor(tensor), self._batch, max_rows)
 
         block = self._block_size
         buffers = {

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
-from dflash_rt.backends.device.plan import (
-    Binding,
-    Buffer,
-    BufferKind,
-    Copy,
-    Layout,
-    Operation,
-    Run,
-)
+from dflash_rt.backends.device.plan import Binding, Buffer, BufferKind, Copy, Layout, Operation, Run
 from dflash_rt.bundle.contract import drafter_of, state_tensors
 from dflash_rt.bundle.dtypes import item_size
 from dflash_rt.bundle.graph_names import STEP_GRAPHS
@@ -150,7 +143,7 @@ class Planner:
     ) -> Copy:
         """``rows`` rows from ``begin`` on of a tensor of ``of`` rows, to row ``at`` of one of ``into``."""
         buffer = self.layout.buffers[source]
-        row = item_size(buffer.dtype) * _product(buffer.shape[2:])
+        row = item_size(buffer.dtype) * prod(buffer.shape[2:])
         return Copy(
             source, begin * row, of * row, target, at * row, into * row, rows * row, height=self._batch
         )
@@ -202,8 +195,7 @@ class Planner:
     def _buffer(
         self, graph: str, tensor: str, rows: int, name: str = "", kind: BufferKind = "activation"
     ) -> Buffer:
-        spec = self._graphs[graph]
-        (found,) = (each for each in (*spec.inputs, *spec.outputs) if each.name == tensor)
+        found = self._graphs[graph].tensor(tensor)
         shape = found.sized(batch=self._batch, rows=rows, capacity=self.capacity)
         return Buffer(name or tensor, found.dtype, shape, kind)
 
@@ -215,10 +207,3 @@ def _prefill_rows(chunk: int, block_size: int) -> tuple[int, ...]:
         sizes.append(size)
         size *= 2
     return (*sizes, chunk)
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

@@ -36,7 +36,6 @@ def test_a_valid_manifest_is_read_as_it_is() -> None:
     manifest = read(manifest_document())
     assert manifest.target.num_layers == 3
     assert manifest.drafter.feature_layers == (0, 2)
-    assert manifest.drafter.draft_length == 3
     assert manifest.drafter.source.revision is None
     assert manifest.graphs["target"].aliases["value.2.out"] == "value.2"
     assert manifest.graphs["embed"].inputs[0].shape == ("batch", "rows")
