@@ -321,7 +321,7 @@ def test_bench_refuses_a_baseline_with_another_vocabulary(bundle: Bundle, tmp_pa
     make_drafter(tmp_path / "drafter", drafter_config(spec))
     other = make_plain(tmp_path, tmp_path / "bundle")
     with pytest.raises(RequestError, match="another vocabulary"):
-        run_bench(bundle, prompts=[PROMPT], beside=other, max_new_tokens=4)
+        run_bench(bundle, prompts=[PROMPT], baseline=other, max_new_tokens=4)
 
 
 def test_verify_judges_graphs_and_loop(pair: Path, bundle: Bundle) -> None:
