@@ -18,7 +18,7 @@ import torch
 from dflash_export.drafters.graphs import trace_drafter
 from dflash_export.graphs.fuse_ort import fuse_target
 from dflash_export.graphs.graph import PRECISIONS, TracedGraph
-from dflash_export.graphs.step import step_graphs
+from dflash_export.graphs.simple import step_graphs
 from dflash_export.graphs.target import trace_target
 from dflash_export.manifest import graph_spec, make_manifest
 from dflash_export.options import BuildOptions

@@ -16,8 +16,7 @@ import onnx_ir as ir
 import torch
 
 from dflash_export.drafters.config import DrafterConfig
-from dflash_export.graphs.graph import TracedGraph, torch_dtype
-from dflash_export.graphs.stored_weight import StoredWeight
+from dflash_export.graphs.graph import StoredWeight, TracedGraph, torch_dtype
 from dflash_export.pairing.read import Pair
 from dflash_export.progress import Progress
 from dflash_export.quantize.calibrate import Quantized

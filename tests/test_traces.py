@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dflash_export.graphs.graph import TracedGraph
-from dflash_export.graphs.step import accept_graph
+from dflash_export.graphs.simple import accept_graph
 from tests import traces
 from tests.traces import ROOT, TraceCache, sources_key, traced_files
 

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from dflash_export.drafters.config import REMEDY, DrafterConfig, DrafterKind
-from dflash_export.drafters.vocabulary import MAPPING, mapping_problems, target_ids
 from dflash_export.drafters.zlab import parse_layers
 from dflash_export.errors import CheckpointError, UnsupportedModelError
 from dflash_export.graphs.graph import TracedGraph
@@ -34,6 +33,9 @@ from dflash_rt.errors import Problem
 __all__ = ["Speculators"]
 
 _REMEDY = "use the config.json that was published with the drafter"
+_WEIGHTS_REMEDY = "use the weights that were published with the drafter"
+# The mapping between the drafter's own, smaller vocabulary and the target's.
+_MAPPING = ("d2t", "t2d")
 _TOLD_BY = frozenset({"speculators_config", "speculators_model_type", "transformer_layer_config"})
 # What DFlashSpeculatorConfig has, with the values that a file may leave out.
 _DEFAULTS: dict[str, Any] = {
@@ -69,7 +71,7 @@ class Speculators(DrafterKind):
     graph_names = ("draft_embed", "draft_lm_head")
     embedding = "embed_tokens.weight"
     first_layer_id = 1
-    not_floats = frozenset(MAPPING)
+    not_floats = frozenset(_MAPPING)
     shape_keys = frozenset({"draft_vocab_size"})
 
     @classmethod
@@ -110,7 +112,7 @@ class Speculators(DrafterKind):
                 )
             )
         if not wrong & {"draft_vocab_size", "vocab_size"}:
-            problems += mapping_problems(config, weights)
+            problems += _mapping_problems(config, weights)
         return problems
 
     def graphs(
@@ -126,7 +128,7 @@ class Speculators(DrafterKind):
     ) -> torch.Tensor:
         """``target_ids`` is computed from the mapping."""
         if parameter == "target_ids":
-            return target_ids(config, weights)
+            return _target_ids(config, weights)
         return super().load(config, weights, parameter, dtype)
 
 
@@ -251,3 +253,64 @@ def _refuse_unknown(where: str, found: Mapping[str, Any], known: Set[str]) -> No
             expected="keys of DFlashSpeculatorConfig and of transformers' configs",
             remedy="remove a key from config.json only if it has no effect on the model",
         )
+
+
+def _target_ids(drafter: DrafterConfig, weights: Weights) -> torch.Tensor:
+    """int64 ``[draft_vocab_size]``: the target's id of each token that the drafter can propose.
+
+    ``d2t`` is stored as an offset: token i of the drafter is token ``i + d2t[i]`` of the target.
+    """
+    assert drafter.draft_vocab_size is not None
+    own = torch.arange(drafter.draft_vocab_size)
+    if drafter.draft_vocab_size == drafter.vocab_size:
+        return own
+    return own + weights.rows("d2t", 0, drafter.draft_vocab_size)
+
+
+def _mapping_problems(drafter: DrafterConfig, weights: Weights) -> list[Problem]:
+    """Why the mapping can't be used. Missing tensors and wrong shapes are reported elsewhere."""
+    own, vocab = drafter.draft_vocab_size, drafter.vocab_size
+    if own is not None and own > vocab:
+        found, expected = f"draft_vocab_size {own}", f"at most {vocab}"
+        return [
+            Problem("the drafter's vocabulary is larger than the target's", found, expected, _WEIGHTS_REMEDY)
+        ]
+    if own is None or own == vocab or not _are_whole(drafter, weights):
+        return []
+    dtypes = {name: weights.dtype(name) for name in _MAPPING}
+    if dtypes != {"d2t": torch.int64, "t2d": torch.bool}:
+        found = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        expected = "d2t torch.int64, t2d torch.bool"
+        return [
+            Problem("the drafter's vocabulary mapping has other dtypes", found, expected, _WEIGHTS_REMEDY)
+        ]
+    return _id_problems(_target_ids(drafter, weights), weights.rows("t2d", 0, vocab))
+
+
+def _are_whole(drafter: DrafterConfig, weights: Weights) -> bool:
+    names, shapes = set(weights.names()), drafter.tensor_shapes()
+    return all(name in names and weights.shape(name) == shapes[name] for name in _MAPPING)
+
+
+def _id_problems(ids: torch.Tensor, marked_as_drafted: torch.Tensor) -> list[Problem]:
+    own, vocab = len(ids), len(marked_as_drafted)
+    outside = ids[(ids < 0) | (ids >= vocab)]
+    if outside.numel():
+        found = f"{outside.numel()} ids such as {int(outside[0])}"
+        expected = f"0 to {vocab - 1}, each as i + d2t[i]"
+        return [
+            Problem(
+                "the drafter maps to tokens that the target doesn't have", found, expected, _WEIGHTS_REMEDY
+            )
+        ]
+    marked = torch.zeros(vocab, dtype=torch.bool)
+    marked[ids] = True
+    if not torch.equal(marked, marked_as_drafted) or int(marked.sum()) != own:
+        found = f"{int(marked.sum())} different tokens behind d2t, others than those that t2d marks"
+        expected = f"{own} tokens, the same in both"
+        return [
+            Problem(
+                "the drafter's vocabulary mappings contradict each other", found, expected, _WEIGHTS_REMEDY
+            )
+        ]
+    return []

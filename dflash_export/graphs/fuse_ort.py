@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.tape
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from dflash_export.graphs.graph import TracedGraph
-from dflash_export.graphs.nodes import int64_constant, only_reader
+from dflash_export.graphs.graph import TracedGraph, int64_constant, only_reader
 
 __all__ = ["fuse_target"]
 
@@ -206,23 +206,16 @@ def _lengths(graph: ir.Graph, cache: ir.Value | None, *, by_capacity: bool) -> l
     """
     inputs = {value.name: value for value in graph.inputs}
     start, embeddings = inputs["start"], inputs["embeddings"]
-    first = graph[0]
-    int32 = {"to": ir.DataType.INT32}
-    count = ir.node("Shape", [embeddings], {"start": 1, "end": 2})
-    total = ir.node("Add", [start, count.outputs[0]])
-    one = int64_constant([1])
-    last = ir.node("Sub", [total.outputs[0], one.outputs[0]])
-    last32 = ir.node("Cast", [last.outputs[0]], int32)
-    graph.insert_before(first, [count, total, one, last, last32])
+    tape = ir.tape.Tape()
+    total = tape.op("Add", [start, tape.op("Shape", [embeddings], {"start": 1, "end": 2})])
+    last = tape.op("Sub", [total, int64_constant(tape, [1])])
     if by_capacity:
-        size = ir.node("Shape", [cache], {"start": 2, "end": 3})
-        longest = ir.node("Squeeze", [size.outputs[0]])
-        graph.insert_before(first, size)
+        longest = tape.op("Squeeze", [tape.op("Shape", [cache], {"start": 2, "end": 3})])
     else:
-        longest = ir.node("ReduceMax", [total.outputs[0]], {"keepdims": 0})
-    longest32 = ir.node("Cast", [longest.outputs[0]], int32)
-    graph.insert_before(first, [longest, longest32])
-    return [last32.outputs[0], longest32.outputs[0]]
+        longest = tape.op("ReduceMax", [total], {"keepdims": 0})
+    lengths = [tape.op("Cast", [length], {"to": ir.DataType.INT32}) for length in (last, longest)]
+    graph.insert_before(graph[0], tape.nodes)
+    return lengths
 
 
 def _fuse_attention(graph: ir.Graph, layer: _Layer, lengths: list[ir.Value], tables: list[ir.Value]) -> None:
@@ -249,19 +242,17 @@ def _fuse_attention(graph: ir.Graph, layer: _Layer, lengths: list[ir.Value], tab
 
 def _normed(graph: ir.Graph, layer: _Layer, norms: tuple[ir.Node, ir.Node]) -> list[ir.Value]:
     """Queries, keys and values, each ``[batch, rows, heads * head_dim]``, the first two normed by heads."""
-    (queries, keys), size = layer.heads, layer.head_dim
-    counts, flat = int64_constant([queries * size, keys * size, keys * size]), int64_constant([0, 0, -1])
-    split = ir.node("Split", [layer.projections, counts.outputs[0]], {"axis": -1}, num_outputs=3)
-    nodes, rows = [counts, flat, split], []
-    for norm, part, count in zip(norms, split.outputs, (queries, keys), strict=False):
-        shape = int64_constant([0, 0, count, size])
-        heads = ir.node("Reshape", [part, shape.outputs[0]])
-        normed = ir.node("RMSNormalization", [heads.outputs[0], norm.inputs[1]], dict(norm.attributes))
-        back = ir.node("Reshape", [normed.outputs[0], flat.outputs[0]])
-        nodes += [shape, heads, normed, back]
-        rows.append(back.outputs[0])
-    graph.insert_before(layer.attention, nodes)
-    return [*rows, split.outputs[2]]
+    (queries, keys), size, tape = layer.heads, layer.head_dim, ir.tape.Tape()
+    counts = int64_constant(tape, [queries * size, keys * size, keys * size])
+    flat = int64_constant(tape, [0, 0, -1])
+    parts = tape.op_multi_out("Split", [layer.projections, counts], {"axis": -1}, num_outputs=3)
+    rows = []
+    for norm, part, count in zip(norms, parts, layer.heads, strict=False):
+        heads = tape.op("Reshape", [part, int64_constant(tape, [0, 0, count, size])])
+        normed = tape.op("RMSNormalization", [heads, norm.inputs[1]], dict(norm.attributes))
+        rows.append(tape.op("Reshape", [normed, flat]))
+    graph.insert_before(layer.attention, tape.nodes)
+    return [*rows, parts[2]]
 
 
 def _fuse_norm(graph: ir.Graph, norm: ir.Node) -> None:

@@ -89,6 +89,14 @@ class Visibility:
         return self._masks[rule]
 
 
+def _emitted(kind: str, version: int, inputs: Sequence[torch.Tensor], **attributes: Any) -> torch.Tensor:
+    """The output of an operator of opset ``version``, which is like its first input."""
+    like = inputs[0]
+    return torch.onnx.ops.symbolic(
+        kind, inputs, attributes, dtype=like.dtype, shape=tuple(like.shape), version=version
+    )
+
+
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
@@ -96,38 +104,17 @@ def attention(
 
     Caches are ``[batch, kv_heads, capacity, head_dim]``; ``mask`` is boolean ``[batch, 1, rows, capacity]``.
     """
-    return torch.onnx.ops.symbolic(
-        "Attention",
-        [query, key, value, mask],
-        {"scale": float(scale)},
-        dtype=query.dtype,
-        shape=tuple(query.shape),
-        version=OPSET,
-    )
+    return _emitted("Attention", OPSET, [query, key, value, mask], scale=float(scale))
 
 
 def scatter(cache: torch.Tensor, rows: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     """``TensorScatter`` (opset 24): write ``rows [batch, kv_heads, rows, head_dim]`` at ``start``."""
-    return torch.onnx.ops.symbolic(
-        "TensorScatter",
-        [cache, rows, start],
-        {"axis": 2},
-        dtype=cache.dtype,
-        shape=tuple(cache.shape),
-        version=OPSET,
-    )
+    return _emitted("TensorScatter", OPSET, [cache, rows, start], axis=2)
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """``RMSNormalization`` (opset 23) over the last axis, computed in fp32 whatever the dtype."""
-    return torch.onnx.ops.symbolic(
-        "RMSNormalization",
-        [hidden, weight],
-        {"axis": -1, "epsilon": float(epsilon), "stash_type": 1},
-        dtype=hidden.dtype,
-        shape=tuple(hidden.shape),
-        version=23,
-    )
+    return _emitted("RMSNormalization", 23, [hidden, weight], axis=-1, epsilon=float(epsilon), stash_type=1)
 
 
 def rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -135,14 +122,7 @@ def rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
     ``cos`` and ``sin`` are ``[batch, rows, head_dim / 2]``.
     """
-    return torch.onnx.ops.symbolic(
-        "RotaryEmbedding",
-        [states, cos, sin],
-        {"interleaved": 0},
-        dtype=states.dtype,
-        shape=tuple(states.shape),
-        version=23,
-    )
+    return _emitted("RotaryEmbedding", 23, [states, cos, sin], interleaved=0)
 
 
 class GraphCache(Cache):

@@ -30,8 +30,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from dflash_export.graphs.graph import GraphTensor, TracedGraph
-from dflash_export.graphs.nodes import Nodes
+from dflash_export.graphs.graph import GraphTensor, Nodes, TracedGraph
 
 __all__ = ["sample_graph"]
 

@@ -16,8 +16,7 @@ import onnx_ir as ir
 import torch
 
 from dflash_export.errors import VerifyError
-from dflash_export.graphs.graph import torch_dtype
-from dflash_export.graphs.stored_weight import CodeType, WeightFormat
+from dflash_export.graphs.graph import CodeType, WeightFormat, torch_dtype
 from dflash_export.quantize.calibration import CALIBRATION_FILE, Calibration, folding
 from dflash_export.quantize.formats import dequantize, quantize, round_activations
 from dflash_export.quantize.graph_pass import CODES, DIVISOR, SCALES

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from dflash_export.graphs.stored_weight import CodeType, WeightFormat
+from dflash_export.graphs.graph import CodeType, WeightFormat
 
 __all__ = [
     "BLOCK_SIZES",

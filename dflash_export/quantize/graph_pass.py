@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.tape
 import torch
 
 from dflash_export.errors import UnsupportedModelError
-from dflash_export.graphs.graph import TracedGraph, add_placeholder
-from dflash_export.graphs.stored_weight import StoredWeight, WeightFormat
+from dflash_export.graphs.graph import StoredWeight, TracedGraph, WeightFormat, add_placeholder
 from dflash_export.quantize.formats import BLOCK_SIZES
 
 __all__ = ["CODES", "DIVISOR", "SCALES", "InputTreatment", "quantize_graph"]
@@ -41,21 +41,20 @@ class _Pass:
     weights: dict[str, StoredWeight]
     form: WeightFormat
     inputs: Mapping[str, InputTreatment]
-    constants: dict[str, ir.Value] = field(default_factory=dict)
 
     def replace_product(self, node: ir.Node, name: str, matrix: StoredWeight) -> None:
         del self.weights[name]
-        source = self._treated(node, name, matrix.dtype)
-        product = ir.node("MatMul", [source, self._dequantized(node, name, matrix)])
-        new, old = product.outputs[0], node.outputs[0]
+        tape, old = ir.tape.Tape(), node.outputs[0]
+        source = self._treated(tape, node.inputs[0], name, matrix.dtype)
+        new = tape.op("MatMul", [source, self._dequantized(tape, name, matrix)])
         new.shape, new.type = old.shape, old.type
-        self.graph.insert_before(node, product)
+        self.graph.insert_before(node, tape.nodes)
         old.replace_all_uses_with(new)
         self.graph.remove(node, safe=True)
         del self.graph.initializers[name]
 
-    def _dequantized(self, node: ir.Node, name: str, weight: StoredWeight) -> ir.Value:
-        """The output of a new ``DequantizeLinear`` before ``node``; its two initializers become weights."""
+    def _dequantized(self, tape: ir.tape.Tape, name: str, weight: StoredWeight) -> ir.Value:
+        """The output of a new ``DequantizeLinear``; its two initializers become weights."""
         form, shape = self.form, self.form.scale_shape(*weight.shape)
         parts = {
             CODES: StoredWeight(weight.parameters, True, _DTYPES[form.weights], weight.shape, form),
@@ -68,28 +67,23 @@ class _Pass:
             add_placeholder(self.graph, values[-1], part)
         block = form.block_size
         attributes = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
-        dequantize = ir.node("DequantizeLinear", values, attributes)
-        self.graph.insert_before(node, dequantize)
-        return dequantize.outputs[0]
+        return tape.op("DequantizeLinear", values, attributes)
 
-    def _treated(self, node: ir.Node, name: str, dtype: ir.DataType) -> ir.Value:
-        """The input of a product, divided and rounded as is wanted."""
-        source, treatment = node.inputs[0], self.inputs.get(name, InputTreatment())
-        assert source is not None
+    def _treated(
+        self, tape: ir.tape.Tape, source: ir.Value | None, name: str, dtype: ir.DataType
+    ) -> ir.Value | None:
+        """The input ``source`` of a product, divided and rounded as is wanted."""
+        treatment = self.inputs.get(name, InputTreatment())
         if treatment.factor is not None:
             factor = self._constant(f"{name}{DIVISOR}", treatment.factor.numpy(), dtype)
-            multiply = ir.node("Mul", [source, factor])
-            self.graph.insert_before(node, multiply)
-            source = multiply.outputs[0]
+            source = tape.op("Mul", [source, factor])
         if treatment.largest is not None:
             # A layer that saw only zeros keeps the scale 1.
             step = (treatment.largest or _TOP[self.form.weights]) / _TOP[self.form.weights]
             scale = self._constant(f"{name}{INPUT_SCALE}", np.array(step), dtype)
             zero = self._constant(f"{name}{ZERO}", np.array(0), _DTYPES[self.form.weights])
-            rounded = ir.node("QuantizeLinear", [source, scale, zero])
-            back = ir.node("DequantizeLinear", [rounded.outputs[0], scale, zero])
-            self.graph.insert_before(node, [rounded, back])
-            source = back.outputs[0]
+            rounded = tape.op("QuantizeLinear", [source, scale, zero])
+            source = tape.op("DequantizeLinear", [rounded, scale, zero])
         return source
 
     def _constant(self, name: str, numbers: np.ndarray, dtype: ir.DataType) -> ir.Value:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from dflash_export.errors import RecipeError
-from dflash_export.graphs.graph import TracedGraph
-from dflash_export.graphs.stored_weight import CodeType, WeightFormat
+from dflash_export.graphs.graph import CodeType, TracedGraph, WeightFormat
 from dflash_export.options import BuildOptions, HeadType, QuantizeName
 from dflash_export.quantize.calibration import Calibration, Folding, folding
 from dflash_export.quantize.graph_pass import InputTreatment, quantize_graph

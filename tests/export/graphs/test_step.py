@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_export.graphs.step import accept_graph, draft_check_graph
+from dflash_export.graphs.simple import accept_graph, draft_check_graph
 from dflash_rt.sampling.greedy import accept_greedy
 
 Array = npt.NDArray[Any]

@@ -18,7 +18,7 @@ from dflash_export import build, compile_engines, verify
 from dflash_export.cli import main
 from dflash_export.engines.devices import check_fp8
 from dflash_export.errors import EngineBuildError, RecipeError, VerifyError
-from dflash_export.graphs.stored_weight import WeightFormat
+from dflash_export.graphs.graph import WeightFormat
 from dflash_export.parity.replay import Replay
 from dflash_export.quantize.calibration import CALIBRATION_FILE, Calibration, LayerCalibration, folding
 from dflash_export.quantize.dequantized import put_dequantized

@@ -23,7 +23,7 @@ from dflash_bench.run.measure import run_bench
 from dflash_export import build, verify
 from dflash_export.cli import main
 from dflash_export.errors import RecipeError, UnsupportedModelError, VerifyError
-from dflash_export.graphs.stored_weight import WeightFormat
+from dflash_export.graphs.graph import WeightFormat
 from dflash_export.parity.replay import Replay
 from dflash_export.parity.table import render
 from dflash_export.quantize.formats import dequantize, pack_int4, quantize
