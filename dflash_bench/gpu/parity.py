@@ -145,6 +145,8 @@ def _reference(
         longer = len(tokens) + made.bundle.manifest.drafter.block_size
         reference = generate_reference(drafter, target, prompt, max_new_tokens=longer, stop_token_ids=())
         gained = [count + 1 for count in accepted]
-        found = compare_steps(tokens, gained, reference.token_ids[: len(tokens)], reference.tokens_by_step)
-        same, compared = same + found.same, compared + found.compared
+        steps_compared, steps_same = compare_steps(
+            tokens, gained, reference.token_ids[: len(tokens)], reference.tokens_by_step
+        )
+        same, compared = same + steps_same, compared + steps_compared
     return f"{same} of {compared}"

@@ -1,8 +1,9 @@
-"""What drafting gained, ours and in the reference's loop."""
+"""What drafting gained, in the bundle's loop and in the reference's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from dflash_export.parity.limits import compare_steps
@@ -40,11 +41,11 @@ def run_reference(
                 max_new_tokens=max_new_tokens + width,
                 stop_token_ids=manifest.generation.stop_token_ids,
             )
-            theirs = run.token_ids[:max_new_tokens]
-            agreement = compare_steps(ours.token_ids, gained, theirs, run.tokens_by_step)
-            compared, same = compared + agreement.compared, same + agreement.same
-            steps += _steps_until(len(theirs), run.tokens_by_step)
-            tokens += len(theirs) - 1
+            found = run.token_ids[:max_new_tokens]
+            steps_compared, steps_same = compare_steps(ours.token_ids, gained, found, run.tokens_by_step)
+            compared, same = compared + steps_compared, same + steps_same
+            steps += _steps_until(len(found), run.tokens_by_step)
+            tokens += len(found) - 1
             our_steps, our_tokens = our_steps + len(gained), our_tokens + len(ours.token_ids) - 1
             stage.advance()
     return ReferenceDrafting(
@@ -60,12 +61,7 @@ def run_reference(
 
 def _steps_until(tokens: int, gained: Sequence[int]) -> int:
     """How many steps it took to have ``tokens`` tokens, the first of which came from the prefill."""
-    steps, have = 0, 1
-    for count in gained:
-        if have >= tokens:
-            break
-        steps, have = steps + 1, have + count
-    return steps
+    return sum(have < tokens for have in accumulate(gained[:-1], initial=1)) if gained else 0
 
 
 def _ratio(tokens: int, steps: int) -> float:

@@ -17,7 +17,6 @@ from dflash_export.parity.error_stats import ErrorStats
 
 __all__ = [
     "Limits",
-    "StepAgreement",
     "Verdict",
     "classify",
     "compare_steps",
@@ -153,12 +152,8 @@ def logit_gaps(logits: Array, token_ids: Sequence[int]) -> npt.NDArray[np.float6
 
 def equal_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """How many leading tokens two sequences share."""
-    shared = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        shared += 1
-    return shared
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
@@ -167,26 +162,19 @@ def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
     return None if shared == len(first) == len(second) else shared
 
 
-@dataclass(frozen=True)
-class StepAgreement:
-    """Steps that began at the same token in two runs, and in how many of them both gained as many tokens."""
-
-    compared: int
-    same: int
-
-
 def compare_steps(
     tokens: Sequence[int], gained: Sequence[int], other_tokens: Sequence[int], other_gained: Sequence[int]
-) -> StepAgreement:
-    """Compare two drafted runs step by step, for as long as their tokens agree.
+) -> tuple[int, int]:
+    """How many steps began at the same token in two drafted runs, and in how many both gained as many tokens.
 
+    Steps are compared for as long as the tokens agree.
     ``gained`` is tokens per step, bonus included; the first token comes from the prefill. A step that reaches
     the end counts only as far as the end: one loop cuts it there, the other doesn't.
     """
     shared = equal_prefix(tokens, other_tokens)
-    ours, theirs = _by_start(gained, shared), _by_start(other_gained, shared)
-    common = ours.keys() & theirs.keys()
-    return StepAgreement(len(common), sum(ours[start] == theirs[start] for start in common))
+    first, second = _by_start(gained, shared), _by_start(other_gained, shared)
+    common = first.keys() & second.keys()
+    return len(common), sum(first[start] == second[start] for start in common)
 
 
 def _by_start(gained: Sequence[int], end: int) -> dict[int, int]:

@@ -16,6 +16,7 @@ from dflash_export.parity.prompts import PromptInput
 from dflash_export.parity.replay import Replay
 from dflash_export.reference import TeacherForced, generate_greedy, teacher_forced
 from dflash_rt import GenerationResult
+from dflash_rt.bundle.manifest import Manifest
 
 __all__ = [
     "PLAIN",
@@ -114,8 +115,7 @@ def measure(
     model: Any,
     sixteen_bit_model: Any | None,
     replays: Sequence[Replay],
-    feature_layers: Sequence[int],
-    stop_token_ids: Sequence[int],
+    manifest: Manifest,
     max_new_tokens: int,
     collectors: ErrorCollectors,
 ) -> Measurements:
@@ -124,7 +124,7 @@ def measure(
         model,
         prompt.token_ids,
         max_new_tokens=max_new_tokens,
-        stop_token_ids=stop_token_ids,
+        stop_token_ids=manifest.generation.stop_token_ids,
         record_rows=_RECORDED_VALUES // model.config.vocab_size,
     )
     runs = {run.name: run for run in (*ours, Run(PYTORCH, 0, greedy.token_ids))}
@@ -138,7 +138,7 @@ def measure(
     rows: dict[tuple[TokenIds, int], npt.NDArray[Any]] = {}
     for token_ids, same in sequences.items():
         names = [run.name for run in same]
-        forced = teacher_forced(model, prompt.token_ids, token_ids, feature_layers)
+        forced = teacher_forced(model, prompt.token_ids, token_ids, manifest.drafter.feature_layers)
         found |= dict.fromkeys(names, logit_gaps(forced.logits, token_ids))
         rows |= {(token_ids, i): forced.logits[i].copy() for i in _wanted_rows(pairs, token_ids)}
         if PYTORCH in names:

@@ -13,7 +13,7 @@ from dflash_rt import Generator
 from dflash_rt.bundle.manifest import Manifest
 from dflash_rt.text.prompts import Prompt
 
-__all__ = ["PromptInput", "default_prompts", "encode_prompts"]
+__all__ = ["PromptInput", "encode_prompts"]
 
 _QUESTIONS = (
     "Why is the sky blue?",
@@ -36,10 +36,10 @@ class PromptInput:
     token_ids: tuple[int, ...]
 
 
-def default_prompts(generator: Generator, manifest: Manifest, max_new_tokens: int) -> list[PromptInput]:
+def _default_prompts(generator: Generator, manifest: Manifest, max_new_tokens: int) -> list[PromptInput]:
     """The built-in prompts that fit the bundle; random token ids where it has no tokenizer.
 
-    One is longer than a prefill chunk if that fits. Raises VerifyError when none fits.
+    One is longer than a prefill chunk if that fits.
     """
     room = manifest.limits.max_seq_len - max_new_tokens
     if manifest.tokenizer is None:
@@ -47,7 +47,7 @@ def default_prompts(generator: Generator, manifest: Manifest, max_new_tokens: in
     else:
         has_template = manifest.tokenizer.chat_template is not None
         questions = [_user(text) if has_template else text for text in _QUESTIONS]
-        prompts = [encode(generator, prompt) for prompt in (*questions, *_PLAIN_TEXTS)]
+        prompts = [_encode(generator, prompt) for prompt in (*questions, *_PLAIN_TEXTS)]
         prompts += _long_prompt(generator, manifest.limits.prefill_chunk, room, has_template)
     fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= room]
     if not fitting:
@@ -60,11 +60,15 @@ def default_prompts(generator: Generator, manifest: Manifest, max_new_tokens: in
     return fitting
 
 
-def encode_prompts(generator: Generator, prompts: Any, max_new_tokens: int) -> list[PromptInput]:
-    """The caller's prompts, all checked before any work.
+def encode_prompts(
+    generator: Generator, manifest: Manifest, prompts: Any, max_new_tokens: int
+) -> list[PromptInput]:
+    """The caller's prompts, all checked before any work; for None the built-in ones that fit the bundle.
 
     Raises VerifyError when there are none, and what :meth:`dflash_rt.Generator.stream` raises for a bad one.
     """
+    if prompts is None:
+        return _default_prompts(generator, manifest, max_new_tokens)
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence) or not prompts:
         raise VerifyError(
             "there are no prompts to compare",
@@ -74,13 +78,13 @@ def encode_prompts(generator: Generator, prompts: Any, max_new_tokens: int) -> l
         )
     encoded = []
     for prompt in prompts:
-        item = encode(generator, prompt)
+        item = _encode(generator, prompt)
         generator.stream(list(item.token_ids), max_new_tokens=max_new_tokens).close()  # checks, runs nothing
         encoded.append(item)
     return encoded
 
 
-def encode(generator: Generator, prompt: Prompt) -> PromptInput:
+def _encode(generator: Generator, prompt: Prompt) -> PromptInput:
     """One prompt as the generator would feed it in."""
     return PromptInput(_shown(prompt), tuple(generator.encode(prompt)))
 
@@ -121,7 +125,7 @@ def _long_prompt(generator: Generator, chunk: int, room: int, has_template: bool
             for n in range(1, lines + 1)
         )
         text += "\n\nSummarise this timetable in one sentence."
-        found = encode(generator, _user(text) if has_template else text)
+        found = _encode(generator, _user(text) if has_template else text)
         if len(found.token_ids) > min(room, _LONGEST):
             return []
         if len(found.token_ids) > chunk:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from dflash_export.parity.error_stats import ErrorStats, FeatureError
 from dflash_export.parity.limits import Limits, Verdict
+from dflash_export.parity.measure import Run
 
 __all__ = [
     "FORMAT",
@@ -66,8 +69,8 @@ class Difference:
     verdict: Verdict
 
 
-@dataclass(frozen=True)
-class RunReport:
+@dataclass(frozen=True, kw_only=True)
+class RunReport(Run):
     """One run, every token accounted for, also after a difference.
 
     Attributes:
@@ -78,11 +81,6 @@ class RunReport:
         worst_own_logit_gap: the same in the bundle's own logits, one row at a time; None for PyTorch's run.
     """
 
-    name: str
-    width: int
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
-    accepted_per_step: tuple[int, ...]
     equal_to_pytorch: int
     near_ties: int
     faults: tuple[int, ...]
@@ -192,16 +190,5 @@ class VerifyReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
         head = {"format": FORMAT, "format_version": FORMAT_VERSION, "ok": self.ok, "verdict": self.verdict}
-        body: dict[str, Any] = _plain(self)
+        body: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return head | body
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses as dicts, tuples as lists, keys as text."""
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

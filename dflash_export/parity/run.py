@@ -5,9 +5,16 @@ docs/guide/verify.md describes the method for a sceptical reader.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,27 +22,31 @@ import torch
 from dflash_export.drafters.read import KINDS
 from dflash_export.errors import SourceError
 from dflash_export.graphs.graph import PRECISIONS, torch_dtype
-from dflash_export.parity.assemble import assemble
-from dflash_export.parity.drafting import run_reference
+from dflash_export.parity.drafting import drafting_at, run_reference
+from dflash_export.parity.limits import make_limits
 from dflash_export.parity.measure import ErrorCollectors, Measurements, Run, drafted_name, measure
-from dflash_export.parity.prompts import PromptInput, default_prompts, encode_prompts
+from dflash_export.parity.prompts import PromptInput, encode_prompts
 from dflash_export.parity.replay import Replay
 from dflash_export.parity.report import ReferenceDrafting, VerifyReport
-from dflash_export.parity.report_file import require_writable
-from dflash_export.parity.report_file import write_report as write_report_file
+from dflash_export.parity.verdicts import classify_prompt, find_problems, find_warnings
 from dflash_export.progress import SILENT, Progress
 from dflash_export.quantize.dequantized import put_dequantized
 from dflash_export.reference import find_source, load_target, reference_version
 from dflash_export.sources.resolve import Source
 from dflash_rt import Bundle, Generator, SamplingParams
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
-from dflash_rt.bundle.manifest import Manifest
+from dflash_rt.bundle.manifest import MANIFEST_NAME, REPORTS_FOLDER, Manifest
+from dflash_rt.errors import OutputError
+from dflash_rt.files import utc_now, write_atomically
+from dflash_rt.machine import cpu_name
 from dflash_rt.request import check_count
 from dflash_rt.text.prompts import Prompt
+from dflash_rt.version import __version__
 
-__all__ = ["REPORT_NAME", "verify"]
+__all__ = ["verify"]
 
-REPORT_NAME = "verify.json"
+_REPORT_NAME = "verify.json"
+_PACKAGES = ("dflash", "numpy", "onnxruntime", "tokenizers", "torch", "transformers")
 
 
 def verify(
@@ -54,8 +65,7 @@ def verify(
 
     PyTorch runs in fp32 whatever the bundle's precision. Of a quantised bundle it holds the dequantised
     weights, and the bundle runs with float activations (docs/guide/quantize.md): graphs and loop are judged,
-    not quantisation. Loads the target in fp32 once, and for a 16-bit
-    bundle once more in 16 bits.
+    not quantisation. Loads the target in fp32 once, and for a 16-bit bundle once more in 16 bits.
 
     Args:
         bundle: a bundle's folder, or an open bundle. All of its files are hashed.
@@ -76,14 +86,16 @@ def verify(
     progress = progress or SILENT
     check_count("max_new_tokens", max_new_tokens)
     with progress.stage("checking files"):
-        opened = _open_checked(bundle)
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        opened.verify_files()
         manifest = opened.manifest
         source = find_source("target", manifest.target.source, target)
         drafter_source, skipped = _find_drafter(manifest, drafter, wanted=reference)
     if write_report:
-        require_writable(opened)
+        with _reports_folder(opened) as folder, tempfile.TemporaryFile(dir=folder):
+            pass  # a report can be written: found out before minutes of work, not after
     widths = sorted({1, manifest.generation.num_draft_tokens + 1, manifest.drafter.block_size}, reverse=True)
-    asked, ours, text_of = _run_ours(opened, widths, prompts, max_new_tokens, threads, progress)
+    asked, ours = _run_ours(opened, widths, prompts, max_new_tokens, threads, progress)
 
     with progress.stage("loading PyTorch"):
         model = _load_target(source, opened)
@@ -102,8 +114,7 @@ def verify(
                     model=model,
                     sixteen_bit_model=sixteen_bit,
                     replays=replays,
-                    feature_layers=manifest.drafter.feature_layers,
-                    stop_token_ids=manifest.generation.stop_token_ids,
+                    manifest=manifest,
                     max_new_tokens=max_new_tokens,
                     collectors=collectors,
                 )
@@ -115,21 +126,84 @@ def verify(
     else:
         found = run_reference(model, drafter_source, manifest, measurements, max_new_tokens, progress)
 
-    mixture = getattr(model.config, "num_experts", None) is not None
-    report = assemble(
-        opened, source, max_new_tokens, measurements, collectors, found, text_of, threads, mixture=mixture
+    errors = {width: collector.result() for width, collector in collectors.by_width.items()}
+    shapes = {width: collector.result() for width, collector in collectors.shapes.items()}
+    repeated = collectors.repeated.result()
+    noise = None if manifest.precision == "fp32" else collectors.sixteen_bit.result()
+    limits = make_limits(
+        errors=errors.values(),
+        shapes=shapes.values(),
+        repeated=repeated,
+        noise=noise or repeated,
+        precision=manifest.precision,
+        mixture=getattr(model.config, "num_experts", None) is not None,
+    )
+    features = collectors.features.result()
+    text_of = _token_text(opened)
+    judged = tuple(classify_prompt(index, item, limits, text_of) for index, item in enumerate(measurements))
+    report = VerifyReport(
+        bundle={
+            "name": manifest.name,
+            "precision": manifest.precision,
+            "quantization": None if manifest.quantization is None else manifest.quantization.weights,
+            "manifest_sha256": hashlib.sha256((opened.root / MANIFEST_NAME).read_bytes()).hexdigest(),
+        },
+        target={"kind": source.kind, "id": source.id, "revision": source.revision},
+        max_new_tokens=max_new_tokens,
+        created=utc_now(),
+        environment=_environment(threads),
+        prompts=judged,
+        logit_errors=errors,
+        shape_errors=shapes,
+        pytorch_repeated=repeated,
+        pytorch_16_bit=noise,
+        limits=limits,
+        features=features,
+        drafting=tuple(drafting_at(measurements, width) for width in errors if width > 1),
+        reference=found,
+        problems=find_problems(judged, errors, limits),
+        warnings=tuple(find_warnings(features, found, manifest.precision)),
     )
     if write_report:
         text = json.dumps(report.to_dict(), ensure_ascii=False, allow_nan=False, indent=1)
-        write_report_file(opened, REPORT_NAME, text + "\n")
+        with _reports_folder(opened) as folder:
+            write_atomically(folder / _REPORT_NAME, text + "\n")
     return report
 
 
-def _open_checked(bundle: str | os.PathLike[str] | Bundle) -> Bundle:
-    if not isinstance(bundle, Bundle):
-        return Bundle.open(bundle, verify_files=True)
-    bundle.verify_files()
-    return bundle
+@contextlib.contextmanager
+def _reports_folder(bundle: Bundle) -> Iterator[Path]:
+    """The folder of reports, which is neither listed nor hashed. Raises OutputError."""
+    folder = bundle.root / REPORTS_FOLDER
+    try:
+        # Never through a link: it may lead out of the bundle.
+        if folder.is_symlink():
+            raise OSError(f"{folder} is a link")
+        folder.mkdir(exist_ok=True)
+        yield folder
+    except OSError as error:
+        raise OutputError(
+            f"can't write a report into {folder}",
+            found=error.strerror or error,
+            expected="a folder that may be written, with some room",
+            remedy="mend the permissions or free disk space, or pass write_report=False (--no-report)",
+        ) from error
+
+
+def _environment(threads: int | None) -> dict[str, str | int | None]:
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "dflash-export": __version__,
+        "python": platform.python_version(),
+        **versions,
+        "processor": cpu_name(),
+        "processors": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "onnxruntime_threads": threads,
+    }
 
 
 def _find_drafter(
@@ -161,17 +235,19 @@ def _run_ours(
     max_new_tokens: int,
     threads: int | None,
     progress: Progress,
-) -> tuple[list[PromptInput], list[list[Run]], Callable[[int], str]]:
-    """Our own tokens through the public generator, one request after another on the same caches."""
+) -> tuple[list[PromptInput], list[list[Run]]]:
+    """The bundle's tokens through the public generator, one request after another on the same caches.
+
+    ``widths`` fall to 1, which is plain decoding.
+    """
     asked: list[PromptInput] = []
     ours: list[list[Run]] = []
-    for width in (width for width in widths if width > 1):
+    for width, narrower in itertools.pairwise(widths):
         with _generator(bundle, width, threads) as generator:
             if not asked:
-                asked = _prompts(generator, bundle.manifest, prompts, max_new_tokens)
+                asked = encode_prompts(generator, bundle.manifest, prompts, max_new_tokens)
                 ours = [[] for _ in asked]
-            last = width == min(width for width in widths if width > 1)
-            modes = (width, 1) if last else (width,)
+            modes = (width, 1) if narrower == 1 else (width,)
             with progress.stage(f"decoding, {drafted_name(width)}", total=len(asked) * len(modes)) as stage:
                 for prompt, runs in zip(asked, ours, strict=True):
                     for mode in modes:
@@ -183,7 +259,7 @@ def _run_ours(
                         )
                         runs.append(Run.ours(result, mode))
                         stage.advance()
-    return asked, ours, _token_text(bundle)
+    return asked, ours
 
 
 def _generator(bundle: Bundle, width: int, threads: int | None) -> Generator:
@@ -202,14 +278,6 @@ def _load_target(source: Source, bundle: Bundle, dtype: torch.dtype = torch.floa
         return model
     # Once is enough; and 16 bits would be quantised to something else.
     return put_dequantized(model, bundle.root, quantization, check=dtype == torch.float32)
-
-
-def _prompts(
-    generator: Generator, manifest: Manifest, prompts: Sequence[Prompt] | None, max_new_tokens: int
-) -> list[PromptInput]:
-    if prompts is None:
-        return default_prompts(generator, manifest, max_new_tokens)
-    return encode_prompts(generator, prompts, max_new_tokens)
 
 
 def _token_text(bundle: Bundle) -> Callable[[int], str]:

@@ -60,11 +60,7 @@ def _classify_run(measurements: Measurements, run: Run, pytorch: Sequence[int], 
         own_verdicts = [classify(value, limits.own_tie, same=value == 0) for value in own]
         verdicts = [worst(pair) for pair in zip(verdicts, own_verdicts, strict=True)]
     return RunReport(
-        name=run.name,
-        width=run.width,
-        token_ids=run.token_ids,
-        finish_reason=run.finish_reason,
-        accepted_per_step=run.accepted_per_step,
+        **vars(run),
         equal_to_pytorch=equal_prefix(run.token_ids, pytorch),
         near_ties=verdicts.count("near tie"),
         faults=tuple(i for i, verdict in enumerate(verdicts) if verdict == "bug"),
