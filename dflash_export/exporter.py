@@ -26,9 +26,8 @@ from dflash_export.pairing.pair import check_pair, require_pair
 from dflash_export.pairing.read import Pair, read_pair
 from dflash_export.progress import SILENT, Progress
 from dflash_export.publish import check_output, new_folder
-from dflash_export.quantize.calibrate import Quantized, check_calibration, quantize_target
 from dflash_export.quantize.cost import measure_cost
-from dflash_export.quantize.plan import make_plan
+from dflash_export.quantize.plan import Quantized, check_calibration, make_plan, quantize_target
 from dflash_export.sources.open import open_weights
 from dflash_export.sources.tokenizer import TokenizerFiles, export_tokenizer
 from dflash_export.sources.weights import Weights

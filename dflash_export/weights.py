@@ -19,10 +19,10 @@ from dflash_export.drafters.config import DrafterConfig
 from dflash_export.graphs.graph import StoredWeight, TracedGraph, torch_dtype
 from dflash_export.pairing.read import Pair
 from dflash_export.progress import Progress
-from dflash_export.quantize.calibrate import Quantized
 from dflash_export.quantize.calibration import Folding
 from dflash_export.quantize.formats import pack_int4, quantize
 from dflash_export.quantize.graph_pass import CODES
+from dflash_export.quantize.plan import Quantized
 from dflash_export.sources.weights import Weights
 from dflash_export.targets.config import TargetFacts
 from dflash_rt.errors import OutputError
@@ -158,7 +158,7 @@ def write_weights(
         **_target_files(pair.facts, graphs, target, quantized.folded),
         **_drafter_files(pair.drafter_config, drafter),
     }
-    layers = {} if quantized.calibration is None else quantized.calibration.layers
+    layers = quantized.calibration.layers
     costs = {name: layer.rounding_cost for name, layer in layers.items()}
     # A weight that two graphs share is written once.
     distinct = {

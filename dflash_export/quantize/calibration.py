@@ -80,10 +80,10 @@ class Folding:
 class Calibration:
     """By the name of a product's weight in the target's graph, ``decoder.layers.0.mlp.down_proj.weight``."""
 
-    layers: Mapping[str, LayerCalibration]
+    layers: Mapping[str, LayerCalibration] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write it to a safetensors file, for whoever wants to compare the codes with the checkpoint.
+        """Write it to a safetensors file, so that the codes can be compared with the checkpoint.
 
         Raises OSError when it can't be written, where ``save_file`` has an error of its own.
         """

@@ -6,7 +6,7 @@ what is compared with the graphs went through the same bytes as they do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,14 @@ _ERROR_FACTOR = 1.0005
 
 @dataclass(frozen=True, eq=False)
 class _Product:
-    """One product of a graph. ``weight`` float32 ``[out, in]``; ``factor`` ``[in]`` multiplies its input."""
+    """One product of a graph. ``weight`` float32 ``[out, in]``; ``factor`` ``[in]`` multiplies its input.
+
+    ``scales`` are as stored: ``[in / block, out]`` or ``[out]``.
+    """
 
     name: str
     weight: torch.Tensor
-    scale_dtype: torch.dtype
+    scales: torch.Tensor
     factor: torch.Tensor | None
     input_scale: float | None
 
@@ -66,7 +69,7 @@ def put_dequantized(model: Any, folder: Path, quantization: QuantizationInfo, *,
         _replace_vectors(model, graph)
     if quantization.head is not None:
         for product in _products(ir.load(folder / "lm_head.onnx").graph):
-            block = product.weight.shape[1] // _blocks_of_head(folder)
+            block = product.weight.shape[1] // len(product.scales)
             if checker is not None:
                 checker.require_nearest(product, ["lm_head.weight"], quantization.head, block)
             _replace(model.lm_head, product.weight, "lm_head")
@@ -118,14 +121,11 @@ class _Checker:
     """Quantises a checkpoint again, as the build did. Use it for a layer before that layer is replaced."""
 
     def __init__(self, model: Any, folder: Path, quantization: QuantizationInfo) -> None:
-        config = model.config
-        self._originals: Callable[[str], torch.Tensor] = lambda name: model.get_parameter(name).detach()
-        self._calibration: Calibration | None = None
-        self._folding = folding(Calibration({}), repeats_values=False)
+        self._model, self._calibration = model, Calibration()
         if quantization.calibration is not None:
             self._calibration = Calibration.load(folder / CALIBRATION_FILE)
-            repeats = config.num_attention_heads != config.num_key_value_heads
-            self._folding = folding(self._calibration, repeats_values=repeats)
+        repeats = model.config.num_attention_heads != model.config.num_key_value_heads
+        self._folding = folding(self._calibration, repeats_values=repeats)
 
     def require_nearest(
         self, product: _Product, names: list[str], weights: CodeType, block_size: int | None
@@ -133,13 +133,15 @@ class _Checker:
         form = WeightFormat(weights, block_size)
         original = torch.cat(
             [
-                self._folding.apply(name.replace("model.", "decoder.", 1), self._originals(name).float())
+                self._folding.apply(
+                    name.replace("model.", "decoder.", 1), self._model.get_parameter(name).detach().float()
+                )
                 for name in names
             ]
         )
-        layer = None if self._calibration is None else self._calibration.layers.get(product.name)
+        layer = self._calibration.layers.get(product.name)
         cost = None if layer is None else layer.rounding_cost
-        codes, scales = quantize(original, form, product.scale_dtype, cost)
+        codes, scales = quantize(original, form, product.scales.dtype, cost)
         by_input = torch.ones(original.shape[1]) if cost is None else cost
         wanted = ((dequantize(codes.t(), scales.t()).T - original).square() * by_input).sum(1)
         found = ((product.weight - original).square() * by_input).sum(1)
@@ -164,11 +166,11 @@ def _products(graph: ir.Graph) -> Iterator[_Product]:
         assert codes is not None
         assert scales is not None
         assert scales.dtype is not None
-        matrix = dequantize(_floats(codes), _floats(scales)).T.contiguous()
-        factor, input_scale = _treatment(node.inputs[0])
+        stored = _floats(scales).to(torch_dtype(scales.dtype))
+        matrix = dequantize(_floats(codes), stored).T.contiguous()
         name = str(codes.name).removesuffix(CODES)
         assert scales.name == name + SCALES
-        yield _Product(name, matrix, torch_dtype(scales.dtype), factor, input_scale)
+        yield _Product(name, matrix, stored, *_treatment(node.inputs[0]))
 
 
 def _treatment(value: ir.Value | None) -> tuple[torch.Tensor | None, float | None]:
@@ -188,15 +190,6 @@ def _treatment(value: ir.Value | None) -> tuple[torch.Tensor | None, float | Non
         if factor is not None and str(factor.name).endswith(DIVISOR):
             return _floats(factor), scale
     return None, scale
-
-
-def _blocks_of_head(folder: Path) -> int:
-    """How many blocks each output of the head has."""
-    initializers = ir.load(folder / "lm_head.onnx").graph.initializers
-    (shape,) = (value.shape for name, value in initializers.items() if name.endswith(SCALES))
-    assert shape is not None
-    assert isinstance(shape[0], int)
-    return shape[0]
 
 
 def _floats(value: ir.Value) -> torch.Tensor:

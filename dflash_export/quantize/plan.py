@@ -1,21 +1,29 @@
-"""What of a bundle is quantised, and how."""
+"""The step of a build that quantises: the target writes text, its layers are watched, its graphs changed."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from dflash_export.errors import RecipeError
 from dflash_export.graphs.graph import CodeType, TracedGraph, WeightFormat
 from dflash_export.options import BuildOptions, HeadType, QuantizeName
-from dflash_export.quantize.calibration import Calibration, Folding, folding
+from dflash_export.pairing.read import Pair
+from dflash_export.progress import Progress
+from dflash_export.quantize.calibration import CALIBRATION_FILE, Calibration, Folding, folding
 from dflash_export.quantize.graph_pass import InputTreatment, quantize_graph
-from dflash_export.quantize.text import CalibrationText
+from dflash_export.quantize.modelopt import calibrate, load_modelopt
+from dflash_export.quantize.text import CALIBRATION_PROMPTS, CalibrationText, encode_prompts, write_text
+from dflash_export.reference import load_target
 from dflash_rt.bundle.manifest import CalibrationInfo, QuantizationInfo
+from dflash_rt.text.prompt_files import read_prompts
+from dflash_rt.text.prompts import PromptEncoder
 
-__all__ = ["SCHEMES", "QuantizePlan", "Scheme", "make_plan"]
+__all__ = ["QuantizePlan", "Quantized", "check_calibration", "make_plan", "quantize_target"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Scheme:
         return self.activations is None
 
 
-SCHEMES: Mapping[QuantizeName, Scheme] = {
+_SCHEMES: Mapping[QuantizeName, Scheme] = {
     "int4": Scheme("int4", None, "awq"),
     "int4-rtn": Scheme("int4", None, "rtn"),
     "int8": Scheme("int8", "int8", "smoothquant"),
@@ -70,7 +78,7 @@ class QuantizePlan:
     def apply(
         self,
         graphs: Mapping[str, TracedGraph],
-        calibration: Calibration | None,
+        calibration: Calibration,
         *,
         repeats_values: bool,
     ) -> tuple[dict[str, TracedGraph], Folding]:
@@ -78,10 +86,9 @@ class QuantizePlan:
 
         Raises what :func:`quantize_graph` raises.
         """
-        layers = {} if calibration is None else calibration.layers
-        folded = Folding() if calibration is None else folding(calibration, repeats_values=repeats_values)
+        folded = folding(calibration, repeats_values=repeats_values)
         inputs = {}
-        for name, layer in layers.items():
+        for name, layer in calibration.layers.items():
             factor = None if layer.multiplier is None or name not in folded.divided else 1 / layer.multiplier
             inputs[name] = InputTreatment(factor, layer.largest if self.scheme.activations else None)
         changed = {"target": quantize_graph(graphs["target"], self.target_form(graphs), inputs)}
@@ -127,9 +134,9 @@ def make_plan(options: BuildOptions) -> QuantizePlan | None:
     names = ("quantize_block", "quantize_head", "quantize_drafter", "measure_quantization", "measure_tokens")
     given = {name: getattr(options, name) for name in names} | calibrating
     if options.quantize is None:
-        _refuse_useless(given, given, "quantize", f"quantize: one of {', '.join(SCHEMES)}")
+        _refuse_useless(given, given, "quantize", f"quantize: one of {', '.join(_SCHEMES)}")
         return None
-    scheme, head = SCHEMES[options.quantize], options.quantize_head
+    scheme, head = _SCHEMES[options.quantize], options.quantize_head
     if not scheme.has_blocks and not head and not options.quantize_drafter:
         _refuse_useless(
             given, ("quantize_block",), "blocks", f"{options.quantize} has one scale for an output"
@@ -149,6 +156,75 @@ def make_plan(options: BuildOptions) -> QuantizePlan | None:
         calib_limit=options.calib_limit or _DEFAULT_PROMPTS,
         calib_tokens=options.calib_tokens or _DEFAULT_TOKENS,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """The graphs of a bundle, and what happens to their weights; without ``info`` nothing.
+
+    ``folded`` is what the target's parameters are multiplied with, ``calibration`` what their errors cost.
+    """
+
+    graphs: Mapping[str, TracedGraph]
+    folded: Folding = field(default_factory=Folding)
+    calibration: Calibration = field(default_factory=Calibration)
+    info: QuantizationInfo | None = None
+
+
+def quantize_target(
+    plan: QuantizePlan,
+    graphs: Mapping[str, TracedGraph],
+    pair: Pair,
+    encoder: PromptEncoder,
+    folder: Path,
+    progress: Progress,
+) -> Quantized:
+    """Quantise ``graphs`` as planned. What calibration found is written to ``folder``.
+
+    Raises what :meth:`QuantizePlan.apply` raises, and:
+        VerifyError: PyTorch can't load the target, which a scheme with calibration does, in fp32.
+    """
+    repeats_values = pair.facts.num_attention_heads != pair.facts.num_key_value_heads
+    calibration, text = Calibration(), None
+    plan.apply(graphs, calibration, repeats_values=repeats_values)  # refuses now what can't be quantised
+    if (method := plan.scheme.method) != "rtn":
+        text, model = _write_text(plan, pair, encoder, progress)
+        with progress.stage(f"calibrating with {text.tokens} tokens"):
+            calibration = calibrate(model, text.rows, method, plan.target_form(graphs).block_size)
+        calibration.save(folder / CALIBRATION_FILE)
+    changed, folded = plan.apply(graphs, calibration, repeats_values=repeats_values)
+    return Quantized(changed, folded, calibration, plan.info(graphs, changed, text))
+
+
+def check_calibration(plan: QuantizePlan) -> None:
+    """Refuse early what :func:`quantize_target` would refuse after minutes.
+
+    Raises:
+        RecipeError: nvidia-modelopt can't be imported.
+        PromptError: the file of prompts can't be used.
+    """
+    if plan.scheme.method != "rtn":
+        load_modelopt()
+        _texts(plan)
+
+
+def _texts(plan: QuantizePlan) -> Sequence[str]:
+    if plan.calib is None:
+        return CALIBRATION_PROMPTS[: plan.calib_limit]
+    return read_prompts(plan.calib, plan.calib_limit)
+
+
+def _write_text(
+    plan: QuantizePlan, pair: Pair, encoder: PromptEncoder, progress: Progress
+) -> tuple[CalibrationText, Any]:
+    """The text to calibrate with, and the target as PyTorch has it, which wrote it."""
+    max_seq_len = pair.limits.max_seq_len
+    tokens = min(plan.calib_tokens, max(1, max_seq_len // 2))
+    prompts = encode_prompts(encoder, _texts(plan), pair.facts.vocab_size, max(1, max_seq_len - tokens))
+    with progress.stage("writing text to calibrate with"):
+        model = load_target(pair.target)
+        with torch.inference_mode():
+            return write_text(model, prompts, tokens, pair.stop_token_ids), model
 
 
 def _refuse_useless(given: Mapping[str, object], names: Collection[str], missing: str, expected: str) -> None:
