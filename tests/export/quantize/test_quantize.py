@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_bench.run.measure import run_bench
+from dflash_bench.run.table import render as render_bench
 from dflash_export import build, verify
 from dflash_export.cli import main
 from dflash_export.errors import RecipeError, UnsupportedModelError, VerifyError
@@ -227,7 +228,7 @@ def _step_logits(backend: OnnxRuntimeBackend, width: int) -> np.ndarray[Any, Any
     for begin in range(0, 8, width):
         rows, start = np.array([NEW[begin : begin + width]]), np.array([len(prompt) + begin])
         backend._target(rows, start)
-        backend._head(backend._buffers["hidden"].view(1, width), "target_head")
+        backend._head(backend._buffers["hidden"].view(1, width))
         found.append(backend.logits()[0].copy())
     return np.concatenate(found)
 
@@ -310,8 +311,8 @@ def test_bench_with_the_bundle_that_is_not_quantised_as_baseline(
     } == {answer}
     info = bundle.manifest.quantization
     assert info is not None
-    assert f"(fp32, {info.weights} in blocks of 32, head {info.head}) on" in render(report)
-    assert "baseline: plain (fp32)" in render(report)
+    assert f"(fp32, {info.weights} in blocks of 32, head {info.head}) on" in render_bench(report)
+    assert "baseline: plain (fp32)" in render_bench(report)
     assert report.to_dict()["ratios"]["plain"]["baseline-plain"]["pairs"] == 1
 
 
