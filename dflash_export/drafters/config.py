@@ -75,12 +75,12 @@ class DrafterKind(ABC):
 
     def problems(
         self, config: DrafterConfig, target_layers: int, weights: Weights, wrong: Set[str]
-    ) -> list[Problem]:
+    ) -> Iterator[Problem]:
         """What only this kind can have wrong, for a target of so many layers.
 
         ``wrong`` names values of config.json that others stand in for: nothing is said about those.
         """
-        return []
+        return iter(())
 
     def layer_modules(self, config: DrafterConfig) -> dict[str, nn.Module]:
         """Modules of its own in each layer, by name.

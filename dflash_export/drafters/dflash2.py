@@ -92,20 +92,17 @@ class DFlash2(DrafterKind):
 
     def problems(
         self, config: DrafterConfig, target_layers: int, weights: Weights, wrong: Set[str]
-    ) -> list[Problem]:
+    ) -> Iterator[Problem]:
         if wrong & {"hidden_size", "vocab_size", "conv_group_size", "selector_top_k"}:
-            return []
-        problems, size, top_k = [], self.convolution.group_size, self.selector.top_k
+            return
+        size, top_k = self.convolution.group_size, self.selector.top_k
         if config.hidden_size % size:
             found = f"conv_group_size {size}, hidden_size {config.hidden_size}"
             expected = "a divisor of hidden_size"
-            problems.append(Problem("the drafter's convolution groups don't fit", found, expected, _REMEDY))
+            yield Problem("the drafter's convolution groups don't fit", found, expected, _REMEDY)
         if top_k > config.vocab_size:
             found, expected = f"selector_top_k {top_k}", f"at most the vocabulary, {config.vocab_size}"
-            problems.append(
-                Problem("the drafter selects among too many candidates", found, expected, _REMEDY)
-            )
-        return problems
+            yield Problem("the drafter selects among too many candidates", found, expected, _REMEDY)
 
     def layer_modules(self, config: DrafterConfig) -> dict[str, nn.Module]:
         sizes = config.hidden_size, self.convolution.kernel_size, self.convolution.group_size

@@ -33,7 +33,6 @@ from dflash_rt.errors import Problem
 __all__ = ["Speculators"]
 
 _REMEDY = "use the config.json that was published with the drafter"
-_WEIGHTS_REMEDY = "use the weights that were published with the drafter"
 # The mapping between the drafter's own, smaller vocabulary and the target's.
 _MAPPING = ("d2t", "t2d")
 _TOLD_BY = frozenset({"speculators_config", "speculators_model_type", "transformer_layer_config"})
@@ -100,20 +99,16 @@ class Speculators(DrafterKind):
 
     def problems(
         self, config: DrafterConfig, target_layers: int, weights: Weights, wrong: Set[str]
-    ) -> list[Problem]:
-        problems = []
+    ) -> Iterator[Problem]:
         if "target_layer_ids" not in wrong and target_layers - 1 in config.feature_layers:
-            problems.append(
-                Problem(
-                    "the drafter taps the last layer before the target's final norm",
-                    f"layer id {target_layers}",
-                    f"1 to {target_layers - 1}: the graphs tap the last layer behind the norm",
-                    "use a drafter that taps earlier layers",
-                )
+            yield Problem(
+                "the drafter taps the last layer before the target's final norm",
+                f"layer id {target_layers}",
+                f"1 to {target_layers - 1}: the graphs tap the last layer behind the norm",
+                "use a drafter that taps earlier layers",
             )
-        if not wrong & {"draft_vocab_size", "vocab_size"}:
-            problems += _mapping_problems(config, weights)
-        return problems
+        if not wrong & {"draft_vocab_size", "vocab_size"} and (problem := _wrong_mapping(config, weights)):
+            yield Problem(*problem, "use the weights that were published with the drafter")
 
     def graphs(
         self, config: DrafterConfig, drafter: nn.Module, dtype: ir.DataType
@@ -260,57 +255,36 @@ def _target_ids(drafter: DrafterConfig, weights: Weights) -> torch.Tensor:
 
     ``d2t`` is stored as an offset: token i of the drafter is token ``i + d2t[i]`` of the target.
     """
-    assert drafter.draft_vocab_size is not None
-    own = torch.arange(drafter.draft_vocab_size)
-    if drafter.draft_vocab_size == drafter.vocab_size:
-        return own
-    return own + weights.rows("d2t", 0, drafter.draft_vocab_size)
+    size = _own_size(drafter)
+    own = torch.arange(size)
+    return own if size == drafter.vocab_size else own + weights.rows("d2t", 0, size)
 
 
-def _mapping_problems(drafter: DrafterConfig, weights: Weights) -> list[Problem]:
-    """Why the mapping can't be used. Missing tensors and wrong shapes are reported elsewhere."""
-    own, vocab = drafter.draft_vocab_size, drafter.vocab_size
-    if own is not None and own > vocab:
-        found, expected = f"draft_vocab_size {own}", f"at most {vocab}"
-        return [
-            Problem("the drafter's vocabulary is larger than the target's", found, expected, _WEIGHTS_REMEDY)
-        ]
-    if own is None or own == vocab or not _are_whole(drafter, weights):
-        return []
+def _wrong_mapping(drafter: DrafterConfig, weights: Weights) -> tuple[str, str, str] | None:
+    """Why the mapping can't be used: what, found, expected. Missing tensors and wrong shapes are reported
+    elsewhere.
+    """
+    own, vocab = _own_size(drafter), drafter.vocab_size
+    if own > vocab:
+        what = "the drafter's vocabulary is larger than the target's"
+        return what, f"draft_vocab_size {own}", f"at most {vocab}"
+    names, shapes = set(weights.names()), drafter.tensor_shapes()
+    if own == vocab or any(name not in names or weights.shape(name) != shapes[name] for name in _MAPPING):
+        return None
     dtypes = {name: weights.dtype(name) for name in _MAPPING}
     if dtypes != {"d2t": torch.int64, "t2d": torch.bool}:
         found = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        expected = "d2t torch.int64, t2d torch.bool"
-        return [
-            Problem("the drafter's vocabulary mapping has other dtypes", found, expected, _WEIGHTS_REMEDY)
-        ]
-    return _id_problems(_target_ids(drafter, weights), weights.rows("t2d", 0, vocab))
-
-
-def _are_whole(drafter: DrafterConfig, weights: Weights) -> bool:
-    names, shapes = set(weights.names()), drafter.tensor_shapes()
-    return all(name in names and weights.shape(name) == shapes[name] for name in _MAPPING)
-
-
-def _id_problems(ids: torch.Tensor, marked_as_drafted: torch.Tensor) -> list[Problem]:
-    own, vocab = len(ids), len(marked_as_drafted)
+        return "the drafter's vocabulary mapping has other dtypes", found, "d2t torch.int64, t2d torch.bool"
+    ids = _target_ids(drafter, weights)
     outside = ids[(ids < 0) | (ids >= vocab)]
     if outside.numel():
         found = f"{outside.numel()} ids such as {int(outside[0])}"
         expected = f"0 to {vocab - 1}, each as i + d2t[i]"
-        return [
-            Problem(
-                "the drafter maps to tokens that the target doesn't have", found, expected, _WEIGHTS_REMEDY
-            )
-        ]
+        return "the drafter maps to tokens that the target doesn't have", found, expected
     marked = torch.zeros(vocab, dtype=torch.bool)
     marked[ids] = True
-    if not torch.equal(marked, marked_as_drafted) or int(marked.sum()) != own:
+    if not torch.equal(marked, weights.rows("t2d", 0, vocab)) or int(marked.sum()) != own:
+        what = "the drafter's vocabulary mappings contradict each other"
         found = f"{int(marked.sum())} different tokens behind d2t, others than those that t2d marks"
-        expected = f"{own} tokens, the same in both"
-        return [
-            Problem(
-                "the drafter's vocabulary mappings contradict each other", found, expected, _WEIGHTS_REMEDY
-            )
-        ]
-    return []
+        return what, found, f"{own} tokens, the same in both"
+    return None

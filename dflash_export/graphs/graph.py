@@ -101,7 +101,7 @@ class TracedGraph:
 
 
 def add_placeholder(graph: ir.Graph, value: ir.Value, weight: StoredWeight) -> None:
-    """Make ``value`` an initializer without data; weights/data_file.py points it at its bytes."""
+    """Make ``value`` an initializer without data; weights.py points it at its bytes."""
     assert value.name is not None
     value.shape, value.dtype = ir.Shape(weight.shape), weight.dtype
     value.const_value = ir.ExternalTensor("", 0, 0, weight.dtype, shape=value.shape, name=value.name)

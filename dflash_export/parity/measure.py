@@ -54,7 +54,7 @@ class Run:
     accepted_per_step: TokenIds = ()
 
     @classmethod
-    def ours(cls, result: GenerationResult, width: int) -> Run:
+    def of(cls, result: GenerationResult, width: int) -> Run:
         """A run of the bundle."""
         name = PLAIN if width == 1 else drafted_name(width)
         return cls(name, width, result.token_ids, result.finish_reason, result.stats.accepted_per_step)
@@ -140,11 +140,17 @@ def measure(
         names = [run.name for run in same]
         forced = teacher_forced(model, prompt.token_ids, token_ids, manifest.drafter.feature_layers)
         found |= dict.fromkeys(names, logit_gaps(forced.logits, token_ids))
-        rows |= {(token_ids, i): forced.logits[i].copy() for i in _wanted_rows(pairs, token_ids)}
+        # Rows where this sequence diverges from another while it goes on itself.
+        rows |= {
+            (token_ids, index): forced.logits[index].copy()
+            for first, second, index in pairs
+            if token_ids in (first.token_ids, second.token_ids) and index < len(token_ids)
+        }
         if PYTORCH in names:
             collectors.repeated.add(greedy.logits, forced.logits[: greedy.logits.shape[0]])
         if PLAIN in names:
-            margins = _margins(forced.logits)
+            second_best, best = np.partition(forced.logits, -2, axis=1)[:, -2:].astype(np.float64).T
+            margins = best - second_best
             if sixteen_bit_model is not None:
                 lower = teacher_forced(sixteen_bit_model, prompt.token_ids, token_ids)
                 collectors.sixteen_bit.add(lower.logits, forced.logits)
@@ -189,15 +195,6 @@ def _differing_pairs(runs: Mapping[str, Run]) -> list[tuple[Run, Run, int]]:
     return pairs
 
 
-def _wanted_rows(pairs: Sequence[tuple[Run, Run, int]], token_ids: TokenIds) -> list[int]:
-    """Where this sequence diverges from another while it goes on itself."""
-    return [
-        index
-        for first, second, index in pairs
-        if token_ids in (first.token_ids, second.token_ids) and index < len(token_ids)
-    ]
-
-
 def _divergence(
     first: Run, second: Run, index: int, rows: Mapping[tuple[TokenIds, int], npt.NDArray[Any]]
 ) -> Divergence:
@@ -214,8 +211,3 @@ def _divergence(
         top_two=((best, float(logits[best])), (second_best, float(logits[second_best]))),
         logit_gaps=(below[0], below[1]),
     )
-
-
-def _margins(logits: npt.NDArray[Any]) -> Floats:
-    top = np.partition(logits, -2, axis=1)[:, -2:].astype(np.float64)
-    return np.asarray(top[:, 1] - top[:, 0])

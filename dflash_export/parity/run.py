@@ -257,7 +257,7 @@ def _run_ours(
                             sampling=SamplingParams(),  # greedy, whatever the bundle's defaults are
                             speculative=mode > 1,
                         )
-                        runs.append(Run.ours(result, mode))
+                        runs.append(Run.of(result, mode))
                         stage.advance()
     return asked, ours
 

@@ -79,11 +79,9 @@ def encode_prompts(
         random = np.random.default_rng(1)
         shape = min(_RANDOM_PROMPTS, len(texts)), min(_RANDOM_TOKENS, room)
         return [[int(token) for token in row] for row in random.integers(0, vocab_size, shape)]
-    return [list(encoder.encode(_prompt(text, encoder), None))[:room] for text in texts]
-
-
-def _prompt(text: str, encoder: PromptEncoder) -> Prompt:
-    return text if encoder.chat_template is None else [{"role": "user", "content": text}]
+    plain = encoder.chat_template is None
+    prompts: list[Prompt] = [text if plain else [{"role": "user", "content": text}] for text in texts]
+    return [list(encoder.encode(prompt, None))[:room] for prompt in prompts]
 
 
 def write_text(
