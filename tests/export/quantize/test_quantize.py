@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_bench.run.measure import run_bench
-from dflash_bench.run.table import render as render_bench
+from dflash_bench.run.report import render as render_bench
 from dflash_export import build, verify
 from dflash_export.cli import main
 from dflash_export.errors import RecipeError, UnsupportedModelError, VerifyError
