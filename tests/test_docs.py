@@ -108,6 +108,17 @@ def test_names_in_the_docs_are_there() -> None:
     assert lost == []
 
 
+def test_pages_that_the_code_names_are_there() -> None:
+    lost = [
+        f"{path.relative_to(ROOT)}: {page}"
+        for package in ("dflash_rt", "dflash_export", "dflash_bench")
+        for path in (ROOT / package).rglob("*.py")
+        for page in re.findall(r"docs/[\w/-]+\.md", path.read_text(encoding="utf-8"))
+        if not (ROOT / page).exists()
+    ]
+    assert lost == []
+
+
 def is_there(name: str) -> bool:
     parts = name.split(".")
     for length in range(len(parts), 0, -1):

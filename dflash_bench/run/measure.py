@@ -1,7 +1,7 @@
 """Measures a bundle's plain and drafted decoding, and baselines, in one interleaved run.
 
 Ratios are taken between runs of the same prompt in the same repeat, so that what else the machine does slows
-both sides. docs/benchmark.md has the method and every number that comes out.
+both sides. docs/reference/benchmark.md has the method and every number that comes out.
 """
 
 from __future__ import annotations

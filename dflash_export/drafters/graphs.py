@@ -1,4 +1,4 @@
-"""The graphs of a drafter: what goes in, what comes out, and the modules behind them (docs/bundle.md).
+"""The graphs of a drafter: inputs, outputs, and the modules behind them (docs/reference/bundle.md).
 
 The modules follow the DFlash reference (PyPI dflash 0.1.0, ``dflash/model.py``; arXiv 2602.06036, section 4),
 cut in two so that context rows and block rows can be written by separate graphs: ``inject`` and ``draft``

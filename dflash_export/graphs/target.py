@@ -1,4 +1,4 @@
-"""The graphs of a target: what goes in, what comes out, and the module behind them (docs/bundle.md)."""
+"""The graphs of a target: inputs, outputs, and the module behind them (docs/reference/bundle.md)."""
 
 from __future__ import annotations
 
