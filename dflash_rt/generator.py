@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from inspect import signature
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from dflash_rt.backends import create_backend
 from dflash_rt.backends.base import Backend
@@ -27,7 +28,21 @@ from dflash_rt.text.stop_strings import TextAssembler
 
 __all__ = ["Generator"]
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 _MOVED = 1.05  # stored costs are written again when one has changed by more than this factor
+
+
+def _takes_arguments_of(other: Callable[_P, object]) -> Callable[[Callable[..., _R]], Callable[_P, _R]]:
+    """Give a method the parameters of another, for type checkers and for ``help``."""
+
+    def declare(method: Callable[..., _R]) -> Callable[_P, _R]:
+        returned = signature(method).return_annotation
+        method.__signature__ = signature(other).replace(return_annotation=returned)  # type: ignore[attr-defined]
+        return method
+
+    return declare
 
 
 class Generator:
@@ -161,31 +176,6 @@ class Generator:
             "the prompt", self._prompts.encode(prompt, chat_template_kwargs), self._limits.vocab_size
         )
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int | None = None,
-        sampling: SamplingParams | None = None,
-        stop: str | SequenceOf[str] = (),
-        stop_token_ids: Collection[int] | None = None,
-        speculative: bool = True,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> GenerationResult:
-        """Run a request to its end. Arguments and errors: those of :meth:`stream`, and BackendError."""
-        with self.stream(
-            prompt,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop=stop,
-            stop_token_ids=stop_token_ids,
-            speculative=speculative,
-            chat_template_kwargs=chat_template_kwargs,
-        ) as stream:
-            for _ in stream:
-                pass
-        return stream.result
-
     def stream(
         self,
         prompt: Prompt,
@@ -238,6 +228,14 @@ class Generator:
             lock=self._lock,
             widths=self._widths(request),
         )
+
+    @_takes_arguments_of(stream)
+    def generate(self, *args: Any, **options: Any) -> GenerationResult:
+        """Run a request to its end. Arguments and errors: those of :meth:`stream`, and BackendError."""
+        with self.stream(*args, **options) as stream:
+            for _ in stream:
+                pass
+        return stream.result
 
     def _widths(self, request: Request) -> WidthPolicy:
         costs = self._sampled_costs if request.sampling.needs_logits else self._greedy_costs

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from dflash_rt.backends.base import Backend
 from dflash_rt.decoding.loop import Decoded, decode
-from dflash_rt.decoding.policy import FixedWidth, WidthPolicy
+from dflash_rt.decoding.policy import WidthPolicy
 from dflash_rt.decoding.sequence import Sequence
 from dflash_rt.errors import GeneratorStateError
 from dflash_rt.request import Request
@@ -80,7 +80,7 @@ class TokenStream(Iterator[Chunk]):
         *,
         prefill_chunk: int,
         lock: RequestLock,
-        widths: WidthPolicy | None = None,
+        widths: WidthPolicy,
     ) -> None:
         self._state: Literal["new", "waiting", "running", "ended"] = "new"
         self._backend = backend
@@ -95,7 +95,7 @@ class TokenStream(Iterator[Chunk]):
             backend,
             self._sequence,
             max_new_tokens=request.max_new_tokens,
-            verify_len=widths if widths is not None else FixedWidth(request.num_draft_tokens + 1),
+            verify_len=widths,
             prefill_chunk=prefill_chunk,
             stop_token_ids=request.stop_token_ids,
             sampler=self._sampler,

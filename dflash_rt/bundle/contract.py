@@ -40,7 +40,7 @@ def drafter_of(manifest: Manifest) -> Drafter:
 
 
 def slot_state(target: TargetInfo, drafter: DrafterInfo) -> tuple[StateSpec, ...]:
-    """What a slot keeps between calls of the graphs, for models of this geometry."""
+    """The state that a slot keeps between calls of the graphs, for models of this geometry."""
     windowed = drafter.is_windowed
     return (
         StateSpec(

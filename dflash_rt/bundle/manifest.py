@@ -1,4 +1,4 @@
-"""``manifest.json``: what a bundle contains. The one-page specification is docs/reference/bundle.md.
+"""``manifest.json``: the contents of a bundle. The one-page specification is docs/reference/bundle.md.
 
 Every class mirrors one JSON object: fields are keys, all of them required, in this order. Sizes are in bytes,
 layer indices are 0-based, and layer i means the OUTPUT of decoder layer i.
@@ -190,10 +190,10 @@ class GraphSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateSpec:
-    """What a slot keeps between calls: inputs of ``graphs`` that they give back in the same memory.
+    """State that a slot keeps between calls: inputs of ``graphs`` whose outputs lie in the same memory.
 
-    ``kv`` has a row for each position. Of a ``window`` only the last rows are needed: a block sees ``window``
-    of them before itself.
+    ``kv`` has a row for each position. A ``window`` needs the last rows only: a block sees ``window`` rows
+    before itself.
     """
 
     name: Text
@@ -236,7 +236,7 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationCost:
-    """What quantisation changed, measured in PyTorch when the bundle was built (docs/guide/quantize.md).
+    """The loss by quantisation, measured in PyTorch when the bundle was built (docs/guide/quantize.md).
 
     ``tokens`` of text by the target before quantisation; in which share of them its best token is still the
     best, and the mean Kullback-Leibler divergence in nats. Tokens per step are null where they weren't
@@ -266,9 +266,9 @@ class CalibrationInfo:
 class QuantizationInfo:
     """How the target's linear layers are computed; ``bytes`` of its weights and the head's, and before.
 
-    ``activations`` is what inputs of products are rounded to, null if they aren't. ``head`` and ``drafter``
-    are how those weights are stored, null if they aren't quantised. Without ``block_size`` an output has one
-    scale.
+    ``activations`` is the type that inputs of products are rounded to; null: they aren't. ``head`` and
+    ``drafter`` are how those weights are stored, null if they aren't quantised. Without ``block_size`` an
+    output has one scale.
     """
 
     weights: Literal["int4", "int8", "fp8"]

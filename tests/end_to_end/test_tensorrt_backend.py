@@ -14,10 +14,9 @@ import pytest
 from dflash_export import build, compile_engines
 from dflash_export.engines.devices import present_gpu
 from dflash_rt import Bundle, Generator
-from dflash_rt.backends.device.kernel_cache import KernelCache
 from dflash_rt.backends.device.plan import Run
 from dflash_rt.backends.device.planner import Planner
-from dflash_rt.backends.device.tensorrt import TensorRTEngines
+from dflash_rt.backends.device.tensorrt import KernelCache, TensorRTEngines
 from dflash_rt.errors import BackendError, BackendUnavailableError, EngineError
 from tests.pairs import TargetSpec, drafter_config, make_drafter, make_target
 from tests.rt.fake_cuda import FakeRuntime

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dflash_rt.backends.device.cuda import CudaDevice
-from dflash_rt.backends.device.kernel_cache import KernelCache
 from dflash_rt.backends.device.plan import Binding, Run
 from dflash_rt.backends.device.protocols import Device, Work
 from dflash_rt.bundle.engine_match import Machine, compile_command, find_engines
 from dflash_rt.bundle.engine_sets import EngineSet
 from dflash_rt.errors import BackendError, BackendUnavailableError
+from dflash_rt.files import write_atomically
 
 if TYPE_CHECKING:
     from dflash_rt.bundle.folder import Bundle
 
-__all__ = ["TensorRTEngines"]
+__all__ = ["KernelCache", "TensorRTEngines"]
 
+_LOG = logging.getLogger("dflash_rt")
 _WITHOUT_GRAPHS = "use the option cuda_graph=false, and report this"
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
@@ -168,6 +170,49 @@ class TensorRTEngines:
         assert self._machine is not None
         command = compile_command(self._bundle.root, self._machine, self._set)
         return f"check the GPU with nvidia-smi, or remove {self._folder} and run: {command}"
+
+
+class KernelCache:
+    """Kernels that TensorRT-RTX compiled for an engine, kept beside it for the next start.
+
+    Shared by the engine's contexts. The library refuses by itself the kernels of another GPU.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._cache: Any = None
+        self._stored = b""
+
+    def use(self, config: Any) -> None:
+        """Give the cache to the ``IRuntimeConfig`` of a context, if this version has such caches."""
+        if self._cache is None and hasattr(config, "create_runtime_cache"):
+            self._cache = config.create_runtime_cache()
+            if self._cache is not None:
+                self._load()
+        if self._cache is not None and not config.set_runtime_cache(self._cache):
+            _LOG.debug("no kernels are kept for %s", self._path)
+
+    def save(self) -> None:
+        """Write what was compiled, if there is anything new. That it can't be written is no error."""
+        cache, self._cache = self._cache, None
+        blob = None if cache is None else cache.serialize()
+        if blob is None or bytes(blob) == self._stored:
+            return
+        try:
+            write_atomically(self._path, bytes(blob))
+        except OSError as error:
+            _LOG.debug("kernels are not kept in %s: %s", self._path, error)
+
+    def _load(self) -> None:
+        if self._path.is_symlink() or not self._path.is_file():
+            return
+        try:
+            stored = self._path.read_bytes()
+        except OSError as error:
+            _LOG.debug("kernels in %s are not used: %s", self._path, error)
+            return
+        if self._cache.deserialize(stored):
+            self._stored = stored
 
 
 def _shapes(bindings: tuple[Binding, ...]) -> str:
