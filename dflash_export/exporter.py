@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ParamSpec, get_type_hints
+from typing import ParamSpec, get_type_hints
 
 import onnx
 import onnx_ir as ir
@@ -25,10 +25,10 @@ from dflash_export.options import BuildOptions
 from dflash_export.pairing.pair import check_pair, require_pair
 from dflash_export.pairing.read import Pair, read_pair
 from dflash_export.progress import SILENT, Progress
-from dflash_export.publish import check_output, new_folder
+from dflash_export.publish import check_output, new_folder, writing
 from dflash_export.quantize.cost import measure_cost
 from dflash_export.quantize.plan import Quantized, check_calibration, make_plan, quantize_target
-from dflash_export.sources.open import open_weights
+from dflash_export.sources.resolve import open_weights
 from dflash_export.sources.tokenizer import TokenizerFiles, export_tokenizer
 from dflash_export.sources.weights import Weights
 from dflash_export.weights import write_weights
@@ -37,7 +37,6 @@ from dflash_rt.bundle.manifest import MANIFEST_NAME, GraphSpec
 from dflash_rt.bundle.read import manifest_json
 from dflash_rt.errors import OutputError
 from dflash_rt.text.prompts import PromptEncoder
-from dflash_rt.text.tokenizer import Tokenizer
 
 __all__ = ["build"]
 
@@ -102,7 +101,8 @@ def build(options: BuildOptions) -> Bundle:
             _check_disk(folder, target_weights, drafter_weights, options.precision)
         quantized = Quantized(_trace(pair, options.precision, progress))
         if plan is not None:
-            encoder = _encoder(folder, tokenizer, options.chat_template_kwargs)
+            template_kwargs = options.chat_template_kwargs or {}
+            encoder = tokenizer.encoder(folder, template_kwargs) if tokenizer else PromptEncoder()
             quantized = quantize_target(plan, quantized.graphs, pair, encoder, folder, progress)
         write_weights(folder, quantized, pair, target_weights, drafter_weights, progress)
         specs = _write_graphs(folder, quantized.graphs, pair, fused=options.fused)
@@ -175,28 +175,7 @@ def _write_graphs(
 
 def _save(path: Path, model: ir.Model) -> None:
     """Write a graph and check what was written."""
-    try:
+    with writing(path):
         onnx.save(ir.serde.serialize_model(model), path)
-    except OSError as error:
-        raise OutputError(
-            f"can't write {path}",
-            found=error.strerror or error,
-            expected="a writable folder with room for the bundle",
-            remedy="free disk space or choose another output; nothing was left behind",
-        ) from error
     # By path, so that the checker also follows the pointers into the data files.
     onnx.checker.check_model(path, full_check=True)
-
-
-def _encoder(
-    folder: Path, files: TokenizerFiles | None, template_kwargs: Mapping[str, Any] | None
-) -> PromptEncoder:
-    if files is None:
-        return PromptEncoder()
-    return PromptEncoder(
-        tokenizer=Tokenizer(folder / files.path),
-        chat_template=files.chat_template,
-        bos_token=files.bos_token,
-        eos_token=files.eos_token,
-        template_kwargs=template_kwargs or {},
-    )

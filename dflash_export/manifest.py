@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +12,8 @@ import onnx_ir as ir
 
 from dflash_export.drafters.config import DrafterConfig
 from dflash_export.graphs.graph import TracedGraph
-from dflash_export.options import BuildOptions
+from dflash_export.options import OPTIONS, BuildOptions
 from dflash_export.pairing.read import Pair
-from dflash_export.provenance import provenance
 from dflash_export.sources.resolve import Source
 from dflash_export.sources.tokenizer import TokenizerFiles
 from dflash_export.targets.config import TargetFacts, sampling_defaults
@@ -22,19 +23,19 @@ from dflash_rt.bundle.graph_names import output_name
 from dflash_rt.bundle.manifest import (
     FORMAT_VERSION,
     DrafterInfo,
-    FileRecord,
     GenerationDefaults,
     GraphSpec,
     Manifest,
+    Provenance,
     QuantizationInfo,
     SourceInfo,
-    StateSpec,
     TargetInfo,
     TensorSpec,
-    TokenizerSpec,
 )
+from dflash_rt.files import utc_now
+from dflash_rt.version import __version__
 
-__all__ = ["graph_spec", "make_manifest"]
+__all__ = ["graph_spec", "make_manifest", "provenance"]
 
 
 def make_manifest(
@@ -58,9 +59,13 @@ def make_manifest(
         limits=pair.limits,
         target=target,
         drafter=drafter,
-        graphs={name: _aliased(name, graph, state) for name, graph in graphs.items()},
+        # What a slot keeps is given back in the same memory.
+        graphs={
+            name: replace(graph, aliases={output_name(kept): kept for kept in state_tensors(name, state)})
+            for name, graph in graphs.items()
+        },
         state=state,
-        tokenizer=_tokenizer_spec(tokenizer),
+        tokenizer=None if tokenizer is None else tokenizer.spec,
         generation=GenerationDefaults(
             stop_token_ids=pair.stop_token_ids,
             num_draft_tokens=pair.num_draft_tokens,
@@ -68,21 +73,16 @@ def make_manifest(
             sampling=sampling_defaults(pair.target),
         ),
         provenance=provenance(options),
-        files=_records(folder),
+        files={
+            path.relative_to(folder).as_posix(): hash_file(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and not path.name.startswith(".")
+        },
     )
 
 
-def _records(folder: Path) -> dict[str, FileRecord]:
-    return {
-        path.relative_to(folder).as_posix(): hash_file(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
-    }
-
-
 def _source_info(source: Source) -> SourceInfo:
-    files = {name: FileRecord(record.size, record.sha256) for name, record in source.files().items()}
-    return SourceInfo(kind=source.kind, id=source.id, revision=source.revision, files=files)
+    return SourceInfo(kind=source.kind, id=source.id, revision=source.revision, files=source.files())
 
 
 def _target_info(facts: TargetFacts, source: Source) -> TargetInfo:
@@ -118,27 +118,11 @@ def _drafter_info(config: DrafterConfig, source: Source) -> DrafterInfo:
     )
 
 
-def _tokenizer_spec(files: TokenizerFiles | None) -> TokenizerSpec | None:
-    if files is None:
-        return None
-    return TokenizerSpec(
-        path=files.path,
-        chat_template=files.chat_template_path,
-        bos_token=files.bos_token,
-        eos_token=files.eos_token,
-    )
-
-
 def graph_spec(path: str, fused: str | None, graph: TracedGraph) -> GraphSpec:
     """What a manifest says of a graph in the file ``path``, and its other form in ``fused``."""
     inputs = tuple(_tensor_spec(value) for value in graph.model.graph.inputs)
     outputs = tuple(_tensor_spec(value) for value in graph.model.graph.outputs)
     return GraphSpec(path=path, fused=fused, inputs=inputs, outputs=outputs, aliases={})
-
-
-def _aliased(name: str, graph: GraphSpec, state: tuple[StateSpec, ...]) -> GraphSpec:
-    """With what a slot keeps given back in the same memory."""
-    return replace(graph, aliases={output_name(kept): kept for kept in state_tensors(name, state)})
 
 
 def _tensor_spec(value: ir.Value) -> TensorSpec:
@@ -147,3 +131,31 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
     assert value.dtype is not None
     shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
     return TensorSpec(value.name, value.dtype.numpy().name, shape)  # type: ignore[arg-type]
+
+
+_PACKAGES = ("gguf", "onnx", "onnx-ir", "onnxscript", "safetensors", "tokenizers", "torch", "transformers")
+# What makes the fused target, if one of them is installed. Both fill the same folder.
+_OPTIONAL_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+# Recorded elsewhere in the manifest, or not a property of the bundle.
+_NOT_RECORDED = ("target", "drafter", "output", "name", "chat_template_kwargs", "force")
+
+
+def provenance(options: BuildOptions) -> Provenance:
+    """When, by what and with which options a bundle is built. Of a path only the file's name is recorded."""
+    recorded = {name: getattr(options, name) for name in OPTIONS if name not in _NOT_RECORDED}
+    if options.calib is not None:
+        recorded["calib"] = os.path.basename(options.calib)
+    return Provenance(
+        created=utc_now(),
+        tool=f"dflash-export {__version__}",
+        packages={package: importlib.metadata.version(package) for package in _PACKAGES}
+        | {package: version for package in _OPTIONAL_PACKAGES if (version := _version(package))},
+        options=recorded,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

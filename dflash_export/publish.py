@@ -21,7 +21,7 @@ from dflash_rt.bundle.manifest import MANIFEST_NAME
 from dflash_rt.errors import OutputError
 from dflash_rt.files import sync
 
-__all__ = ["check_output", "new_folder"]
+__all__ = ["check_output", "new_folder", "writing"]
 
 _LOCK = ".lock"
 
@@ -70,23 +70,19 @@ def new_folder(output: Path, *, force: bool) -> Iterator[Path]:
     """
     check_output(output, force=force)
     prefix = f".{output.name}.partial-"
-    try:
+    with writing(f"the bundle {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(output.parent, prefix)
         folder, lock = _make_locked(output.parent, prefix)
-    except OSError as error:
-        raise _cannot_write(output, error) from error
-    try:
-        yield folder
-        for path in folder.rglob("*"):
-            sync(path)
-        sync(folder)
-        _publish(folder, output, force=force)
-    except OSError as error:
-        raise _cannot_write(output, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _remove_lock(lock)
+        try:
+            yield folder
+            for path in folder.rglob("*"):
+                sync(path)
+            sync(folder)
+            _publish(folder, output, force=force)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            _remove_lock(lock)
 
 
 def _make_locked(parent: Path, prefix: str) -> tuple[Path, FileLock]:
@@ -172,20 +168,19 @@ def _exchange(first: Path, second: Path) -> bool:
     except (AttributeError, OSError, TypeError):  # TypeError: on Windows None names no library
         return False
     at_fdcwd, rename_exchange = -100, 2
-    arguments = (
-        at_fdcwd,
-        os.fsencode(first.absolute()),
-        at_fdcwd,
-        os.fsencode(second.absolute()),
-        rename_exchange,
-    )
-    return bool(rename(*arguments) == 0)
+    old, new = (os.fsencode(path.absolute()) for path in (first, second))
+    return bool(rename(at_fdcwd, old, at_fdcwd, new, rename_exchange) == 0)
 
 
-def _cannot_write(output: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"can't write the bundle {output}",
-        found=error.strerror or str(error),
-        expected="a writable folder with room for the bundle",
-        remedy="free disk space, mend the permissions, or choose another output; nothing was left behind",
-    )
+@contextlib.contextmanager
+def writing(what: object) -> Iterator[None]:
+    """While open, an ``OSError`` becomes an ``OutputError`` that names ``what``."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"can't write {what}",
+            found=error.strerror or error,
+            expected="a writable folder with room for the bundle",
+            remedy="free disk space, mend the permissions, or choose another output; nothing was left behind",
+        ) from error

@@ -19,13 +19,13 @@ from dflash_export.drafters.config import DrafterConfig
 from dflash_export.graphs.graph import StoredWeight, TracedGraph, torch_dtype
 from dflash_export.pairing.read import Pair
 from dflash_export.progress import Progress
+from dflash_export.publish import writing
 from dflash_export.quantize.calibration import Folding
 from dflash_export.quantize.formats import pack_int4, quantize
 from dflash_export.quantize.graph_pass import CODES
 from dflash_export.quantize.plan import Quantized
 from dflash_export.sources.weights import Weights
 from dflash_export.targets.config import TargetFacts
-from dflash_rt.errors import OutputError
 
 __all__ = ["DataFile", "LoadParameter", "write_weights"]
 
@@ -42,10 +42,8 @@ class DataFile:
         self.path = path
         self._places: dict[StoredWeight, tuple[int, int]] = {}
         self._scales: dict[StoredWeight, torch.Tensor] = {}  # of codes that were just written
-        try:
+        with writing(path):
             self._file = path.open("xb")
-        except OSError as error:
-            raise _cannot_write(path, error) from error
 
     def __enter__(self) -> DataFile:
         return self
@@ -57,12 +55,9 @@ class DataFile:
             with contextlib.suppress(OSError):  # of the same full disk, and the first error says more
                 self._file.close()
             return
-        try:
-            with self._file:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
+        with writing(self.path), self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def fill(
         self,
@@ -94,7 +89,8 @@ class DataFile:
         costs: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
         if weight.form is None:
-            return _stored_tensor(weight, load)
+            tensor = _joined(weight.parameters, torch_dtype(weight.dtype), load)
+            return _checked(tensor.T if weight.transpose else tensor, weight)
         if weight.is_scale:
             return self._scales.pop(weight)
         # Codes are chosen for their scales: both come from one pass, and the scales are written next.
@@ -112,18 +108,11 @@ class DataFile:
     def _append(self, tensor: torch.Tensor) -> tuple[int, int]:
         data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
         boundary = _PAGE if data.nbytes >= _LARGE_BYTES else _SMALL
-        try:
+        with writing(self.path):
             offset = -(-self._file.tell() // boundary) * boundary
             self._file.seek(offset)
             self._file.write(data.data)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
         return offset, data.nbytes
-
-
-def _stored_tensor(weight: StoredWeight, load: LoadParameter) -> torch.Tensor:
-    tensor = _joined(weight.parameters, torch_dtype(weight.dtype), load)
-    return _checked(tensor.T if weight.transpose else tensor, weight)
 
 
 def _joined(parameters: Sequence[str], dtype: torch.dtype, load: LoadParameter) -> torch.Tensor:
@@ -135,15 +124,6 @@ def _checked(tensor: torch.Tensor, weight: StoredWeight) -> torch.Tensor:
     if tuple(tensor.shape) != weight.shape:
         raise AssertionError(f"{weight.parameters}: loaded {tuple(tensor.shape)}, traced {weight.shape}")
     return tensor
-
-
-def _cannot_write(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"can't write {path}",
-        found=error.strerror or str(error),
-        expected="a writable folder with room for the bundle",
-        remedy="free disk space or choose another output folder; nothing was left behind",
-    )
 
 
 _Files = dict[str, list[tuple[str, LoadParameter]]]

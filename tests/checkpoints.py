@@ -16,8 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dflash_export.drafters.config import DrafterConfig
 from dflash_export.drafters.read import parse_drafter_config
-from dflash_export.sources.open import open_weights
-from dflash_export.sources.resolve import Source, resolve_drafter, resolve_target
+from dflash_export.sources.resolve import Source, open_weights, resolve_drafter, resolve_target
 from dflash_export.sources.weights import Weights
 from dflash_export.targets.config import load_target_config
 from dflash_rt.errors import DFlashError

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from dflash_export.sources.weights import Weights
+from dflash_export.sources.weights import Weights, empty_model
 from dflash_rt.errors import Problem
 
 if TYPE_CHECKING:
@@ -24,12 +24,7 @@ _COMPARED_ROWS = 4096
 
 def target_tensor_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the target's module, the tied head included. Allocates no weights."""
-    from transformers import AutoModelForCausalLM
-
-    auto: Any = AutoModelForCausalLM  # it has no annotations
-    with torch.device("meta"):
-        model = auto.from_config(config)
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return {name: tuple(value.shape) for name, value in empty_model(config).state_dict().items()}
 
 
 def target_tensor_problems(config: PreTrainedConfig, weights: Weights) -> Iterator[Problem]:

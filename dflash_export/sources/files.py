@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,11 @@ __all__ = [
     "read_bytes",
     "read_json",
     "safetensors_files",
-    "sha256_of",
 ]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
-
-_CHUNK_BYTES = 1 << 20
 
 
 def safetensors_files(folder: Path) -> tuple[str, ...]:
@@ -129,15 +125,6 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise cannot_read(path, error) from error
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as lower-case hex, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

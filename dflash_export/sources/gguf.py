@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from dflash_export.errors import CheckpointError, UnsupportedModelError
-from dflash_export.sources.weights import Weights
+from dflash_export.sources.files import cannot_read
+from dflash_export.sources.weights import Weights, closed_error, empty_model, missing_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,17 +33,22 @@ class GgufWeights(Weights):
     """
 
     def __init__(self, path: Path, config: PreTrainedConfig) -> None:
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
 
         self._path = path
         reader = open_reader(path)
         _refuse_unread_rope(reader)
-        architecture = _text(reader, "general.architecture")
-        processor: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        architecture = reader.get_field("general.architecture")
+        name = "" if architecture is None else str(architecture.contents())
+        processor: Any = TENSOR_PROCESSORS.get(name, TensorProcessor)
         self._processor = processor(config=config.to_dict())
-        model = _meta_model(config)
+        model = empty_model(config)
         self._module_shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        self._map = _name_map(model, self._processor)
+        self._map: dict[str, str] = get_gguf_hf_weights_map(_WholeModel(model), self._processor)
         self._parts: dict[str, list[Any]] | None = {}
         for tensor in reader.tensors:
             self._parts.setdefault(self._module_name(tensor.name), []).append(tensor)
@@ -96,19 +102,11 @@ class GgufWeights(Weights):
 
     def _tensors(self, name: str) -> list[Any]:
         if self._parts is None:
-            raise CheckpointError(
-                "the checkpoint was closed",
-                found="a read after close()",
-                expected="reads while it is open",
-                remedy="open it again",
-            )
+            raise closed_error()
         if name not in self._parts:
-            raise CheckpointError(
-                f"the checkpoint has no tensor {name}",
-                found=f"{len(self._names)} other tensors in {self._path.name}",
-                expected="every tensor of the model",
-                remedy="use a whole GGUF file of a supported family, or the safetensors checkpoint",
-            )
+            found = f"{len(self._names)} other tensors in {self._path.name}"
+            remedy = "use a whole GGUF file of a supported family, or the safetensors checkpoint"
+            raise missing_error(name, found, remedy)
         return self._parts[name]
 
 
@@ -122,9 +120,7 @@ def check_gguf_file(path: Path) -> None:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise CheckpointError(
-            f"{path.name} can't be read", found=error, expected="a GGUF file", remedy="check the path"
-        ) from error
+        raise cannot_read(path, error) from error
     if magic != _MAGIC:
         raise CheckpointError(
             f"{path.name} is not a GGUF file",
@@ -200,14 +196,6 @@ def _own(array: Any) -> torch.Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W", "E"]))
 
 
-def _meta_model(config: PreTrainedConfig) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    auto: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        return auto.from_config(config)
-
-
 class _WholeModel:
     """A module whose children aren't visited: its own state dict has every name already.
 
@@ -220,18 +208,6 @@ class _WholeModel:
 
     def named_children(self) -> tuple[()]:
         return ()
-
-
-def _name_map(model: Any, processor: Any) -> dict[str, str]:
-    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
-
-    mapped: dict[str, str] = get_gguf_hf_weights_map(_WholeModel(model), processor)
-    return mapped
-
-
-def _text(reader: Any, key: str) -> str:
-    field = reader.get_field(key)
-    return "" if field is None else str(field.contents())
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

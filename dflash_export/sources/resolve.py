@@ -6,11 +6,12 @@ Pickles are never fetched or opened, and no code that lies beside a checkpoint i
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dflash_export.errors import CheckpointError, SourceError
 from dflash_export.sources.files import (
@@ -19,11 +20,16 @@ from dflash_export.sources.files import (
     SINGLE_FILE,
     is_file,
     safetensors_files,
-    sha256_of,
 )
+from dflash_export.sources.gguf import GgufWeights
+from dflash_export.sources.safetensors import SafetensorsWeights
+from dflash_export.sources.weights import Weights
 from dflash_rt.bundle.manifest import FileRecord
 
-__all__ = ["Source", "resolve_drafter", "resolve_target"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["Source", "open_weights", "resolve_drafter", "resolve_target"]
 
 _METADATA_FILES = (
     "added_tokens.json",
@@ -86,7 +92,9 @@ class Source:
         for name in self.file_names():
             path = self.folder / name
             try:
-                records[name] = FileRecord(path.stat().st_size, sha256_of(path))
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256")
+                    records[name] = FileRecord(file.tell(), digest.hexdigest())
             except OSError as error:
                 raise CheckpointError(
                     f"{name} of {self.id} can't be read",
@@ -95,6 +103,20 @@ class Source:
                     remedy="check that the file still exists and that you may read it",
                 ) from error
         return records
+
+
+def open_weights(source: Source, config: PreTrainedConfig | None = None) -> Weights:
+    """Open a checkpoint and check all of its headers and sizes; no tensor data is read.
+
+    ``config`` is needed for a GGUF file, whose names depend on it. Raises
+    :class:`~dflash_export.errors.CheckpointError`, and :class:`~dflash_export.errors.UnsupportedModelError`
+    for a GGUF file that says things transformers doesn't read.
+    """
+    if source.kind != "gguf":
+        return SafetensorsWeights(source.path, source.weight_files())
+    if config is None:
+        raise TypeError("a GGUF file is opened with the config that it holds: load_target_config(source)")
+    return GgufWeights(source.path, config)
 
 
 def resolve_target(spec: str | os.PathLike[str], *, revision: str | None = None) -> Source:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from dflash_export.errors import CheckpointError
 from dflash_export.sources.files import INDEX_FILE, cannot_read, index_map, is_file
-from dflash_export.sources.weights import Weights
+from dflash_export.sources.weights import Weights, closed_error, missing_error
 
 __all__ = ["SafetensorsWeights"]
 
@@ -124,12 +125,9 @@ class SafetensorsWeights(Weights):
         try:
             return self._entries[name]
         except KeyError:
-            raise CheckpointError(
-                f"the checkpoint has no tensor {name}",
-                found=f"{len(self._entries)} other tensors in {self._folder}",
-                expected="every tensor of the model",
-                remedy="download the checkpoint again, or check that config.json belongs to it",
-            ) from None
+            found = f"{len(self._entries)} other tensors in {self._folder}"
+            remedy = "download the checkpoint again, or check that config.json belongs to it"
+            raise missing_error(name, found, remedy) from None
 
     def _fill(self, out: torch.Tensor, entry: _Entry, offset: int) -> None:
         """Fill the contiguous ``out`` with bytes of ``entry`` from ``offset`` on."""
@@ -157,12 +155,7 @@ class SafetensorsWeights(Weights):
 
     def _file(self, name: str) -> io.BufferedReader:
         if self._open_files is None:
-            raise CheckpointError(
-                "the checkpoint was closed",
-                found="a read after close()",
-                expected="reads while it is open",
-                remedy="open it again",
-            )
+            raise closed_error()
         if name not in self._open_files:
             path = self._folder / name
             try:
@@ -247,8 +240,11 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     end = max((entry.begin + entry.nbytes for entry in entries.values()), default=8 + length)
     if end != size:
         raise _bad(path, f"{size:,} bytes", f"{end:,} bytes, by its own header")
-    _check_with_library(path)
-    return entries
+    try:
+        with safe_open(os.fspath(path), framework="pt"):
+            return entries
+    except (SafetensorError, OSError) as error:
+        raise _bad(path, error, "what the safetensors library accepts") from error
 
 
 def _entry_of(path: Path, info: dict[str, Any], data: int) -> _Entry:
@@ -261,16 +257,6 @@ def _entry_of(path: Path, info: dict[str, Any], data: int) -> _Entry:
     if nbytes != end - begin:
         raise ValueError(f"{info['dtype']} {list(shape)} takes {nbytes} bytes, not {end - begin}")
     return _Entry(path.name, dtype, shape, data + begin, nbytes)
-
-
-def _check_with_library(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(os.fspath(path), framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise _bad(path, error, "what the safetensors library accepts") from error
 
 
 def _bad(

@@ -10,6 +10,9 @@ from typing import Any
 from dflash_export.errors import CheckpointError, SourceError
 from dflash_export.sources.files import is_file, read_bytes, read_json
 from dflash_export.sources.resolve import Source
+from dflash_rt.bundle.manifest import TokenizerSpec
+from dflash_rt.text.prompts import PromptEncoder
+from dflash_rt.text.tokenizer import Tokenizer
 
 __all__ = ["TokenizerFiles", "export_tokenizer"]
 
@@ -21,17 +24,24 @@ _CONVERTIBLE = ("tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What was written. Paths are file names inside the bundle's folder.
+    """What was written, and the text of the chat template.
 
     ``size`` is the highest token id plus 1; ids from there up to the model's ``vocab_size`` are padding.
     """
 
-    path: str
+    spec: TokenizerSpec
     size: int
-    bos_token: str | None
-    eos_token: str | None
-    chat_template: str | None = None
-    chat_template_path: str | None = None
+    chat_template: str | None
+
+    def encoder(self, folder: Path, template_kwargs: Mapping[str, Any]) -> PromptEncoder:
+        """Of the tokenizer that was written into ``folder``."""
+        return PromptEncoder(
+            tokenizer=Tokenizer(folder / self.spec.path),
+            chat_template=self.chat_template,
+            bos_token=self.spec.bos_token,
+            eos_token=self.spec.eos_token,
+            template_kwargs=template_kwargs,
+        )
 
 
 def export_tokenizer(source: Source, folder: Path) -> TokenizerFiles | None:
@@ -42,7 +52,7 @@ def export_tokenizer(source: Source, folder: Path) -> TokenizerFiles | None:
     :class:`~dflash_export.errors.SourceError` when a tokenizer can't be converted.
     """
     if source.kind == "gguf":
-        return _from_transformers(source, folder, {"gguf_file": source.path.name})
+        return _from_transformers(source, folder, gguf_file=source.path.name)
     if is_file(source.path / TOKENIZER_FILE):
         # Read and written apart, so that an error says which of the two failed.
         content = read_bytes(source.path / TOKENIZER_FILE)
@@ -55,11 +65,11 @@ def export_tokenizer(source: Source, folder: Path) -> TokenizerFiles | None:
             chat_template=_chat_template(source.path, settings),
         )
     if any(is_file(source.path / name) for name in _CONVERTIBLE):
-        return _from_transformers(source, folder, {"local_files_only": True})
+        return _from_transformers(source, folder, local_files_only=True)
     return None
 
 
-def _from_transformers(source: Source, folder: Path, extra: Mapping[str, Any]) -> TokenizerFiles | None:
+def _from_transformers(source: Source, folder: Path, **extra: Any) -> TokenizerFiles:
     from transformers import AutoTokenizer
 
     try:
@@ -91,21 +101,20 @@ def _finish(
     size = _tokenizer_size(folder / TOKENIZER_FILE)
     if chat_template is not None:
         (folder / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8", newline="")
-    return TokenizerFiles(
+    spec = TokenizerSpec(
         path=TOKENIZER_FILE,
-        size=size,
+        chat_template=None if chat_template is None else CHAT_TEMPLATE_FILE,
         bos_token=bos_token,
         eos_token=eos_token,
-        chat_template=chat_template,
-        chat_template_path=None if chat_template is None else CHAT_TEMPLATE_FILE,
     )
+    return TokenizerFiles(spec, size, chat_template)
 
 
 def _tokenizer_size(path: Path) -> int:
-    from tokenizers import Tokenizer
+    import tokenizers
 
     try:
-        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+        vocabulary = tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
     # The tokenizers library raises bare Exception for a file that it can't parse.
     except Exception as error:
         raise CheckpointError(

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from dflash_export.errors import CheckpointError
 
-__all__ = ["Weights"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["Weights", "closed_error", "empty_model", "missing_error"]
 
 _CHECKED_AT_ONCE = 1 << 22  # numbers
 
@@ -119,3 +122,32 @@ def _all_finite(tensor: torch.Tensor) -> bool:
         bool(torch.isfinite(flat[start : start + _CHECKED_AT_ONCE]).all())
         for start in range(0, flat.numel(), _CHECKED_AT_ONCE)
     )
+
+
+def closed_error() -> CheckpointError:
+    """What reading after ``close()`` raises."""
+    return CheckpointError(
+        "the checkpoint was closed",
+        found="a read after close()",
+        expected="reads while it is open",
+        remedy="open it again",
+    )
+
+
+def missing_error(name: str, found: str, remedy: str) -> CheckpointError:
+    """What asking for a tensor that the checkpoint doesn't hold raises."""
+    return CheckpointError(
+        f"the checkpoint has no tensor {name}",
+        found=found,
+        expected="every tensor of the model",
+        remedy=remedy,
+    )
+
+
+def empty_model(config: PreTrainedConfig) -> Any:
+    """The module of transformers, without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM  # it has no annotations
+    with torch.device("meta"):
+        return auto.from_config(config)

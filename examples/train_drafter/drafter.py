@@ -20,8 +20,7 @@ from dflash_export.errors import RecipeError, UnsupportedModelError
 from dflash_export.pairing.pair import check_pair, require_pair
 from dflash_export.reference import load_drafter
 from dflash_export.sources.config_reader import Findings
-from dflash_export.sources.open import open_weights
-from dflash_export.sources.resolve import Source, resolve_drafter
+from dflash_export.sources.resolve import Source, open_weights, resolve_drafter
 from dflash_export.targets.config import load_target_config, target_facts
 from dflash_rt.errors import OutputError
 from examples.train_drafter.target import Target

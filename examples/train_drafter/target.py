@@ -73,13 +73,7 @@ def open_target(
                 expected="a tokenizer with a chat template: the drafter is trained on the target's answers",
                 remedy="use an instruction-tuned target, or put chat_template.jinja beside its config.json",
             )
-        encoder = PromptEncoder(
-            Tokenizer(Path(folder) / files.path),
-            files.chat_template,
-            files.bos_token,
-            files.eos_token,
-            template_kwargs,
-        )
+        encoder = files.encoder(Path(folder), template_kwargs)
     return Target(
         source, freeze(load_target(source, dtype).to(device)), encoder, stop_token_ids(source, config)
     )

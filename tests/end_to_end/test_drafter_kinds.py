@@ -20,8 +20,7 @@ from dflash_export.drafters.speculators import Speculators
 from dflash_export.errors import CheckpointError, UnsupportedModelError, VerifyError
 from dflash_export.pairing.pair import check_pair
 from dflash_export.reference import load_drafter
-from dflash_export.sources.open import open_weights
-from dflash_export.sources.resolve import resolve_drafter
+from dflash_export.sources.resolve import open_weights, resolve_drafter
 from dflash_rt.errors import DFlashError, Problem
 from tests.checkpoints import check_message, open_target
 from tests.export.drafters.speculators_pairs import make_speculators, speculators_config

@@ -15,8 +15,7 @@ from dflash.model import DFlashDraftModel
 
 from dflash_export.drafters.read import load_drafter_config
 from dflash_export.errors import CheckpointError, PairError, RecipeError, UnsupportedModelError
-from dflash_export.sources.open import open_weights
-from dflash_export.sources.resolve import resolve_drafter
+from dflash_export.sources.resolve import open_weights, resolve_drafter
 from dflash_rt.errors import NumericalError
 from examples.train_drafter.blocks import position_weights
 from examples.train_drafter.budget import Budget

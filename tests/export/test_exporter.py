@@ -19,8 +19,7 @@ from onnx.external_data_helper import load_external_data_for_model
 
 from dflash_export import build
 from dflash_export.recipe import locate_package_file
-from dflash_export.sources.open import open_weights
-from dflash_export.sources.resolve import resolve_target
+from dflash_export.sources.resolve import open_weights, resolve_target
 from dflash_export.targets.config import load_target_config
 from dflash_rt import Bundle
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from dflash_export import build
 from dflash_export.cli import main
 from dflash_export.errors import RecipeError
+from dflash_export.manifest import provenance
 from dflash_export.options import OPTIONS, REQUIRED, BuildOptions
-from dflash_export.provenance import provenance
 
 PLACES = {"target": "t", "drafter": "d", "output": "o"}
 ENGINES = {"backend", "max_batch", "device", "compute_capabilities", "workspace"}

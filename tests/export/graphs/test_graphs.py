@@ -18,8 +18,7 @@ import transformers
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from dflash_export import build
-from dflash_export.sources.open import open_weights
-from dflash_export.sources.resolve import resolve_drafter, resolve_target
+from dflash_export.sources.resolve import open_weights, resolve_drafter, resolve_target
 from dflash_rt import Bundle
 from dflash_rt.backends.cpu.backend import OnnxRuntimeBackend
 from dflash_rt.errors import BackendError

@@ -17,8 +17,7 @@ from dflash_export.errors import PairError
 from dflash_export.pairing.pair import check_pair, require_pair
 from dflash_export.pairing.tensors import target_tensor_shapes
 from dflash_export.sources.config_reader import Findings
-from dflash_export.sources.open import open_weights
-from dflash_export.sources.resolve import resolve_drafter, resolve_target
+from dflash_export.sources.resolve import open_weights, resolve_drafter, resolve_target
 from dflash_export.sources.tokenizer import export_tokenizer
 from dflash_export.sources.weights import Weights
 from dflash_export.targets.config import load_target_config

@@ -73,8 +73,8 @@ def test_smollm2(bundle: Path) -> None:
     )
     files = export_tokenizer(source, bundle)
     assert files is not None
-    assert (files.bos_token, files.eos_token, files.size) == ("<|im_start|>", "<|im_end|>", 49152)
-    written = Tokenizer.from_file(str(bundle / files.path))
+    assert (files.spec.bos_token, files.spec.eos_token, files.size) == ("<|im_start|>", "<|im_end|>", 49152)
+    written = Tokenizer.from_file(str(bundle / files.spec.path))
     assert [written.id_to_token(token) for token in stop_token_ids(source, config)] == ["<|im_end|>"]
     theirs = AutoTokenizer.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name)
     for text in TEXTS:
@@ -84,7 +84,7 @@ def test_smollm2(bundle: Path) -> None:
             assert written.decode(ids, skip_special_tokens=skip) == theirs.decode(
                 ids, skip_special_tokens=skip
             )
-    assert files.chat_template_path == "chat_template.jinja"
+    assert files.spec.chat_template == "chat_template.jinja"
     template = (bundle / "chat_template.jinja").read_bytes().decode()
     assert template == files.chat_template == theirs.chat_template
     assert "<|im_start|>" in template
@@ -99,7 +99,7 @@ def test_copied_tokenizer_is_the_one_of_transformers(target: Source, bundle: Pat
     files = export_tokenizer(target, bundle)
     assert files is not None
     assert (bundle / "tokenizer.json").read_bytes() == (target.path / "tokenizer.json").read_bytes()
-    assert (files.bos_token, files.eos_token, files.size) == ("<|im_start|>", "<|im_end|>", 258)
+    assert (files.spec.bos_token, files.spec.eos_token, files.size) == ("<|im_start|>", "<|im_end|>", 258)
     assert files.chat_template == "{{ messages }}\r\n\n"
     assert (bundle / "chat_template.jinja").read_bytes() == b"{{ messages }}\r\n\n"
     theirs = AutoTokenizer.from_pretrained(target.path)
@@ -117,7 +117,9 @@ def test_tokenizer_alone(target: Source, bundle: Path) -> None:
     save_tokenizer(target.path)
     files = export_tokenizer(target, bundle)
     assert files is not None
-    assert (files.bos_token, files.eos_token, files.chat_template, files.chat_template_path) == (None,) * 4
+    assert (files.spec.bos_token, files.spec.eos_token, files.chat_template, files.spec.chat_template) == (
+        None,
+    ) * 4
     assert [path.name for path in bundle.iterdir()] == ["tokenizer.json"]
 
 
@@ -127,7 +129,7 @@ def test_special_tokens(target: Source, bundle: Path, value: object) -> None:
     edit_json(target.path / "special_tokens_map.json", bos_token="<old>", eos_token="<old>")
     files = export_tokenizer(target, bundle)
     assert files is not None
-    assert (files.bos_token, files.eos_token) == ("<s>", None)
+    assert (files.spec.bos_token, files.spec.eos_token) == ("<s>", None)
 
 
 def test_older_special_tokens_map(target: Source, bundle: Path) -> None:
@@ -135,7 +137,7 @@ def test_older_special_tokens_map(target: Source, bundle: Path) -> None:
     edit_json(target.path / "special_tokens_map.json", eos_token={"content": "</s>"})
     files = export_tokenizer(target, bundle)
     assert files is not None
-    assert files.eos_token == "</s>"
+    assert files.spec.eos_token == "</s>"
 
 
 @pytest.mark.parametrize("value", [3, ["<s>"], {"content": 3}])
@@ -214,7 +216,7 @@ def test_vocabulary_and_merges_are_converted(target: Source, bundle: Path) -> No
     assert len(vocabulary) == 256
     files = export_tokenizer(target, bundle)
     assert files is not None
-    assert files.eos_token == "<|im_end|>"
+    assert files.spec.eos_token == "<|im_end|>"
     theirs = AutoTokenizer.from_pretrained(target.path)
     written = Tokenizer.from_file(str(bundle / "tokenizer.json"))
     for text in TEXTS:

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from dflash_export.errors import CheckpointError, UnsupportedModelError
 from dflash_export.sources import weights as weights_module
-from dflash_export.sources.open import open_weights
-from dflash_export.sources.resolve import resolve_target
+from dflash_export.sources.resolve import open_weights, resolve_target
 from dflash_export.sources.weights import Weights
 from dflash_export.targets.config import load_target_config
 from dflash_rt.errors import DFlashError
