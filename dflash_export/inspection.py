@@ -24,14 +24,7 @@ from dflash_rt.bundle.manifest import (
 from dflash_rt.bundle.read import manifest_json
 from dflash_rt.errors import EngineError
 
-__all__ = [
-    "EngineStatus",
-    "FileStatus",
-    "Inspection",
-    "describe_quantization",
-    "inspect_bundle",
-    "inspect_engines",
-]
+__all__ = ["EngineStatus", "FileStatus", "Inspection", "describe_quantization", "inspect_bundle"]
 
 FileStatus: TypeAlias = Literal["ok", "changed", "not checked"]
 
@@ -138,9 +131,7 @@ def describe_quantization(quantization: QuantizationInfo | None) -> list[str]:
     if quantization is None:
         return []
     q, cost = quantization, quantization.cost
-    sizes = f"{_bytes(q.bytes_before)} became {_bytes(q.bytes)}"
-    stored = f"{_how(q)}, {q.method}: {sizes}"
-    lines = [stored]
+    lines = [f"{_how(q)}, {q.method}: {_bytes(q.bytes_before)} became {_bytes(q.bytes)}"]
     if q.calibration is not None:
         made = q.calibration
         lines.append(f"calibrated on {made.tokens} tokens of its own answers to {made.prompts} prompts")
@@ -169,6 +160,8 @@ def _how(q: QuantizationInfo) -> str:
 def inspect_bundle(bundle: Bundle, *, verify_files: bool = True, progress: Progress = SILENT) -> Inspection:
     """Look at a bundle; with ``verify_files`` every file is read and its SHA-256 compared.
 
+    Engine sets are read likewise.
+
     Raises :class:`~dflash_rt.errors.IntegrityError` when a file can't be read, or when a graph, unchanged,
     takes weights from a file that isn't listed.
     """
@@ -181,20 +174,16 @@ def inspect_bundle(bundle: Bundle, *, verify_files: bool = True, progress: Progr
                 states[name] = "ok" if found == record else "changed"
         if "changed" not in states.values():  # of other graphs than the recorded ones it would say little
             bundle.check_external_data()
-    engines = inspect_engines(bundle, verify_files=verify_files, progress=progress)
-    return Inspection(bundle, states, bundle.unlisted_files(), engines)
+    engines = [_inspect_engines(bundle, folder, verify_files, progress) for folder in engine_folders(bundle)]
+    return Inspection(bundle, states, bundle.unlisted_files(), tuple(engines))
 
 
 def _tensors(graph: GraphSpec) -> str:
     """One line for each tensor. Caches, which are many and alike, share a line."""
-    outputs_of_caches = set(graph.aliases)
-    inputs_of_caches = set(graph.aliases.values())
-    inputs = [tensor for tensor in graph.inputs if tensor.name not in inputs_of_caches]
-    outputs = [tensor for tensor in graph.outputs if tensor.name not in outputs_of_caches]
-    caches = [tensor for tensor in graph.inputs if tensor.name in inputs_of_caches]
-    lines = [f"  in   {_tensor(tensor)}" for tensor in inputs]
-    lines += [f"  out  {_tensor(tensor)}" for tensor in outputs]
-    if caches:
+    kept = set(graph.aliases.values())
+    lines = [f"  in   {_tensor(tensor)}" for tensor in graph.inputs if tensor.name not in kept]
+    lines += [f"  out  {_tensor(tensor)}" for tensor in graph.outputs if tensor.name not in graph.aliases]
+    if caches := [tensor for tensor in graph.inputs if tensor.name in kept]:
         shapes = sorted({f"{tensor.dtype} {_shape(tensor)}" for tensor in caches})
         lines.append(f"  in place  {len(caches)} caches {' / '.join(shapes)}")
     return "\n".join(lines)
@@ -250,55 +239,39 @@ class EngineStatus:
     problems: tuple[str, ...]
     changed: tuple[str, ...] = ()
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all engines."""
-        return 0 if self.engines is None else sum(file.size for file in self.engines.files.values())
+    def facts(self) -> dict[str, Any]:
+        """The record's main facts; none if it can't be read."""
+        if self.engines is None:
+            return {}
+        build, limits = self.engines.build, self.engines.limits
+        return {
+            "backend": build.backend,
+            "backend_version": build.backend_version,
+            "built_for": built_for(build),
+            "precision": build.precision,
+            "max_seq_len": limits.max_seq_len,
+            "max_batch": limits.max_batch,
+            "bytes": sum(file.size for file in self.engines.files.values()),
+        }
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, with the record's main facts."""
-        facts: dict[str, Any] = {}
-        if self.engines is not None:
-            build, limits = self.engines.build, self.engines.limits
-            facts = {
-                "backend": build.backend,
-                "backend_version": build.backend_version,
-                "built_for": built_for(build),
-                "precision": build.precision,
-                "max_seq_len": limits.max_seq_len,
-                "max_batch": limits.max_batch,
-                "bytes": self.total_bytes,
-            }
-        return {
-            "folder": self.folder,
-            **facts,
-            "problems": list(self.problems),
-            "changed": list(self.changed),
-        }
+        """As JSON values."""
+        states = {"problems": list(self.problems), "changed": list(self.changed)}
+        return {"folder": self.folder, **self.facts(), **states}
 
     def row(self) -> tuple[str, str, str]:
         """Folder, facts and state, for people."""
-        state = (
-            "; ".join((*self.problems, *(f"{name} changed" for name in self.changed))) or "fits this bundle"
-        )
-        if self.engines is None:
-            return self.folder, "", state
-        build, limits = self.engines.build, self.engines.limits
-        facts = (
-            f"{build.backend} {build.backend_version}, {built_for(build)}, {build.precision}, "
-            f"{limits.max_seq_len} tokens, batch {limits.max_batch}, {self.total_bytes / 1e6:.1f} MB"
-        )
-        return self.folder, facts, state
+        problems = [*self.problems, *(f"{name} changed" for name in self.changed)]
+        text = ""
+        if facts := self.facts():
+            text = (
+                "{backend} {backend_version}, {built_for}, {precision}, "
+                "{max_seq_len} tokens, batch {max_batch}, {megabytes:.1f} MB"
+            ).format(**facts, megabytes=facts["bytes"] / 1e6)
+        return self.folder, text, "; ".join(problems) or "fits this bundle"
 
 
-def inspect_engines(
-    bundle: Bundle, *, verify_files: bool = True, progress: Progress = SILENT
-) -> tuple[EngineStatus, ...]:
-    """Look at every engine set of ``bundle``; with ``verify_files`` every engine is read and hashed."""
-    return tuple(_inspect(bundle, folder, verify_files, progress) for folder in engine_folders(bundle))
-
-
-def _inspect(bundle: Bundle, folder: Path, verify_files: bool, progress: Progress) -> EngineStatus:
+def _inspect_engines(bundle: Bundle, folder: Path, verify_files: bool, progress: Progress) -> EngineStatus:
     try:
         engines = read_engines(folder)
     except EngineError as error:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -47,8 +48,15 @@ def make_manifest(
     folder: Path,
 ) -> Manifest:
     """The manifest of the files in ``folder``, which are hashed."""
-    target = _target_info(pair.facts, pair.target)
-    drafter = _drafter_info(pair.drafter_config, pair.drafter)
+    config = pair.drafter_config
+    target = TargetInfo(source=_source_info(pair.target), **_fields(TargetInfo, pair.facts))
+    of_drafter = {
+        **_fields(DrafterInfo, config),
+        "kind": config.kind.name,
+        "vocab_size": config.draft_vocab_size or config.vocab_size,
+        "selector_top_k": config.kind.selector_top_k,
+    }
+    drafter = DrafterInfo(source=_source_info(pair.drafter), **of_drafter)
     state = slot_state(target, drafter)
     return Manifest(
         format="dflash-bundle",
@@ -85,37 +93,10 @@ def _source_info(source: Source) -> SourceInfo:
     return SourceInfo(kind=source.kind, id=source.id, revision=source.revision, files=source.files())
 
 
-def _target_info(facts: TargetFacts, source: Source) -> TargetInfo:
-    return TargetInfo(
-        source=_source_info(source),
-        model_type=facts.model_type,
-        num_layers=facts.num_layers,
-        hidden_size=facts.hidden_size,
-        vocab_size=facts.vocab_size,
-        num_key_value_heads=facts.num_key_value_heads,
-        head_dim=facts.head_dim,
-        max_position_embeddings=facts.max_position_embeddings,
-        tie_word_embeddings=facts.tie_word_embeddings,
-    )
-
-
-def _drafter_info(config: DrafterConfig, source: Source) -> DrafterInfo:
-    return DrafterInfo(
-        source=_source_info(source),
-        kind=config.kind.name,
-        num_layers=config.num_layers,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        block_size=config.block_size,
-        mask_token_id=config.mask_token_id,
-        feature_layers=config.feature_layers,
-        layer_types=config.layer_types,  # type: ignore[arg-type]  # checked by drafter_config
-        layer_is_causal=config.layer_is_causal,
-        sliding_window=config.sliding_window,
-        vocab_size=config.vocab_size if config.draft_vocab_size is None else config.draft_vocab_size,
-        samples_from_anchor=config.samples_from_anchor,
-        selector_top_k=config.kind.selector_top_k,
-    )
+def _fields(kind: type[TargetInfo | DrafterInfo], holder: TargetFacts | DrafterConfig) -> dict[str, Any]:
+    """What ``holder`` has under the names that the manifest uses."""
+    names = [field.name for field in fields(kind) if hasattr(holder, field.name)]
+    return {name: getattr(holder, name) for name in names}
 
 
 def graph_spec(path: str, fused: str | None, graph: TracedGraph) -> GraphSpec:

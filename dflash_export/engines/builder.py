@@ -132,30 +132,20 @@ def _configure(vendor: Vendor, job: EngineJob, ready: Prepared) -> Any:
         for index, number in enumerate(build.compute_capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)
     # So that a step can be captured: without it TensorRT-RTX may allocate while it runs.
-    _set_flag_if_known(trt, config, "REQUIRE_USER_ALLOCATION")
-    if job.graph in _CHECKS_NUMBERS:
-        _set_flag_if_known(trt, config, "STRICT_NANS")
+    flags = ["REQUIRE_USER_ALLOCATION", *(["STRICT_NANS"] if job.graph in _CHECKS_NUMBERS else [])]
+    for flag in flags:
+        if hasattr(trt.BuilderFlag, flag):  # the two libraries, and their versions, don't have the same
+            config.set_flag(getattr(trt.BuilderFlag, flag))
     for index, profile in enumerate(job.profiles):
-        _add_profile(config, _profile(ready, job, profile), job, index, ready.logger.errors)
+        found = config.add_optimization_profile(_profile(ready, job, profile))
+        if found != index:  # -1: refused
+            raise EngineBuildError(
+                f"no engine for {job.graph}: its profile {profile.name} was not taken",
+                found="; ".join(ready.logger.errors) or f"index {found}",
+                expected=f"index {index}",
+                remedy="report this graph, with the options that it was built with",
+            )
     return config
-
-
-def _set_flag_if_known(trt: Any, config: Any, name: str) -> None:
-    """TensorRT and TensorRT-RTX, and their versions, don't have the same flags."""
-    flag = getattr(trt.BuilderFlag, name, None)
-    if flag is not None:
-        config.set_flag(flag)
-
-
-def _add_profile(config: Any, profile: Any, job: EngineJob, index: int, errors: list[str]) -> None:
-    found = config.add_optimization_profile(profile)
-    if found != index:  # -1: refused
-        raise EngineBuildError(
-            f"no engine for {job.graph}: its profile {job.profiles[index].name} was not taken",
-            found="; ".join(errors) or f"index {found}",
-            expected=f"index {index}",
-            remedy="report this graph, with the options that it was built with",
-        )
 
 
 def _profile(ready: Prepared, job: EngineJob, profile: ProfileSpec) -> Any:
@@ -206,7 +196,7 @@ def use_timings(config: Any, vendor: Vendor, gpu: Gpu | None, folder: Path | Non
 
     A cache that can't be read or written is only slower, so it never fails a build.
     """
-    if gpu is None or not vendor.keeps_timings:
+    if gpu is None or not vendor.needs_gpu:  # the timing cache of TensorRT-RTX is a deprecated no-op
         yield
         return
     path = timing_path(folder or default_timing_folder(), vendor, gpu)
@@ -274,7 +264,10 @@ class BuildMonitor:
         with self._lock:
             if name in self._phases:
                 self._phases[name].done = max(self._phases[name].done, step + 1)
-                self._tell(self._fraction())
+                fraction = self._furthest(None)
+                if fraction > self._told:
+                    self._stage.advance(fraction - self._told)
+                    self._told = fraction
         return not self.cancelled
 
     def finish(self, name: str) -> None:
@@ -282,25 +275,20 @@ class BuildMonitor:
         with self._lock:
             self._phases.pop(name, None)
 
-    def _fraction(self) -> float:
-        return max((self._of(name) for name, p in self._phases.items() if p.parent is None), default=0.0)
-
-    def _of(self, name: str) -> float:
-        phase = self._phases[name]
-        inside = max((self._of(child) for child, p in self._phases.items() if p.parent == name), default=0.0)
-        return min((phase.done + inside) / phase.steps, 1.0)
-
-    def _tell(self, fraction: float) -> None:
-        if fraction > self._told:
-            self._stage.advance(fraction - self._told)
-            self._told = fraction
+    def _furthest(self, parent: str | None) -> float:
+        """How far the furthest of the phases in ``parent`` is."""
+        children = [(name, phase) for name, phase in self._phases.items() if phase.parent == parent]
+        return max(
+            (min((phase.done + self._furthest(name)) / phase.steps, 1.0) for name, phase in children),
+            default=0.0,
+        )
 
 
+@dataclass
 class _Phase:
-    def __init__(self, parent: str | None, steps: int) -> None:
-        self.parent = parent
-        self.steps = steps
-        self.done = 0
+    parent: str | None
+    steps: int
+    done: int = 0
 
 
 def make_monitor(trt: ModuleType, monitor: BuildMonitor) -> Any:

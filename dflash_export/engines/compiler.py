@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from dflash_export.engines.builder import EngineJob, build_engine
 from dflash_export.engines.devices import Gpu, check_precision, check_targets
 from dflash_export.engines.network import data_files, load_header, read_header
-from dflash_export.engines.vendor import Vendor, load_vendor
+from dflash_export.engines.vendor import Vendor, has_lengths, load_vendor
 from dflash_export.errors import EngineBuildError
 from dflash_export.progress import SILENT, Progress
 from dflash_export.publish import new_folder
@@ -199,7 +199,7 @@ def _limits(bundle: Bundle, max_seq_len: int | None, max_batch: int) -> EngineLi
 
 
 def _notes(vendor: Vendor) -> tuple[str, ...]:
-    if vendor.limits_attention:
+    if has_lengths(vendor.trt):
         return ()
     unlimited = f"{vendor.backend} {vendor.version} can't be told how much of a cache is valid"
     return (f"{unlimited}: attention costs the whole of --max-seq-len at every length; 11.4 can be told",)
@@ -209,10 +209,8 @@ def _engine_spec(bundle: Bundle, graph: str, limits: EngineLimits) -> EngineSpec
     manifest = bundle.manifest
     spec = manifest.graphs[graph]
     folder = Path(spec.path).parent
-    names = [
-        spec.path,
-        *((folder / name).as_posix() for name in data_files(read_header(bundle.graph_path(graph)))),
-    ]
+    data = data_files(read_header(bundle.graph_path(graph)))
+    names = [spec.path, *((folder / name).as_posix() for name in data)]
     unlisted = [name for name in names if name not in manifest.files]
     if unlisted:
         raise EngineBuildError(

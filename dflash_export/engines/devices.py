@@ -29,20 +29,12 @@ _DRIVER = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 
 @dataclass(frozen=True)
 class DeviceClass:
-    """A kind of machine: its compute capability (89 is 8.9), and the libraries that run on it.
-
-    All of them compute in fp32, fp16 and bf16; FP8 is for some.
-    """
+    """A kind of machine: its compute capability (89 is 8.9), and the libraries that run on it."""
 
     name: str
     title: str
     compute_capability: int
     backends: tuple[str, ...]
-
-    @property
-    def has_fp8(self) -> bool:
-        """Whether its tensor cores compute in FP8."""
-        return self.compute_capability >= FP8_SINCE
 
 
 FP8_SINCE = 89  # Ada; kernels for it can't even be compiled for an older GPU

@@ -24,6 +24,7 @@ from onnx import helper, numpy_helper
 
 from dflash_export.engines.vendor import has_lengths
 from dflash_export.errors import EngineBuildError
+from dflash_rt.bundle.dtypes import ONNX_TYPES
 
 __all__ = ["GraphHeader", "Network", "load_header", "parse"]
 
@@ -68,8 +69,8 @@ class Network:
 
     def attentions(self) -> list[Any]:
         """Every ``trt.IAttention``."""
-        layers = [self.as_layer(layer, "IAttentionInputLayer") for layer in self.layers_of("ATTENTION_INPUT")]
-        return [layer.attention for layer in layers]
+        layers = self.layers_of("ATTENTION_INPUT")
+        return [self.as_layer(layer, "IAttentionInputLayer").attention for layer in layers]
 
     # --- Edits ---
 
@@ -152,10 +153,6 @@ def parse(trt: ModuleType, builder: Any, logger: Any, header: GraphHeader) -> tu
     return Network(trt, definition), parser
 
 
-_ONNX_DTYPES = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16}
-_ONNX_DTYPES["bfloat16"] = onnx.TensorProto.BFLOAT16
-
-
 @dataclass(frozen=True)
 class GraphHeader:
     """``model`` points to weights in files beside ``path``. In ``shapes`` a ``str`` is a symbolic axis."""
@@ -164,24 +161,11 @@ class GraphHeader:
     model: onnx.ModelProto
     shapes: dict[str, tuple[str | int, ...]]
 
-    @property
-    def data_files(self) -> tuple[str, ...]:
-        """Names of the files that hold the weights, sorted."""
-        return data_files(self.model)
-
 
 def data_files(model: onnx.ModelProto) -> tuple[str, ...]:
     """Names of the external data files of ``model``, sorted."""
-    return tuple(
-        sorted(
-            {
-                entry.value
-                for tensor in model.graph.initializer
-                for entry in tensor.external_data
-                if entry.key == "location"
-            }
-        )
-    )
+    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
+    return tuple(sorted({entry.value for entry in entries if entry.key == "location"}))
 
 
 def read_header(path: Path) -> onnx.ModelProto:
@@ -209,7 +193,7 @@ def load_header(path: Path, *, capacity: int, cache_dtype: str) -> GraphHeader:
                 dimension.dim_value = capacity
     # What was inferred for the symbolic capacity no longer holds.
     del model.graph.value_info[:]
-    _scale_queries(model.graph, _ONNX_DTYPES[cache_dtype])
+    _scale_queries(model.graph, ONNX_TYPES[cache_dtype])
     shapes = {
         value.name: tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
         for value in (*model.graph.input, *model.graph.output)

@@ -29,19 +29,6 @@ def check_network(
     Raises:
         EngineBuildError: names the graph and what is wrong with it.
     """
-    _check_tensors(network, graph, spec, shapes)
-    _check_caches(network, graph, spec)
-    _check_attention(network, graph, fused=fused)
-
-
-def _refuse(graph: str, what: str, found: object, expected: str) -> EngineBuildError:
-    return EngineBuildError(f"no engine for {graph}: {what}", found=found, expected=expected, remedy=_REMEDY)
-
-
-def _check_tensors(
-    network: Network, graph: str, spec: GraphSpec, shapes: dict[str, tuple[str | int, ...]]
-) -> None:
-    """Names, dtypes and shapes of inputs and outputs are the manifest's."""
     for kind, tensors, wanted in (
         ("input", network.inputs, spec.inputs),
         ("output", network.outputs, spec.outputs),
@@ -52,20 +39,18 @@ def _check_tensors(
             raise _refuse(graph, f"its {kind}s differ", ", ".join(sorted(found)), ", ".join(sorted(names)))
         for tensor in wanted:
             _check_tensor(network, graph, found[tensor.name], tensor, shapes[tensor.name])
+    _check_caches(network, graph, spec)
+    _check_attention(network, graph, fused=fused)
+
+
+def _refuse(graph: str, what: str, found: object, expected: str) -> EngineBuildError:
+    return EngineBuildError(f"no engine for {graph}: {what}", found=found, expected=expected, remedy=_REMEDY)
 
 
 def _check_tensor(
     network: Network, graph: str, tensor: Any, wanted: TensorSpec, shape: tuple[str | int, ...]
 ) -> None:
-    trt = network.trt
-    dtypes = {
-        "float32": trt.float32,
-        "float16": trt.float16,
-        "bfloat16": trt.bfloat16,
-        "int64": trt.int64,
-        "bool": trt.bool,
-    }
-    if tensor.dtype != dtypes[wanted.dtype]:
+    if tensor.dtype != getattr(network.trt, wanted.dtype):
         raise _refuse(graph, f"{tensor.name} has another dtype", tensor.dtype, wanted.dtype)
     fixed = tuple(-1 if isinstance(axis, str) else axis for axis in shape)
     # An output's symbolic axis may be deduced to a number, never the other way round.

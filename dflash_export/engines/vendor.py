@@ -37,16 +37,6 @@ class Vendor:
         return self.backend == "tensorrt"
 
     @property
-    def limits_attention(self) -> bool:
-        """Whether an attention can be told how many rows are valid. TensorRT 10 has no way to."""
-        return has_lengths(self.trt)
-
-    @property
-    def keeps_timings(self) -> bool:
-        """The timing cache of TensorRT-RTX is a deprecated no-op."""
-        return self.needs_gpu
-
-    @property
     def compute_capabilities(self) -> tuple[int, ...]:
         """GPUs that TensorRT-RTX can build for, without any being there: 89 is 8.9. Empty for TensorRT."""
         known = getattr(self.trt, "ComputeCapability", None)
@@ -61,23 +51,18 @@ class Vendor:
         Raises:
             EngineBuildError: an option is not for this backend.
         """
-        if self.needs_gpu:
-            return
-        for name, is_set in (
-            ("--version-compatible", version_compatible),
-            ("--hardware-compatible", hardware_compatible),
-        ):
-            if is_set:
-                raise EngineBuildError(
-                    f"{name} is not for {self.backend}",
-                    found="an option of TensorRT",
-                    expected="engines for the listed GPUs and for this version of TensorRT-RTX",
-                    remedy="leave it out; without --sm the engines are for every GPU that TensorRT-RTX knows",
-                )
+        if not self.needs_gpu and (version_compatible or hardware_compatible):
+            name = "--version-compatible" if version_compatible else "--hardware-compatible"
+            raise EngineBuildError(
+                f"{name} is not for {self.backend}",
+                found="an option of TensorRT",
+                expected="engines for the listed GPUs and for this version of TensorRT-RTX",
+                remedy="leave it out; without --sm the engines are for every GPU that TensorRT-RTX knows",
+            )
 
 
 def has_lengths(trt: ModuleType) -> bool:
-    """Whether an ``IAttention`` of this library has ``key_value_lengths``."""
+    """Whether an ``IAttention`` of this library can be told how many rows are valid. TensorRT 10's can't."""
     return hasattr(getattr(trt, "IAttention", None), "key_value_lengths")
 
 

@@ -6,8 +6,7 @@ a target that says its head is tied and stores one all the same: then the two ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,10 +77,16 @@ def check_pair(
     findings = findings or Findings()
     wrong = findings.wrong
     # The block is embedded by the drafter where it has an embedding of its own.
-    size = (target.vocab_size, target.hidden_size)
-    embedding = _Rows(target_weights, EMBEDDING, size)
-    if drafter.kind.embedding is not None:
-        embedding = _Rows(drafter_weights, drafter.kind.embedding, size)
+    own = drafter.kind.embedding
+    weights, embedding = (target_weights, EMBEDDING) if own is None else (drafter_weights, own)
+
+    def embedding_row(index: int) -> torch.Tensor | None:
+        """``[1, hidden]``; None for a matrix that is missing or of a wrong shape, reported elsewhere."""
+        if embedding not in weights.names():
+            return None
+        fits = weights.shape(embedding) == (target.vocab_size, target.hidden_size)
+        return weights.rows(embedding, index, index + 1) if fits else None
+
     problems = [
         *(error.problem for error in findings.errors),
         *_size_problems(target, drafter, wrong),
@@ -89,7 +94,7 @@ def check_pair(
         *_draft_problems(drafter, wrong),
         *_length_problems(target, drafter, max_seq_len),
         *_tokenizer_problems(target, tokenizer_size),
-        *([] if "mask_token_id" in wrong else _mask_problems(target, embedding, drafter, tokenizer_size)),
+        *([] if "mask_token_id" in wrong else _mask_problems(target, embedding_row, drafter, tokenizer_size)),
         *_template_problems(chat_template, chat_template_kwargs or {}),
     ]
     if not wrong & (_SHAPES_FROM | drafter.kind.shape_keys):
@@ -187,22 +192,11 @@ def _tokenizer_problems(target: TargetFacts, tokenizer_size: int | None) -> Iter
         )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of a matrix that may be missing or of a wrong shape, which is reported elsewhere."""
-
-    weights: Weights
-    name: str
-    size: tuple[int, int]
-
-    def row(self, index: int) -> torch.Tensor | None:
-        if self.name not in self.weights.names() or self.weights.shape(self.name) != self.size:
-            return None
-        return self.weights.rows(self.name, index, index + 1)
-
-
 def _mask_problems(
-    target: TargetFacts, embedding: _Rows, drafter: DrafterConfig, tokenizer_size: int | None
+    target: TargetFacts,
+    embedding_row: Callable[[int], torch.Tensor | None],
+    drafter: DrafterConfig,
+    tokenizer_size: int | None,
 ) -> Iterator[Problem]:
     """The mask token needs an embedding row that means something.
 
@@ -217,14 +211,14 @@ def _mask_problems(
         found, expected = f"mask_token_id {mask}", f"below {target.vocab_size}"
         yield Problem("the mask token is outside the target's vocabulary", found, expected, remedy)
         return
-    row = embedding.row(mask)
+    row = embedding_row(mask)
     if row is None:
         return
     if not bool(row.any()):
         found = f"embedding row {mask} is all zeros"
         yield Problem("the mask token has no embedding", found, "a row that was trained", remedy)
     elif tokenizer_size is not None and mask < tokenizer_size < target.vocab_size:
-        padding = embedding.row(tokenizer_size)
+        padding = embedding_row(tokenizer_size)
         if padding is not None and torch.equal(row, padding):
             found = f"embedding row {mask} equals padding row {tokenizer_size}"
             yield Problem("the mask token's embedding is padding", found, "a row that was trained", remedy)

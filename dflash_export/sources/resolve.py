@@ -76,20 +76,15 @@ class Source:
             return (self.path.name,)
         return safetensors_files(self.path)
 
-    def file_names(self) -> tuple[str, ...]:
-        """Names of every file that an export may read, sorted."""
-        if self.kind == "gguf":
-            return (self.path.name,)
-        present = [name for name in (*_METADATA_FILES, INDEX_FILE) if is_file(self.path / name)]
-        return tuple(sorted({*present, *self.weight_files()}))
-
     def files(self) -> dict[str, FileRecord]:
-        """Size and SHA-256 of each of :meth:`file_names`, for the manifest. Reads every byte of them.
+        """Size and SHA-256 of every file that an export may read, by name. Reads every byte of them.
 
         Raises :class:`~dflash_export.errors.CheckpointError` when one can't be read.
         """
+        others = () if self.kind == "gguf" else (*_METADATA_FILES, INDEX_FILE)
+        present = [name for name in others if is_file(self.path / name)]
         records = {}
-        for name in self.file_names():
+        for name in sorted({*present, *self.weight_files()}):
             path = self.folder / name
             try:
                 with path.open("rb") as file:

@@ -51,7 +51,7 @@ def test_folder(tmp_path: Path) -> None:
     assert source == Source("folder", "my-model", None, folder.resolve())
     assert source.folder == folder.resolve()
     assert source.weight_files() == ("model.safetensors",)
-    assert source.file_names() == ("config.json", "model.safetensors")
+    assert tuple(source.files()) == ("config.json", "model.safetensors")
 
 
 def test_files_have_size_and_sha256(tmp_path: Path) -> None:
@@ -72,8 +72,8 @@ def test_shards_come_from_the_index(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     source = resolve_target(folder)
     assert source.weight_files() == ("a.safetensors", "b.safetensors")
-    assert "stray.safetensors" not in source.file_names()
-    assert "model.safetensors.index.json" in source.file_names()
+    assert "stray.safetensors" not in tuple(source.files())
+    assert "model.safetensors.index.json" in tuple(source.files())
 
 
 def test_gguf_file_is_alone_in_its_folder(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_gguf_file_is_alone_in_its_folder(tmp_path: Path) -> None:
     source = resolve_target(folder / "model.Q4_1.gguf")
     assert (source.kind, source.id, source.revision) == ("gguf", "model.Q4_1.gguf", None)
     assert source.folder == folder.resolve()
-    assert source.file_names() == source.weight_files() == ("model.Q4_1.gguf",)
+    assert tuple(source.files()) == source.weight_files() == ("model.Q4_1.gguf",)
 
 
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
