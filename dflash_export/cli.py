@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dflash_export.click_options import build_options
-from dflash_export.engines.options import choose_precision, chosen_options, echo_notes, engine_options
+from dflash_export.click_options import build_options, engine_options, take_engine_options
 from dflash_export.options import REQUIRED
 from dflash_rt.cli.console import CommandGroup, echo, echo_json, fail
 from dflash_rt.text.prompt_files import as_chats, read_prompts
 from dflash_rt.version import __version__
 
-__all__ = ["main"]
+__all__ = ["choose_precision", "main"]
 
 _COUNT = click.IntRange(min=1)
 _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -29,14 +29,13 @@ def main() -> None:
 @main.command()
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with the options below.")
 @build_options
-@engine_options(required=False)
-def build(recipe: Path | None, backend: str | None, **options: Any) -> None:
+def build(recipe: Path | None, **options: Any) -> None:
     """Export a pair to a bundle.
 
     Options win over the recipe's. The bundle appears whole or not at all. With --backend its engines are
     built afterwards, as `dflash-export compile` does.
     """
-    engines = chosen_options(options, backend)
+    engines = take_engine_options(options)
     given = {name: value for name, value in options.items() if value is not None}
     # A recipe without a suffix would be its own output folder.
     if recipe is not None and recipe.suffix:
@@ -51,20 +50,21 @@ def build(recipe: Path | None, backend: str | None, **options: Any) -> None:
         given["target"] = _located(given["target"])
     chosen = override({} if recipe is None else read_recipe(recipe), given)
 
-    if backend is not None:
+    if engines:
         from dflash_export.engines.compiler import check_options, compile_engines
+        from dflash_export.engines.options import EngineOptions
 
-        chosen = choose_precision(chosen, backend)
+        chosen = choose_precision(chosen, engines["backend"])
         # Now, and not after an export that takes minutes.
-        check_options(backend, chosen["precision"], chosen.get("quantize"), **engines)
+        engine_options = EngineOptions(chosen["output"], **engines)
+        check_options(engine_options, chosen["precision"], chosen.get("quantize"))
 
     from dflash_export.exporter import build as build_bundle
 
     progress = make_progress()
     bundle = build_bundle(**chosen, progress=progress)
-    if backend is not None:
-        result = compile_engines(bundle, backend=backend, progress=progress, **engines)
-        echo_notes(result.notes)
+    if engines:
+        _echo_notes(compile_engines(bundle, progress=progress, **engines).notes)
     if bundle.manifest.quantization is not None:
         from dflash_export.inspection import describe_quantization
 
@@ -74,24 +74,19 @@ def build(recipe: Path | None, backend: str | None, **options: Any) -> None:
 
 @main.command("compile")
 @_BUNDLE
-@click.option(
-    "--max-seq-len", type=_COUNT, metavar="N", help="Prompt and output tokens [the bundle's limit]."
-)
-@engine_options(required=True)
-def compile_bundle(bundle: Path, max_seq_len: int | None, backend: str, **options: Any) -> None:
+@engine_options
+def compile_bundle(bundle: Path, **options: Any) -> None:
     """Build the engines of a bundle for a GPU, and keep them in the bundle.
 
     Prints their folder. Engines that are there already are not built again.
     """
-    engines = chosen_options(options, backend)
     from dflash_export.engines.compiler import compile_engines
     from dflash_export.progress import make_progress
 
-    result = compile_engines(
-        bundle, backend=backend, max_seq_len=max_seq_len, progress=make_progress(), **engines
-    )
+    given = {name: value for name, value in options.items() if value is not None}
+    result = compile_engines(bundle, progress=make_progress(), **given)
     click.echo(f"built {len(result.built)}, reused {len(result.reused)}", err=True)
-    echo_notes(result.notes)
+    _echo_notes(result.notes)
     echo(result.folder)
 
 
@@ -170,6 +165,21 @@ def verify(
         echo(render(report))
     if not report.ok:
         fail("this bundle doesn't compute what PyTorch computes; the lines that begin with 'bug:' say where")
+
+
+def choose_precision(options: Mapping[str, Any], backend: str) -> dict[str, Any]:
+    """A build's options with bf16 if they leave the precision open, and says so.
+
+    A GPU's attention is fused, and its caches are half as large, in 16 bits only; bf16 has fp32's range.
+    """
+    if "precision" not in options:
+        click.echo(f"precision: bf16, for engines of {backend} (--precision chooses another)", err=True)
+    return {"precision": "bf16", **options}
+
+
+def _echo_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
 
 
 def _located(source: str | None) -> str | None:

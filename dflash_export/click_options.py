@@ -1,31 +1,67 @@
-"""The options of ``dflash-export build``, each derived from its field of ``BuildOptions``."""
+"""The options of ``dflash-export build`` and ``compile``, each derived from its field."""
 
 from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, TypeVar
 
 import click
 
-from dflash_export.options import OPTIONS, BuildOptions, Option
+from dflash_export.engines.options import EngineOptions
+from dflash_export.options import OPTIONS, BuildOptions, Option, option_types
 from dflash_rt.cli.console import JsonPair
 
-__all__ = ["build_options"]
+__all__ = ["build_options", "engine_options", "take_engine_options"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def build_options(command: _Command) -> _Command:
-    """Decorator: a click option for each option of a build. One that isn't given is ``None``."""
-    for field in reversed(fields(BuildOptions)):
-        if field.name in OPTIONS:
-            value_type, *_, option = typing.get_args(OPTIONS[field.name])
+    """Decorator: a click option for each option of a build and of its engines; what both have is the build's.
+
+    One that isn't given is ``None``.
+    """
+    return _add(_add(command, EngineOptions, without=OPTIONS), BuildOptions)
+
+
+def engine_options(command: _Command) -> _Command:
+    """Decorator: a click option for each option of engines. One that isn't given is ``None``."""
+    return _add(command, EngineOptions, required="backend")
+
+
+def take_engine_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of engines out of those of a build, and give the ones that were chosen.
+
+    Raises:
+        click.UsageError: some were chosen, but no backend.
+    """
+    types = option_types(EngineOptions)
+    taken = {name: options.pop(name) for name in types if name not in OPTIONS}
+    chosen = {name: value for name, value in taken.items() if value is not None}
+    if chosen and "backend" not in chosen:
+        listed = ", ".join(_flag(name, typing.get_args(types[name])[-1]) for name in chosen)
+        raise click.UsageError(f"{listed} is about engines: give --backend as well")
+    return chosen
+
+
+def _add(command: _Command, kind: type, without: Container[str] = (), required: str = "") -> _Command:
+    types = option_types(kind)
+    for field in reversed(fields(kind)):
+        if field.name in types and field.name not in without:
+            value_type, *checks, option = typing.get_args(types[field.name])
+            if checks:  # an Annotated type in another becomes one with it
+                value_type = typing.Annotated[(value_type, *checks)]
             for flags, settings in reversed(list(_declarations(field, value_type, option))):
+                settings["required"] = field.name == required
                 command = click.option(*flags, field.name, **settings)(command)
     return command
+
+
+def _flag(name: str, option: Option) -> str:
+    return option.name or f"--{name.replace('_', '-')}"
 
 
 def _declarations(
@@ -36,8 +72,8 @@ def _declarations(
         for value, text in option.flags.items():
             yield [f"--{value}"], {"flag_value": value, "help": text}
         return
-    flag = option.name or f"--{field.name.replace('_', '-')}"
-    settings = _settings(value_type, option)
+    flag = _flag(field.name, option)
+    settings = {"type": option.type} if option.type else _settings(value_type, option)
     if settings.get("is_flag") and field.default is not False:  # else there is nothing to turn off
         flag = f"{flag}/{flag.replace('--', '--no-', 1)}"
     yield [flag, *([option.short] if option.short else [])], {"help": option.help, **settings}
@@ -57,6 +93,9 @@ def _settings(value_type: Any, option: Option) -> dict[str, Any]:
         return {"is_flag": True, "default": None}
     if typing.get_origin(members[0]) is Mapping:
         return {"type": JsonPair(), "multiple": True, "callback": lambda *call: dict(call[2]) or None}
+    if typing.get_origin(members[0]) is Sequence:
+        settings = {"type": int, "multiple": True, "callback": lambda *call: call[2] or None}
+        return {"metavar": option.metavar, **settings}
     base, *checks = typing.get_args(members[0]) or members
     if base is int:
         return {"type": click.IntRange(min=checks[0].low), "metavar": "N"}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import ParamSpec, get_type_hints
 
 import onnx
 import onnx_ir as ir
@@ -21,7 +18,7 @@ from dflash_export.graphs.graph import PRECISIONS, TracedGraph
 from dflash_export.graphs.simple import step_graphs
 from dflash_export.graphs.target import trace_target
 from dflash_export.manifest import graph_spec, make_manifest
-from dflash_export.options import BuildOptions
+from dflash_export.options import BuildOptions, taking
 from dflash_export.pairing.pair import check_pair, require_pair
 from dflash_export.pairing.read import Pair, read_pair
 from dflash_export.progress import SILENT, Progress
@@ -40,32 +37,8 @@ from dflash_rt.text.prompts import PromptEncoder
 
 __all__ = ["build"]
 
-_P = ParamSpec("_P")
 
-
-def _taking(
-    options: Callable[_P, BuildOptions],
-) -> Callable[[Callable[[BuildOptions], Bundle]], Callable[_P, Bundle]]:
-    """Decorator: a function of ``BuildOptions`` takes their fields as its own arguments.
-
-    Type checkers see each of them, with its type and default, and they are written once.
-    """
-
-    def decorate(function: Callable[[BuildOptions], Bundle]) -> Callable[_P, Bundle]:
-        @functools.wraps(function)
-        def taking(*args: _P.args, **kwargs: _P.kwargs) -> Bundle:
-            return function(options(*args, **kwargs))
-
-        # For help(): types without their checks.
-        types, signature = get_type_hints(options), inspect.signature(options)
-        parameters = [each.replace(annotation=types[name]) for name, each in signature.parameters.items()]
-        taking.__signature__ = inspect.Signature(parameters, return_annotation=Bundle)  # type: ignore[attr-defined]
-        return taking
-
-    return decorate
-
-
-@_taking(BuildOptions)
+@taking(BuildOptions)
 def build(options: BuildOptions) -> Bundle:
     """Export a target and its DFlash drafter to a bundle: ``build(target, drafter, output, ...)``.
 

@@ -7,17 +7,29 @@ its build derive from the class.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
-from typing import Annotated, Any, Literal, TypeAlias, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, TypeAlias, TypeVar, get_origin, get_type_hints
 
 from dflash_export.errors import RecipeError
 from dflash_export.progress import Progress
 from dflash_rt.bundle.manifest import Precision
 from dflash_rt.bundle.schema import Bounds, Pattern, Problems, read
 
-__all__ = ["OPTIONS", "REQUIRED", "AtLeast", "BuildOptions", "HeadType", "Option", "QuantizeName"]
+__all__ = [
+    "OPTIONS",
+    "REQUIRED",
+    "AtLeast",
+    "BuildOptions",
+    "HeadType",
+    "Option",
+    "QuantizeName",
+    "option_types",
+    "taking",
+]
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,7 @@ class Option:
         name: the name where it isn't the field's.
         bare: the value that the name alone stands for.
         flags: a flag for each value, with its help, in place of one option with a value.
+        type: click's type of the value, where the annotation doesn't tell it.
     """
 
     help: str = ""
@@ -39,6 +52,7 @@ class Option:
     name: str | None = None
     bare: str | None = None
     flags: Mapping[str, str] = field(default_factory=dict)
+    type: Any = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,9 @@ class _IsSource(_IsPath):
     expected = "a hub id org/name, or a path"
 
 
+_P = ParamSpec("_P")
+_Options = TypeVar("_Options")
+_Result = TypeVar("_Result")
 QuantizeName: TypeAlias = Literal["int4", "int4-rtn", "int8", "int8-weight-only", "fp8"]
 HeadType: TypeAlias = Literal["int8", "int4"]
 _Source: TypeAlias = Annotated[str | os.PathLike[str], _IsSource()]
@@ -178,11 +195,35 @@ class BuildOptions:
             problems.raise_if_any()
 
 
-def _options() -> dict[str, Any]:
-    hints = get_type_hints(BuildOptions, include_extras=True)
+def option_types(options: type) -> dict[str, Any]:
+    """The annotation of each option of a class, by name."""
+    hints = get_type_hints(options, include_extras=True)
     return {name: hint for name, hint in hints.items() if get_origin(hint) is Annotated}
 
 
-# The annotation of each option; and those that must be given.
-OPTIONS = _options()
+def taking(
+    options: Callable[_P, _Options],
+) -> Callable[[Callable[[_Options], _Result]], Callable[_P, _Result]]:
+    """Decorator: a function of a class of options takes the class's fields as its own arguments.
+
+    Type checkers see each of them, with its type and default, and they are written once.
+    """
+
+    def decorate(function: Callable[[_Options], _Result]) -> Callable[_P, _Result]:
+        @functools.wraps(function)
+        def taking_fields(*args: _P.args, **kwargs: _P.kwargs) -> _Result:
+            return function(options(*args, **kwargs))
+
+        # For help(): types without their checks.
+        types, signature = get_type_hints(options), inspect.signature(options)
+        parameters = [each.replace(annotation=types[name]) for name, each in signature.parameters.items()]
+        result = get_type_hints(function)["return"]
+        taking_fields.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
+        return taking_fields
+
+    return decorate
+
+
+# The annotation of each option of a build; and those that must be given.
+OPTIONS = option_types(BuildOptions)
 REQUIRED = tuple(option.name for option in fields(BuildOptions) if option.default is MISSING)

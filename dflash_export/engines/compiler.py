@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from filelock import FileLock, Timeout
 from dflash_export.engines.builder import EngineJob, build_engine
 from dflash_export.engines.devices import Gpu, check_precision, check_targets
 from dflash_export.engines.network import data_files, load_header, read_header
+from dflash_export.engines.options import EngineOptions, out_of_range
 from dflash_export.engines.vendor import Vendor, has_lengths, load_vendor
 from dflash_export.errors import EngineBuildError
+from dflash_export.options import taking
 from dflash_export.progress import SILENT, Progress
 from dflash_export.publish import new_folder
 from dflash_rt import Bundle
@@ -68,40 +70,14 @@ class CompiledEngines:
     notes: tuple[str, ...] = ()
 
 
-def compile_engines(
-    bundle: Bundle | str | os.PathLike[str],
-    *,
-    backend: str,
-    max_seq_len: int | None = None,
-    max_batch: int = 1,
-    device: str | None = None,
-    compute_capabilities: Sequence[int] = (),
-    workspace: int | None = None,
-    version_compatible: bool = False,
-    hardware_compatible: bool = False,
-    timing_folder: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-) -> CompiledEngines:
-    """Build the engines of a bundle, and keep them in the bundle.
+@taking(EngineOptions)
+def compile_engines(options: EngineOptions) -> CompiledEngines:
+    """Build the engines of a bundle, and keep them in the bundle: ``compile_engines(bundle, backend=...)``.
 
-    Engines whose key and SHA-256 are unchanged are not built again: a whole set is left as it is, a single
-    engine is taken over from another set. The set appears when all of it is on disk, or not at all.
-
-    Args:
-        bundle: a bundle or its folder; must be writable.
-        backend: ``"tensorrt"``, which builds on the GPU that will run the engines, or ``"tensorrt-rtx"``,
-            which needs no GPU.
-        max_seq_len: prompt and output tokens together at most; default: the bundle's limit. Sizes the caches.
-        max_batch: sequences at once at most.
-        device: name of a device class (``rtx-4090``, ``h100``, ``jetson-thor``, ``jetson-orin``). Picks the
-            GPU for TensorRT-RTX, and is compared with the GPU that is present for TensorRT.
-        compute_capabilities: GPUs for TensorRT-RTX, such as ``(89, 120)``; default: all that it
-            knows from Ampere (80) on.
-        workspace: scratch memory in bytes that kernels may use; default: the library's.
-        version_compatible: TensorRT only: newer versions of the same major version can load the engines.
-        hardware_compatible: TensorRT only: every GPU since Ampere can, with slower kernels.
-        timing_folder: where TensorRT's kernel timings are kept; default: the user's cache folder.
-        progress: where stages are reported; default: nowhere.
+    The arguments are the fields of :class:`~dflash_export.engines.options.EngineOptions`. ``"tensorrt"``
+    builds on the GPU that will run the engines; ``"tensorrt-rtx"`` needs no GPU. Engines whose key and
+    SHA-256 are unchanged are not built again: a whole set is left as it is, a single engine is taken over
+    from another set. The set appears when all of it is on disk, or not at all.
 
     Raises:
         BackendUnavailableError: the library isn't installed or doesn't load.
@@ -109,64 +85,52 @@ def compile_engines(
         OutputError: the bundle's folder can't be written.
         BundleError: ``bundle`` can't be used, or a file isn't the one that was recorded.
     """
-    progress = progress or SILENT
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    vendor = load_vendor(backend)
-    vendor.check_options(version_compatible=version_compatible, hardware_compatible=hardware_compatible)
-    limits = _limits(opened, max_seq_len, max_batch)
-    if workspace is not None and (type(workspace) is not int or workspace < 1):
-        raise _wrong("workspace", workspace, "a number of bytes, at least 1")
-    quantization = opened.manifest.quantization
-    check_precision(opened.manifest.precision, None if quantization is None else quantization.weights)
-    gpu, targets = check_targets(
-        vendor,
-        device,
-        compute_capabilities,
-        fp8=quantization is not None and quantization.weights == "fp8",
-    )
+    progress = options.progress or SILENT
+    bundle = options.bundle if isinstance(options.bundle, Bundle) else Bundle.open(options.bundle)
+    manifest, quantization = bundle.manifest, bundle.manifest.quantization
+    quantize = None if quantization is None else quantization.weights
+    vendor, gpu, targets = check_options(options, manifest.precision, quantize)
+    limits = _limits(manifest, options)
     build = BuildKey(
         backend=vendor.backend,  # type: ignore[arg-type]  # load_vendor knows no other
         backend_version=vendor.version,
-        gpu=None if gpu is None or hardware_compatible else gpu.name,
+        gpu=None if gpu is None or options.hardware_compatible else gpu.name,
         compute_capabilities=targets,
-        precision=opened.manifest.precision,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-        workspace=workspace,
+        precision=manifest.precision,
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+        workspace=options.workspace,
         tool=f"dflash-export {__version__}",
     )
-    specs = {graph: _engine_spec(opened, graph, limits) for graph in opened.manifest.graphs}
-    output = opened.root / ENGINES_FOLDER / folder_name(build, specs)
+    specs = {graph: _engine_spec(bundle, graph, limits) for graph in manifest.graphs}
+    output = bundle.root / ENGINES_FOLDER / folder_name(build, specs)
     with _only_builder(output.parent, progress):
         present = present_set(output, progress)
         if present is not None:
             return CompiledEngines(output, present, (), tuple(specs), _notes(vendor))
-        timings = None if timing_folder is None else Path(timing_folder)
-        work = _Work(vendor, opened, build, limits, specs, gpu, timings)
+        timings = None if options.timing_folder is None else Path(options.timing_folder)
+        work = _Work(vendor, bundle, build, limits, specs, gpu, timings)
         return _build_set(work, output, progress)
 
 
 def check_options(
-    backend: str,
-    precision: str,
-    quantize: str | None = None,
-    *,
-    device: str | None = None,
-    compute_capabilities: Sequence[int] = (),
-    version_compatible: bool = False,
-    hardware_compatible: bool = False,
-    **_: object,
-) -> None:
-    """What :func:`compile_engines` would refuse on this machine before it has looked at a bundle.
+    options: EngineOptions, precision: str, quantize: str | None
+) -> tuple[Vendor, Gpu | None, tuple[int, ...]]:
+    """The library, the GPU to build on (None: without one) and the compute capabilities to build for.
+
+    Asks nothing of the bundle, which needs not be there yet.
 
     Raises:
         BackendUnavailableError: the library isn't installed or doesn't load.
         EngineBuildError: an option can't be met.
     """
-    vendor = load_vendor(backend)
-    vendor.check_options(version_compatible=version_compatible, hardware_compatible=hardware_compatible)
+    vendor = load_vendor(options.backend)
+    vendor.check_options(
+        version_compatible=options.version_compatible, hardware_compatible=options.hardware_compatible
+    )
     check_precision(precision, quantize)
-    check_targets(vendor, device, compute_capabilities, fp8=quantize == "fp8")
+    gpu, targets = check_targets(vendor, options.device, options.compute_capabilities, fp8=quantize == "fp8")
+    return vendor, gpu, targets
 
 
 @dataclass(frozen=True)
@@ -180,22 +144,14 @@ class _Work:
     timing_folder: Path | None
 
 
-def _wrong(option: str, found: object, expected: str) -> EngineBuildError:
-    return EngineBuildError(
-        f"{option} is out of range", found=found, expected=expected, remedy="mend the option"
-    )
-
-
-def _limits(bundle: Bundle, max_seq_len: int | None, max_batch: int) -> EngineLimits:
-    longest = bundle.manifest.limits.max_seq_len
-    length = longest if max_seq_len is None else max_seq_len
-    if type(length) is not int or not 1 <= length <= longest:
-        raise _wrong("max_seq_len", length, f"from 1 to {longest}, the bundle's own limit")
-    if type(max_batch) is not int or max_batch < 1:
-        raise _wrong("max_batch", max_batch, "a whole number of at least 1")
+def _limits(manifest: Manifest, options: EngineOptions) -> EngineLimits:
+    longest = manifest.limits.max_seq_len
+    length = longest if options.max_seq_len is None else options.max_seq_len
+    if length > longest:
+        raise out_of_range("max_seq_len", length, f"from 1 to {longest}, the bundle's own limit")
     # A block is written whole, beyond the last row that a request may commit.
-    capacity = length + bundle.manifest.drafter.block_size
-    return EngineLimits(max_seq_len=length, capacity=capacity, max_batch=max_batch)
+    capacity = length + manifest.drafter.block_size
+    return EngineLimits(max_seq_len=length, capacity=capacity, max_batch=options.max_batch)
 
 
 def _notes(vendor: Vendor) -> tuple[str, ...]:

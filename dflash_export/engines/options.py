@@ -1,19 +1,23 @@
-"""The options of ``dflash-export`` that are about engines: all of ``compile``, most of ``build``."""
+"""Every option of engines, once, as :mod:`dflash_export.options` has those of a build."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any
 
 import click
 
 from dflash_export.engines.devices import DEVICE_CLASSES
 from dflash_export.engines.vendor import BACKENDS
+from dflash_export.errors import EngineBuildError
+from dflash_export.options import AtLeast, Option
+from dflash_export.progress import Progress
+from dflash_rt.bundle.folder import Bundle
 
-__all__ = ["ByteSize", "choose_precision", "chosen_options", "echo_notes", "engine_options"]
-
-_Command = TypeVar("_Command", bound=Callable[..., Any])
+__all__ = ["ByteSize", "EngineOptions", "out_of_range"]
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -33,74 +37,59 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
         return int(match[1]) * _UNITS[match[2]]
 
 
-_OPTIONS = (
-    click.option(
-        "--max-batch", type=click.IntRange(min=1), metavar="N", help="Sequences at once, at most [1]."
-    ),
-    click.option(
-        "--device", type=click.Choice(list(DEVICE_CLASSES)), help="Class of the machine to build for."
-    ),
-    click.option(
-        "--sm",
-        "compute_capabilities",
-        type=int,
-        multiple=True,
-        metavar="NN",
-        help="tensorrt-rtx: a GPU's compute capability, 89 for 8.9. May be repeated. [all from 80 on]",
-    ),
-    click.option("--workspace", type=ByteSize(), help="Scratch memory of kernels at most, like 2G."),
-    click.option(
-        "--version-compatible",
-        is_flag=True,
-        help="tensorrt: newer versions of the same major version can load the engines.",
-    ),
-    click.option(
-        "--hardware-compatible",
-        is_flag=True,
-        help="tensorrt: any GPU since Ampere can run the engines, with slower kernels.",
-    ),
-)
-
-
-def engine_options(*, required: bool) -> Callable[[_Command], _Command]:
-    """``--backend`` and the options that go with it."""
-
-    def decorate(command: _Command) -> _Command:
-        for option in reversed(_OPTIONS):
-            command = option(command)
-        text = "Library to build engines with." if required else "Build engines as well, as `compile` does."
-        return click.option("--backend", type=click.Choice(BACKENDS), required=required, help=text)(command)
-
-    return decorate
-
-
-def chosen_options(options: dict[str, Any], backend: str | None) -> dict[str, Any]:
-    """Take the engine options out of ``options`` and give those that were chosen.
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The options of one set of engines; ``bundle`` is a bundle or its folder, and must be writable.
 
     Raises:
-        click.UsageError: some were chosen, but no backend.
+        EngineBuildError: a number is out of range, whatever the bundle is.
     """
-    flags = {option: options.pop(option) for option in ("version_compatible", "hardware_compatible")}
-    values = {key: options.pop(key) for key in ("max_batch", "device", "compute_capabilities", "workspace")}
-    chosen = {key: value for key, value in {**values, **flags}.items() if value not in (None, (), False)}
-    if chosen and backend is None:
-        names = {"compute_capabilities": "sm"}
-        listed = ", ".join(f"--{names.get(key, key).replace('_', '-')}" for key in chosen)
-        raise click.UsageError(f"{listed} is about engines: give --backend as well")
-    return chosen
+
+    bundle: Bundle | str | os.PathLike[str]
+    _: KW_ONLY
+    backend: Annotated[str, Option("Build engines with this library.", type=click.Choice(BACKENDS))]
+    # Sizes the caches.
+    max_seq_len: Annotated[
+        Annotated[int, AtLeast(1)] | None, Option("Prompt and output tokens [the bundle's limit].")
+    ] = None
+    max_batch: Annotated[Annotated[int, AtLeast(1)], Option("Sequences at once, at most [1].")] = 1
+    # Picks the GPU for TensorRT-RTX, and is compared with the GPU that is present for TensorRT.
+    device: Annotated[
+        str | None,
+        Option("Class of the machine to build for.", type=click.Choice(list(DEVICE_CLASSES))),
+    ] = None
+    compute_capabilities: Annotated[
+        Sequence[int],
+        Option(
+            "tensorrt-rtx: a GPU's compute capability, 89 for 8.9. May be repeated. [all from 80 on]",
+            "NN",
+            name="--sm",
+        ),
+    ] = ()
+    workspace: Annotated[
+        int | None, Option("Scratch memory of kernels in bytes at most, like 2G.", type=ByteSize())
+    ] = None
+    version_compatible: Annotated[
+        bool, Option("tensorrt: newer versions of the same major version can load the engines.")
+    ] = False
+    hardware_compatible: Annotated[
+        bool, Option("tensorrt: any GPU since Ampere can run the engines, with slower kernels.")
+    ] = False
+    # Where TensorRT's kernel timings are kept; by default in the user's cache folder.
+    timing_folder: str | os.PathLike[str] | None = None
+    # Where stages are reported; by default nowhere.
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        for name, unit in (("max_seq_len", "tokens"), ("max_batch", "sequences"), ("workspace", "bytes")):
+            value = getattr(self, name)
+            is_open = value is None and name != "max_batch"
+            if not is_open and (type(value) is not int or value < 1):
+                raise out_of_range(name, value, f"a number of {unit}, at least 1")
 
 
-def choose_precision(options: Mapping[str, Any], backend: str) -> dict[str, Any]:
-    """A build's options with bf16 if they leave the precision open, and says so.
-
-    A GPU's attention is fused, and its caches are half as large, in 16 bits only; bf16 has fp32's range.
-    """
-    if "precision" not in options:
-        click.echo(f"precision: bf16, for engines of {backend} (--precision chooses another)", err=True)
-    return {"precision": "bf16", **options}
-
-
-def echo_notes(notes: Sequence[str]) -> None:
-    """What a user should know of engines, on stderr."""
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
+def out_of_range(option: str, found: object, expected: str) -> EngineBuildError:
+    """What a number that can't be met raises."""
+    return EngineBuildError(
+        f"{option} is out of range", found=found, expected=expected, remedy="mend the option"
+    )

@@ -15,12 +15,11 @@ import pytest
 from click.testing import CliRunner
 
 from dflash_export import build, compile_engines
-from dflash_export.cli import main
+from dflash_export.cli import choose_precision, main
 from dflash_export.engines import builder, compiler
 from dflash_export.engines.builder import EngineJob, build_engine, prepare, timing_path
 from dflash_export.engines.devices import Gpu
 from dflash_export.engines.network import Network
-from dflash_export.engines.options import choose_precision
 from dflash_export.engines.vendor import Vendor, load_vendor
 from dflash_export.errors import EngineBuildError
 from dflash_export.progress import SILENT
