@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as _Bars
-    from rich.progress import TaskID
 
 __all__ = ["SILENT", "LineProgress", "Progress", "RichProgress", "SilentProgress", "Stage", "make_progress"]
 
@@ -40,12 +41,17 @@ class Progress(Protocol):
         """Open a stage called ``name``. ``total=None``: nobody knows how much work it is."""
 
 
+@dataclass(frozen=True)
+class _Stage:
+    advance: Callable[..., None]
+
+
 class SilentProgress:
     """Says nothing. The default of every library call."""
 
     def stage(self, name: str, total: float | None = None) -> AbstractContextManager[Stage]:
         """Open a stage that nobody sees."""
-        return nullcontext(_SilentStage())
+        return nullcontext(_Stage(lambda *_: None))
 
 
 class LineProgress:
@@ -58,8 +64,17 @@ class LineProgress:
     def stage(self, name: str, total: float | None = None) -> Iterator[Stage]:
         """Open a stage that writes lines."""
         self._write(f"{name} ...")
-        began = time.monotonic()
-        yield _LineStage(name, total, self)
+        began, done, quarter = time.monotonic(), 0.0, 0
+
+        def advance(amount: float = 1) -> None:
+            nonlocal done, quarter
+            done += amount
+            reached = min(int(4 * done / total), 3) if total else 0
+            if reached > quarter:
+                quarter = reached
+                self._write(f"{name}: {25 * quarter} %")
+
+        yield _Stage(advance)
         # Not reached after an exception: the error message that follows says more than "done" would.
         self._write(f"{name}: done in {time.monotonic() - began:.1f} s")
 
@@ -85,7 +100,7 @@ class RichProgress:
         bars.start()  # does nothing if it runs already
         task = bars.add_task(name, total=total)
         try:
-            yield _RichStage(bars, task)
+            yield _Stage(partial(bars.advance, task))
             bars.update(task, total=total or 1, completed=total or 1)
         finally:
             bars.stop_task(task)
@@ -100,38 +115,6 @@ class RichProgress:
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         return Progress(*columns, console=Console(file=self._stream))
-
-
-class _SilentStage:
-    def advance(self, amount: float = 1) -> None:
-        pass
-
-
-class _LineStage:
-    def __init__(self, name: str, total: float | None, owner: LineProgress) -> None:
-        self._name = name
-        self._total = total
-        self._done = 0.0
-        self._quarter = 0
-        self._owner = owner
-
-    def advance(self, amount: float = 1) -> None:
-        self._done += amount
-        if not self._total:
-            return
-        quarter = min(int(4 * self._done / self._total), 3)
-        if quarter > self._quarter:
-            self._quarter = quarter
-            self._owner._write(f"{self._name}: {25 * quarter} %")
-
-
-class _RichStage:
-    def __init__(self, bars: _Bars, task: TaskID) -> None:
-        self._bars = bars
-        self._task = task
-
-    def advance(self, amount: float = 1) -> None:
-        self._bars.advance(self._task, amount)
 
 
 SILENT: Progress = SilentProgress()

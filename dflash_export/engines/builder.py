@@ -295,9 +295,6 @@ def make_monitor(trt: ModuleType, monitor: BuildMonitor) -> Any:
     """``monitor`` as the library wants it. An interrupt stops the build instead of passing through C++."""
 
     class _Monitor(trt.IProgressMonitor):  # type: ignore[name-defined, misc]
-        def __init__(self) -> None:
-            super().__init__()
-
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             try:
                 monitor.start(phase_name, parent_phase, num_steps)

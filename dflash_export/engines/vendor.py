@@ -11,12 +11,9 @@ from dflash_rt.errors import BackendUnavailableError
 
 __all__ = ["BACKENDS", "Vendor", "has_lengths", "load_vendor"]
 
-# Backend, and the module of the same Python API.
-_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-BACKENDS = tuple(_MODULES)
-
-# The first version with IKVCacheUpdateLayer and IAttention.
-_OLDEST = {"tensorrt": (10, 15), "tensorrt-rtx": (1, 7)}
+# The module of each backend, and its first version with IKVCacheUpdateLayer and IAttention.
+_LIBRARIES = {"tensorrt": ("tensorrt", (10, 15)), "tensorrt-rtx": ("tensorrt_rtx", (1, 7))}
+BACKENDS = tuple(_LIBRARIES)
 
 
 @dataclass(frozen=True)
@@ -73,29 +70,30 @@ def load_vendor(backend: str) -> Vendor:
         EngineBuildError: no such backend.
         BackendUnavailableError: its package isn't installed, doesn't load, or is too old.
     """
-    if backend not in _MODULES:
+    if backend not in _LIBRARIES:
         raise EngineBuildError(
             "unknown engine backend",
             found=backend,
             expected=", ".join(BACKENDS),
             remedy="choose one of these",
         )
-    oldest = ".".join(map(str, _OLDEST[backend]))
+    name, oldest = _LIBRARIES[backend]
+    expected = f"{oldest[0]}.{oldest[1]} or newer"
     try:
-        module = importlib.import_module(_MODULES[backend])
+        module = importlib.import_module(name)
     except (ImportError, OSError) as error:
         raise BackendUnavailableError(
             f"the {backend} library can't be imported",
             found=error,
-            expected=f"the package {_MODULES[backend]}, version {oldest} or newer",
+            expected=f"the package {name}, version {expected}",
             remedy=f"pip install 'dflash-export[{backend}]'",
         ) from error
     vendor = Vendor(backend, module)
-    if tuple(int(part) for part in vendor.version.split(".")[:2] if part.isdigit()) < _OLDEST[backend]:
+    if tuple(int(part) for part in vendor.version.split(".")[:2] if part.isdigit()) < oldest:
         raise BackendUnavailableError(
             f"{backend} is too old",
             found=vendor.version,
-            expected=f"{oldest} or newer: the first with caches that are updated in place",
+            expected=f"{expected}: the first with caches that are updated in place",
             remedy=f"pip install --upgrade 'dflash-export[{backend}]'",
         )
     return vendor

@@ -63,22 +63,18 @@ def tensor_problems(
         if name not in no_floats
         and (not weights.dtype(name).is_floating_point or weights.dtype(name).itemsize < 2)
     ]
+    remedy = f"use the config.json and the weights of one revision of the {owner}"
     if missing or unexpected:
-        parts = [f"missing: {_some(missing)}"] if missing else []
-        parts += [f"unexpected: {_some(unexpected)}"] if unexpected else []
+        named = (("missing", missing), ("unexpected", unexpected))
         yield Problem(
             f"the {owner}'s checkpoint doesn't hold the tensors that its config asks for",
-            "; ".join(parts),
+            "; ".join(f"{how}: {_some(tensors)}" for how, tensors in named if tensors),
             f"exactly {len(expected)} tensors",
-            f"use the config.json and the weights of one revision of the {owner}",
+            remedy,
         )
     if wrong:
-        yield Problem(
-            f"tensors of the {owner} have other shapes than its config asks for",
-            _some(wrong),
-            "the shapes that follow from the config",
-            f"use the config.json and the weights of one revision of the {owner}",
-        )
+        what = f"tensors of the {owner} have other shapes than its config asks for"
+        yield Problem(what, _some(wrong), "the shapes that follow from the config", remedy)
     if not_floats:
         yield Problem(
             f"tensors of the {owner} are not stored in floating point",
