@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from dflash_export.errors import CheckpointError, ExportError, UnsupportedModelError, numbered
 
-__all__ = ["ConfigReader", "Findings"]
+__all__ = ["ConfigReader", "Findings", "wrong_value"]
 
 _MISSING: Any = object()
 _T = TypeVar("_T")
@@ -58,7 +58,7 @@ class ConfigReader:
         self._raw = raw
         self._dflash = raw.get("dflash_config", {})
         if not isinstance(self._dflash, Mapping):
-            raise _wrong("dflash_config", self._dflash, "an object")
+            raise wrong_value("dflash_config", self._dflash, "an object")
         if unknown := sorted(set(self._dflash) - nested):
             findings.add(
                 CheckpointError(
@@ -154,7 +154,7 @@ class ConfigReader:
         if name in self.findings.wrong:
             return instead
         if not accepts(value):
-            self.findings.add(_wrong(name, value, expected), name)
+            self.findings.add(wrong_value(name, value, expected), name)
             return instead
         checked: _T = value
         return checked
@@ -164,7 +164,8 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _wrong(name: str, value: object, expected: str) -> CheckpointError:
+def wrong_value(name: str, value: object, expected: str) -> CheckpointError:
+    """What a value of a drafter's config.json that can't be used raises."""
     return CheckpointError(
         f"{name} in the drafter's config.json is wrong",
         found=repr(value),

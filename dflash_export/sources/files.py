@@ -13,6 +13,7 @@ __all__ = [
     "PICKLES",
     "SINGLE_FILE",
     "cannot_read",
+    "damaged",
     "index_map",
     "is_file",
     "read_bytes",
@@ -53,11 +54,10 @@ def index_map(index: Path) -> dict[str, str]:
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
+        raise damaged(
             f"{index.name} lists no tensors",
-            found=f"weight_map is {type(weight_map).__name__} in {index}",
-            expected="an object of tensor name to file name",
-            remedy="download the file again",
+            f"weight_map is {type(weight_map).__name__} in {index}",
+            "an object of tensor name to file name",
         )
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard == Path(shard).name and "\\" not in shard
@@ -111,6 +111,13 @@ def cannot_read(path: Path, error: OSError) -> CheckpointError:
     )
 
 
+def damaged(
+    what: str, found: object, expected: str, remedy: str = "download the file again"
+) -> CheckpointError:
+    """What to raise when a file of a model was read and is of no use."""
+    return CheckpointError(what, found=found, expected=expected, remedy=remedy)
+
+
 def is_file(path: Path) -> bool:
     """Whether there is such a file. Raises CheckpointError where that can't be told."""
     try:
@@ -142,17 +149,11 @@ def read_json(path: Path) -> dict[str, Any]:
             remedy="download the model again, or name the folder that holds it",
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path.name} can't be read as JSON",
-            found=f"{path}: {error}",
-            expected="UTF-8 text holding one JSON object",
-            remedy="download the file again",
+        raise damaged(
+            f"{path.name} can't be read as JSON", f"{path}: {error}", "UTF-8 text holding one JSON object"
         ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path.name} doesn't hold a JSON object",
-            found=f"{path}: a {type(value).__name__}",
-            expected="one JSON object",
-            remedy="download the file again",
+        raise damaged(
+            f"{path.name} doesn't hold a JSON object", f"{path}: a {type(value).__name__}", "one JSON object"
         )
     return value

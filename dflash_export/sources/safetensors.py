@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dflash_export.errors import CheckpointError
-from dflash_export.sources.files import INDEX_FILE, cannot_read, index_map, is_file
+from dflash_export.sources.files import INDEX_FILE, cannot_read, damaged, index_map, is_file
 from dflash_export.sources.weights import Weights, closed_error, missing_error
 
 __all__ = ["SafetensorsWeights"]
@@ -219,6 +219,7 @@ def _check_index(wanted: dict[str, str], entries: dict[str, _Entry]) -> None:
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:
+    unusable = f"{path.name} can't be used"
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -226,25 +227,27 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             text = file.read(length) if length <= _MAX_HEADER_BYTES else b""
     except OSError as error:
-        raise _bad(path, error, "a readable file", "download the missing file") from error
+        raise damaged(unusable, error, "a readable file", "download the missing file") from error
     if start == b"version " and size < 1024:
-        raise _bad(path, "a Git LFS pointer", "the file that it points to", "run git lfs pull in that folder")
+        raise damaged(
+            unusable, "a Git LFS pointer", "the file that it points to", "run git lfs pull in that folder"
+        )
     if length == 0 or length > _MAX_HEADER_BYTES or len(text) < length:
         expected = f"{8 + length:,} bytes of header" if 0 < length <= _MAX_HEADER_BYTES else "a header"
-        raise _bad(path, f"{size:,} bytes", f"safetensors with {expected}, and data")
+        raise damaged(unusable, f"{size:,} bytes", f"safetensors with {expected}, and data")
     try:
         header = json.loads(text)
         entries = {n: _entry_of(path, i, 8 + length) for n, i in header.items() if n != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _bad(path, f"a header that can't be read: {error!r}", "a safetensors header") from error
+        raise damaged(unusable, f"a header that can't be read: {error!r}", "a safetensors header") from error
     end = max((entry.begin + entry.nbytes for entry in entries.values()), default=8 + length)
     if end != size:
-        raise _bad(path, f"{size:,} bytes", f"{end:,} bytes, by its own header")
+        raise damaged(unusable, f"{size:,} bytes", f"{end:,} bytes, by its own header")
     try:
         with safe_open(os.fspath(path), framework="pt"):
             return entries
     except (SafetensorError, OSError) as error:
-        raise _bad(path, error, "what the safetensors library accepts") from error
+        raise damaged(unusable, error, "what the safetensors library accepts") from error
 
 
 def _entry_of(path: Path, info: dict[str, Any], data: int) -> _Entry:
@@ -257,9 +260,3 @@ def _entry_of(path: Path, info: dict[str, Any], data: int) -> _Entry:
     if nbytes != end - begin:
         raise ValueError(f"{info['dtype']} {list(shape)} takes {nbytes} bytes, not {end - begin}")
     return _Entry(path.name, dtype, shape, data + begin, nbytes)
-
-
-def _bad(
-    path: Path, found: object, expected: str, remedy: str = "download the file again"
-) -> CheckpointError:
-    return CheckpointError(f"{path.name} can't be used", found=found, expected=expected, remedy=remedy)

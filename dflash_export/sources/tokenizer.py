@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_export.errors import CheckpointError, SourceError
-from dflash_export.sources.files import is_file, read_bytes, read_json
+from dflash_export.errors import SourceError
+from dflash_export.sources.files import damaged, is_file, read_bytes, read_json
 from dflash_export.sources.resolve import Source
 from dflash_rt.bundle.manifest import TokenizerSpec
 from dflash_rt.text.prompts import PromptEncoder
@@ -117,11 +117,8 @@ def _tokenizer_size(path: Path) -> int:
         vocabulary = tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
     # The tokenizers library raises bare Exception for a file that it can't parse.
     except Exception as error:
-        raise CheckpointError(
-            f"{TOKENIZER_FILE} can't be used",
-            found=error,
-            expected="a file that the tokenizers library loads",
-            remedy="download the file again",
+        raise damaged(
+            f"{TOKENIZER_FILE} can't be used", error, "a file that the tokenizers library loads"
         ) from error
     return max(vocabulary.values(), default=-1) + 1
 
@@ -140,11 +137,10 @@ def _token_text(settings: Mapping[str, Any], name: str) -> str | None:
     if isinstance(value, Mapping):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
-        raise CheckpointError(
+        raise damaged(
             f"{name} in tokenizer_config.json is wrong",
-            found=repr(settings.get(name)),
-            expected="a string, an object with content, or null",
-            remedy="download the file again",
+            repr(settings.get(name)),
+            "a string, an object with content, or null",
         )
     return value
 
@@ -156,12 +152,7 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
         try:
             return read_bytes(path).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise CheckpointError(
-                f"{CHAT_TEMPLATE_FILE} is not UTF-8",
-                found=error,
-                expected="text in UTF-8",
-                remedy="download the file again",
-            ) from error
+            raise damaged(f"{CHAT_TEMPLATE_FILE} is not UTF-8", error, "text in UTF-8") from error
     template = settings.get("chat_template")
     if template is None and is_file(folder / "chat_template.json"):
         template = read_json(folder / "chat_template.json").get("chat_template")

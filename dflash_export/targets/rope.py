@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dflash_export.errors import CheckpointError
+from dflash_export.sources.config_reader import wrong_value
 from dflash_rt.errors import Problem
 
 __all__ = ["normalised_rope", "rope_problems"]
@@ -72,12 +73,7 @@ def normalised_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> dic
     scaling, parameters = raw.get("rope_scaling"), raw.get("rope_parameters")
     for name, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
         if value is not None and not isinstance(value, Mapping):
-            raise CheckpointError(
-                f"{name} in the drafter's config.json is wrong",
-                found=repr(value),
-                expected="an object or null",
-                remedy="use the config.json that was published with the drafter",
-            )
+            raise wrong_value(name, value, "an object or null")
     rope = dict(scaling or parameters or {})
     theta = raw.get("rope_theta")
     contradiction = scaling and parameters and dict(scaling) != dict(parameters)
