@@ -24,16 +24,7 @@ from dflash_rt.bundle.engine_sets import BuildKey, ProfileSpec
 from dflash_rt.bundle.manifest import GraphSpec
 from dflash_rt.files import write_atomically
 
-__all__ = [
-    "BuildMonitor",
-    "EngineJob",
-    "build_engine",
-    "default_timing_folder",
-    "make_logger",
-    "make_monitor",
-    "prepare",
-    "use_timings",
-]
+__all__ = ["BuildMonitor", "EngineJob", "build_engine", "make_logger", "prepare"]
 
 # Graphs that ask whether numbers are finite: 0 * x must not become 0 there, nor x - x.
 _CHECKS_NUMBERS = ("accept", "draft_check")

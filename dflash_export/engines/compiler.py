@@ -42,15 +42,7 @@ from dflash_rt.errors import EngineError, OutputError
 from dflash_rt.files import utc_now
 from dflash_rt.version import __version__
 
-__all__ = [
-    "CompiledEngines",
-    "check_options",
-    "compile_engines",
-    "graph_profiles",
-    "link_engine",
-    "present_set",
-    "reusable_engines",
-]
+__all__ = ["CompiledEngines", "check_options", "compile_engines", "graph_profiles", "link_engine"]
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _LOCK = ".lock"

@@ -10,17 +10,7 @@ from dataclasses import dataclass
 from dflash_export.engines.vendor import Vendor
 from dflash_export.errors import EngineBuildError
 
-__all__ = [
-    "DEVICE_CLASSES",
-    "FP8_SINCE",
-    "DeviceClass",
-    "Gpu",
-    "check_device",
-    "check_fp8",
-    "check_precision",
-    "check_targets",
-    "present_gpu",
-]
+__all__ = ["DEVICE_CLASSES", "Gpu", "check_fp8", "check_precision", "check_targets", "present_gpu"]
 
 # CUdevice_attribute of the driver API.
 _MAJOR, _MINOR = 75, 76
@@ -37,6 +27,7 @@ class DeviceClass:
     backends: tuple[str, ...]
 
 
+_TURING = 75
 FP8_SINCE = 89  # Ada; kernels for it can't even be compiled for an older GPU
 DEVICE_CLASSES = {
     device.name: device
@@ -119,9 +110,6 @@ def check_fp8(name: str, compute_capability: int) -> None:
         )
 
 
-_TURING = 75
-
-
 def check_precision(precision: str, quantize: str | None) -> None:
     """Caches, activations and attention of a quantised target are in 16 bits.
 
@@ -191,7 +179,7 @@ def check_targets(
 
 def _known_targets(vendor: Vendor, wanted: tuple[int, ...], *, fp8: bool) -> tuple[int, ...]:
     known = vendor.compute_capabilities
-    unknown = [str(number) for number in wanted if number not in known]
+    unknown = [number for number in wanted if number not in known]
     if unknown:
         raise EngineBuildError(
             f"{vendor.backend} {vendor.version} can't build for this GPU",
