@@ -38,7 +38,7 @@ class Progress(Protocol):
     """Where a long function tells how far it is."""
 
     def stage(self, name: str, total: float | None = None) -> AbstractContextManager[Stage]:
-        """Open a stage called ``name``. ``total=None``: nobody knows how much work it is."""
+        """Open a stage called ``name``. ``total=None``: the amount of work is unknown."""
 
 
 @dataclass(frozen=True)

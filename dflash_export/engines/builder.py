@@ -62,7 +62,18 @@ def prepare(vendor: Vendor, job: EngineJob) -> Prepared:
     """Parse, edit and check. Raises EngineBuildError for what must not become an engine."""
     trt = vendor.trt
     logger = make_logger(trt)
-    builder = _start(vendor, logger)
+    try:
+        builder = trt.Builder(logger)
+    except (
+        TypeError,
+        RuntimeError,
+    ) as error:  # TypeError where CUDA fails: "factory function returned nullptr"
+        raise EngineBuildError(
+            f"{vendor.backend} can't start",
+            found="; ".join(logger.errors) or error,
+            expected="a working GPU and driver" if vendor.needs_gpu else "a working library",
+            remedy="check the driver with nvidia-smi",
+        ) from error
     network, parser = parse(trt, builder, logger, job.header)
     check_parsed_whole(network, job.graph)
     network.read_caches_directly()
@@ -71,19 +82,6 @@ def prepare(vendor: Vendor, job: EngineJob) -> Prepared:
         network.allow_unfused_attention()
     check_network(network, job.graph, job.spec, job.header.shapes, fused=job.fused)
     return Prepared(logger, builder, parser, network)
-
-
-def _start(vendor: Vendor, logger: Any) -> Any:
-    """``trt.Builder``. Where CUDA fails the bindings raise TypeError: "factory function returned nullptr"."""
-    try:
-        return vendor.trt.Builder(logger)
-    except (TypeError, RuntimeError) as error:
-        raise EngineBuildError(
-            f"{vendor.backend} can't start",
-            found="; ".join(logger.errors) or error,
-            expected="a working GPU and driver" if vendor.needs_gpu else "a working library",
-            remedy="check the driver with nvidia-smi",
-        ) from error
 
 
 def build_engine(vendor: Vendor, job: EngineJob, progress: Progress) -> Any:

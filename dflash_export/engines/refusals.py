@@ -122,7 +122,9 @@ def _check_attention(network: Network, graph: str, *, fused: bool) -> None:
         kind = getattr(attention, "causal_kind", none)
         if attention.causal or kind != none:
             # It would be aligned to the first row of the cache: wrong whenever `start` isn't 0.
-            raise _refuse(graph, "an attention is causal by itself", kind, "our mask alone to decide")
+            raise _refuse(
+                graph, "an attention is causal by itself", kind, "the mask of the graph alone to decide"
+            )
         if attention.mask is None:
             raise _refuse(graph, "an attention has no mask", "none", "a mask computed in the graph")
         if attention.mask.dtype != network.trt.bool:

@@ -68,7 +68,7 @@ def check_pair(
     ``max_seq_len`` is the limit in tokens, prompt and output together. ``tokenizer_size`` is the tokenizer's
     highest id plus 1, ``None`` without one. ``chat_template_kwargs`` are those that the bundle will render
     its template with. ``findings`` are what is wrong with the drafter's config.json: they come first, and
-    nothing is said about values that others stand in for. Raises
+    nothing is said about values that defaults replace. Raises
     :class:`~dflash_export.errors.CheckpointError` only when a file can't be read.
     """
     if problems := check_target(target_config):

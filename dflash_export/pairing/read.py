@@ -51,7 +51,7 @@ def read_pair(options: BuildOptions) -> Pair:
     Raises:
         SourceError, CheckpointError: a model can't be found, or its config read.
         UnsupportedModelError: the target would not be exported faithfully.
-        PairError: both configs are of no use.
+        PairError: neither config can be used.
         RecipeError: an option doesn't suit the models.
     """
     target = resolve_target(options.target, revision=options.target_revision)

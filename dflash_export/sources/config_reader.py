@@ -1,7 +1,4 @@
-"""Typed access to a z-lab config.json; errors name the key, the value and the type that was expected.
-
-They are collected: whoever has to correct a file wants to know of all of them.
-"""
+"""Typed access to a z-lab config.json. Errors are collected; each names key, value and expected type."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ _T = TypeVar("_T")
 @dataclass
 class Findings:
     """What is wrong with a config.json: the errors in the order of their finding, and the names of the values
-    that can't be used. Others stand in for those, so that reading can go on.
+    that can't be used. Reading goes on with defaults in their place.
     """
 
     errors: list[ExportError] = field(default_factory=list)

@@ -114,7 +114,7 @@ def cannot_read(path: Path, error: OSError) -> CheckpointError:
 def damaged(
     what: str, found: object, expected: str, remedy: str = "download the file again"
 ) -> CheckpointError:
-    """What to raise when a file of a model was read and is of no use."""
+    """What to raise when the content of a model's file can't be used."""
     return CheckpointError(what, found=found, expected=expected, remedy=remedy)
 
 

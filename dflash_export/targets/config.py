@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dflash_export.errors import CheckpointError, UnsupportedModelError, numbered
 from dflash_export.sources.files import is_file, read_json
+from dflash_export.sources.gguf import check_gguf_file
 from dflash_export.sources.resolve import Source
 from dflash_export.targets.checks import (
     SUPPORTED_FAMILIES,
@@ -98,7 +99,10 @@ def load_target_config(source: Source) -> PreTrainedConfig:
     ``UnsupportedModelError``, with every reason, when it can't be exported faithfully.
     """
     if source.kind == "gguf":
-        config = _config_from_gguf(source)
+        check_gguf_file(source.path)
+        config = _build_config(source, gguf_file=source.path.name)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # tensors are dequantised as they are read
     else:
         raw = read_json(source.path / "config.json")
         # Before transformers reads it: for a family that it doesn't know it would talk of remote code.
@@ -202,16 +206,6 @@ def _generation_config(source: Source) -> dict[str, Any]:
     path = source.folder / "generation_config.json"
     # A .gguf file may lie in any folder, so files beside it say nothing about it.
     return read_json(path) if source.kind != "gguf" and is_file(path) else {}
-
-
-def _config_from_gguf(source: Source) -> PreTrainedConfig:
-    from dflash_export.sources.gguf import check_gguf_file
-
-    check_gguf_file(source.path)
-    config = _build_config(source, gguf_file=source.path.name)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # tensors are dequantised as they are read
-    return config
 
 
 def _build_config(source: Source, **extra: str) -> PreTrainedConfig:
