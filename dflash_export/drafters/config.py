@@ -227,6 +227,13 @@ class DrafterConfig:
         """
         from transformers import Qwen3Config
 
+        own: dict[str, Any] = {
+            "num_target_layers": self.num_target_layers,
+            "block_size": self.block_size,
+            "dflash_config": self._dflash_config(),
+        }
+        if self.is_causal is not None:
+            own["is_causal"] = self.is_causal
         try:
             return Qwen3Config(
                 vocab_size=self.vocab_size,
@@ -245,6 +252,7 @@ class DrafterConfig:
                 sliding_window=self.sliding_window,
                 layer_types=list(self.layer_types),
                 tie_word_embeddings=False,
+                **own,
             )
         # The strict config classes raise validation errors of their own besides ValueError and KeyError.
         except Exception as error:
@@ -254,3 +262,13 @@ class DrafterConfig:
                 expected="values that Qwen3Config accepts",
                 remedy="compare config.json with the published one",
             ) from error
+
+    def _dflash_config(self) -> dict[str, Any]:
+        return {
+            "block_size": self.block_size,
+            "mask_token_id": self.mask_token_id,
+            "target_layer_ids": list(self.feature_layers),
+            "input_embedding_scale": self.input_embedding_scale,
+            "output_multiplier": self.output_multiplier,
+            "final_logit_softcapping": self.final_logit_softcapping,
+        }
