@@ -433,7 +433,7 @@ def test_generate_streams_text(smollm2_bundle: Bundle) -> None:
     assert (result.exit_code, result.stdout) == (0, " Paris.\n\n")
     assert "prompt: 5 tokens in" in result.stderr
     assert "output: 4 tokens (length)" in result.stderr
-    assert "tokens a step, steps by width: " in result.stderr
+    assert "tokens a step, steps by drafts: " in result.stderr
 
 
 def test_generate_samples(smollm2_bundle: Bundle) -> None:
