@@ -404,13 +404,13 @@ def test_a_block_that_does_not_fit_is_refused(pair: Path, tmp_path: Path) -> Non
     [
         ({"quantize": "int3"}, "int8-weight-only, fp8"),
         ({"quantize": "int4-rtn", "quantize_block": 48}, "16, 32, 64, 128, 256"),
-        ({"quantize": "int4-rtn", "quantize_head": 1}, r"int8, int4, true \(int8\) or false"),
-        ({"quantize": "int4-rtn", "quantize_head": "fp8"}, r"int8, int4, true \(int8\) or false"),
+        ({"quantize": "int4-rtn", "quantize_head": 1}, r"true or false or int8, int4"),
+        ({"quantize": "int4-rtn", "quantize_head": "fp8"}, r"true or false or int8, int4"),
         ({"quantize_head": True}, "quantize_head and measure_quantization without quantize"),
         ({"quantize": "int4-rtn", "measure_tokens": 9}, "measure_tokens without a measurement"),
         ({"quantize": "int4-rtn", "calib_tokens": 3}, "calib_tokens without calibration"),
         ({"quantize": "int8", "quantize_block": 32}, "quantize_block without blocks"),
-        ({"quantize": "fp8", "calib": ""}, "a file of prompts"),
+        ({"quantize": "fp8", "calib": ""}, "expected: a path"),
     ],
 )
 def test_options_that_are_wrong(pair: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
